@@ -1,0 +1,148 @@
+"""Fake-quantisation as plain functions with straight-through gradients; no graph code here.
+
+Sources: Ternary Weight Networks (Li et al., arXiv 1605.04711), TernaryBERT (Zhang et al., EMNLP 2020) and Teacher
+Intervention (Kim et al., EACL 2023, arXiv 2302.11812) for weights; ONNX DynamicQuantizeLinear-11 for ``int8_tensor``.
+
+Statistics are computed in at least float32, whatever autocast says; wider inputs keep their type.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["tensor", "row"]
+
+THRESHOLD_FACTOR = 0.7  # threshold = 0.7 * mean|W|
+CLIP = 2.5  # latent weights are clamped to [-2.5, 2.5]; outside, the gradient is zero
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def ternary_codes(
+    weight: Tensor, granularity: Granularity = "tensor", clip: float = CLIP
+) -> tuple[Tensor, Tensor]:
+    """Split a weight into ternary codes and scale: ``codes * scale`` is the ternary weight.
+
+    With W clamped to [-clip, clip]: threshold t = 0.7 * mean|W|, codes = +1 where W > t, -1 where W < -t, else 0, and
+    scale = mean of |W| over the entries beyond t (0 if there are none).
+
+    Args:
+        weight: floating, any shape of at least one dimension.
+        granularity: ``tensor`` (one scale) or ``row`` (one scale per index of dimension 0).
+        clip: half-width of the range that latent weights are clamped to.
+
+    Returns:
+        codes: int8 in {-1, 0, 1}, shape of ``weight``.
+        scale: float32 (float64 for float64 weights), shape ``()``, or ``(rows, 1, ...)`` for ``row``.
+    """
+    if granularity not in ("tensor", "row"):
+        raise ValueError(f"granularity is {granularity!r}; use 'tensor' or 'row'")
+    weight = _wide(weight.detach()).clamp(-clip, clip)
+    magnitude = weight.abs()
+    dims = tuple(range(weight.dim() if granularity == "tensor" else weight.dim() - 1))
+    if granularity == "row":
+        dims = tuple(dim + 1 for dim in dims)
+    keep = granularity == "row"
+    threshold = THRESHOLD_FACTOR * magnitude.mean(dim=dims, keepdim=keep)
+    beyond = magnitude > threshold
+    count = beyond.sum(dim=dims, keepdim=keep).clamp(min=1)
+    scale = (magnitude * beyond).sum(dim=dims, keepdim=keep) / count
+    codes = weight.sign().mul(beyond).to(torch.int8)
+    return codes, scale
+
+
+class _Ternary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, granularity: Granularity, clip: float) -> Tensor:
+        codes, scale = ternary_codes(weight, granularity, clip)
+        ctx.save_for_backward(weight)
+        ctx.clip = clip
+        return (codes * scale).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0].masked_fill(weight.abs() >= ctx.clip, 0), None, None
+
+
+def ternary(weight: Tensor, granularity: Granularity = "tensor", clip: float = CLIP) -> Tensor:
+    """Return the ternary weight ``codes * scale`` of :func:`ternary_codes`; same shape and dtype as ``weight``.
+
+    Gradient: straight-through where |weight| < clip, zero elsewhere.
+    """
+    result: Tensor = _Ternary.apply(weight, granularity, clip)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, kind: str) -> Tensor:
+        return _FAKE_QUANT[kind](_wide(value)).to(value.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _one_where_zero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _tensor_asymmetric(value: Tensor) -> Tensor:
+    low = value.amin().clamp(max=0)
+    high = value.amax().clamp(min=0)
+    scale = _one_where_zero((high - low) / 255)
+    zero_point = (-low / scale).clamp(0, 255).round()
+    codes = ((value / scale).round() + zero_point).clamp(0, 255)
+    return (codes - zero_point) * scale
+
+
+def _token_symmetric(value: Tensor) -> Tensor:
+    scale = _one_where_zero(value.abs().amax(dim=-1, keepdim=True) / 127)
+    return (value / scale).round().clamp(-127, 127) * scale
+
+
+def _tensor_symmetric(value: Tensor) -> Tensor:
+    scale = _one_where_zero(value.abs().amax() / 127)
+    return (value / scale).round().clamp(-127, 127) * scale
+
+
+_FAKE_QUANT = {
+    "int8-tensor": _tensor_asymmetric,
+    "int8-token": _token_symmetric,
+    "reference": _tensor_symmetric,
+}
+
+
+def _fake_quant(value: Tensor, kind: str) -> Tensor:
+    result: Tensor = _StraightThrough.apply(value, kind)  # type: ignore[no-untyped-call]
+    return result
+
+
+def int8_tensor(value: Tensor) -> Tensor:
+    """Asymmetric uint8 over the whole tensor, as ONNX DynamicQuantizeLinear computes it; straight-through gradient.
+
+    scale = (max(x, 0) - min(x, 0)) / 255, zero point = round(-min / scale), codes = round(x / scale) + zero point
+    clamped to 0..255, rounding half to even. Same shape and dtype as ``value`` (floating).
+    """
+    return _fake_quant(value, "int8-tensor")
+
+
+def int8_token(value: Tensor) -> Tensor:
+    """Symmetric int8 with one scale per token (per vector along the last dimension): scale = max|x| / 127."""
+    return _fake_quant(value, "int8-token")
+
+
+def int8_reference(value: Tensor) -> Tensor:
+    """Symmetric int8 over the whole tensor, scale = max|x| / 127: the activation quantiser of the published code."""
+    return _fake_quant(value, "reference")
+
+
+def detach(value: Tensor) -> Tensor:
+    """Stop the gradient: the same values, with nothing behind them to train (arXiv 2302.11812, section 3)."""
+    return value.detach()
