@@ -1,0 +1,1 @@
+"""Training: phases as forks of one graph, driven by Hugging Face's Trainer."""

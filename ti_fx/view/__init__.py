@@ -1,0 +1,1 @@
+"""Looking at a graph: networkx, SVG and a self-contained HTML page."""
