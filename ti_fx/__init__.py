@@ -1,4 +1,4 @@
-"""ti_fx: a compiler from trained transformers to ternary weights in ONNX, by rewriting their torch.fx graphs."""
+"""ti_fx: a compiler that rewrites a trained transformer's torch.fx graph into ternary weights in ONNX."""
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Where the packages lie: the top folders ``passes/`` and ``export/`` are ``ti_fx.passes`` and ``ti_fx.export``.
+"""Where the packages lie: the folders ``passes/`` and ``export/`` are ``ti_fx.passes`` and ``ti_fx.export``.
 
 In a checkout, two committed symbolic links (``ti_fx/passes -> ../passes``) make that so. An installed copy
 needs none.
@@ -25,6 +25,6 @@ def check_layout() -> None:
         if (folder / name).is_file() and find_spec(f"ti_fx.{name}") is None:
             raise ImportError(
                 f"{folder / name} is a text file where a symbolic link belongs (git's core.symlinks=false); "
-                "install the checkout with `pip install -e .`, or, where links are allowed, run `git config "
-                "core.symlinks true && rm ti_fx/passes ti_fx/export && git checkout -- ti_fx/passes ti_fx/export`"
+                "install the checkout with `pip install -e .`, or, where links are allowed, run "
+                "`git config core.symlinks true && rm ti_fx/passes ti_fx/export && git checkout -- ti_fx`"
             )
