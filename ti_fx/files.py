@@ -24,7 +24,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         os.close(descriptor)
     except OSError as error:
-        raise InputError(f"can't write {target}: {error.strerror or error}; choose a folder you can write to") from error
+        raise InputError(
+            f"can't write {target}: {error.strerror or error}; choose a folder you can write to"
+        ) from error
     temporary = Path(name)
     try:
         yield temporary

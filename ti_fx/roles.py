@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 
 from torch.fx import Graph, Node
 
+from ti_fx.errors import VerificationError
+
 KEY = "ti_fx"
 Role = Literal["shared", "student", "teacher", "loss"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -57,3 +59,27 @@ def twins(graph: Graph) -> dict[Node, Node]:
     """Return teacher node -> student node, as recorded by DuplicateTeacher."""
     by_name = {node.name: node for node in graph.nodes}
     return {node: by_name[fact(node, "twin")] for node in graph.nodes if fact(node, "twin") in by_name}
+
+
+def infer(graph: Graph) -> None:
+    """Give nodes without a role the one their inputs imply: loss over student over teacher over shared.
+
+    Raises:
+        VerificationError: a node without a role reads both teacher and student.
+    """
+    for node in graph.nodes:
+        if role(node) is not None:
+            continue
+        inputs = {role(source) for source in node.all_input_nodes}
+        if "loss" in inputs:
+            set_role(node, "loss")
+        elif {"teacher", "student"} <= inputs:
+            raise VerificationError(
+                f"one role per node: %{node.name} has no role and reads both teacher and student; give it one with "
+                "ti_fx.roles.set_role"
+            )
+        elif "teacher" in inputs:
+            set_role(node, "teacher")
+        else:
+            outside = node.op in ("get_attr", "call_module", "output")
+            set_role(node, "student" if outside or "student" in inputs else "shared")

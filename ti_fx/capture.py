@@ -1,0 +1,414 @@
+"""The front end: an nn.Module and example inputs become a plain, trainable fx.GraphModule.
+
+torch.export gives training-level ATen; what stands in the way of editing and training that graph is normalised here
+(``ti_fx.normalise``), and the result is checked against the source model in both modes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from ti_fx import normalise
+from ti_fx.errors import CaptureError, InputError
+from ti_fx.graph import constant_size, mode, state
+
+Dynamic = Literal["auto", "batch", "none"]
+
+BATCH = "batch"
+RELATIVE_TOLERANCE = (
+    1e-5  # captured against source, of the largest entry: eager attention sums in another order
+)
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """What capture found out.
+
+    Attributes:
+        dims: per input, each dimension's name if it is dynamic, else its size.
+        static: why a dimension is not dynamic, by ``input.dimension``.
+        constants: keyword arguments that are not tensors and are baked into the graph.
+        attention: the attention implementation used for the trace (None: not a transformers model).
+        nodes: nodes in the graph.
+        parameters: number of parameter elements the graph reads.
+        checked: largest relative difference from the source model, in ``eval`` and ``train`` mode.
+    """
+
+    dims: dict[str, tuple[str | int, ...]]
+    static: dict[str, str]
+    constants: dict[str, Any]
+    attention: str | None
+    nodes: int
+    parameters: int
+    checked: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [f"{name}: [{', '.join(map(str, sizes))}]" for name, sizes in self.dims.items()] + [
+            f"{where} is static: {why}" for where, why in self.static.items()
+        ]
+        checked = ", ".join(f"{name} {value:.1e}" for name, value in self.checked.items())
+        rows.append(f"{self.nodes} nodes, {self.parameters:,} parameters; relative difference: {checked}")
+        return "\n".join(rows)
+
+
+def capture_report(gm: GraphModule) -> CaptureReport:
+    """Return the report of the capture that made ``gm``: dynamic dimensions, and why any is not."""
+    report = state(gm).get("capture")
+    if not isinstance(report, CaptureReport):
+        raise InputError("this graph has no capture report; make it with ti_fx.capture(model, example)")
+    return report
+
+
+def capture(
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], *, dynamic: Dynamic = "auto"
+) -> GraphModule:
+    """Capture a model as a plain fx.GraphModule that takes and returns what the model does.
+
+    The graph shares the model's Parameters and buffers. ``train()`` and ``eval()`` work as on any module. A Hugging
+    Face model is switched to eager attention for the trace and restored, and its mode is left as it was.
+
+    Args:
+        model: any nn.Module that torch.export can trace, on any device, in any dtype, in either mode.
+        example: keyword inputs (a dict or BatchEncoding), or a tuple of positional ones. Tensors become inputs;
+            other values (flags, None) are baked in.
+        dynamic: ``auto`` makes every dimension dynamic that the model allows, ``batch`` only dimension 0, ``none``
+            nothing. See :func:`capture_report`.
+
+    Raises:
+        InputError: the example does not fit the model's signature.
+        CaptureError: the model can't be traced, or the graph does not equal the model in eval or train mode on the
+            example (randomness decided in Python is baked by the trace); names the source line where it is known.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"capture needs an nn.Module, got {type(model).__name__}")
+    if dynamic not in ("auto", "batch", "none"):
+        raise InputError(f"dynamic is {dynamic!r}; use 'auto', 'batch' or 'none'")
+    tensors, constants = _bind(model, example)
+    traced = {name: _at_least_two(value) for name, value in tensors.items()} if dynamic != "none" else tensors
+    with ExitStack() as stack:
+        attention = stack.enter_context(_traceable(model))
+        stack.enter_context(mode(model, True))
+        exported, static = _export(model, traced, constants, dynamic)
+        gm = normalise.to_plain(exported, model, list(tensors))
+        dims, names = _dims(gm, list(tensors))
+        state(gm)["dims"] = names
+        checked = _check(model, gm, tensors, constants)
+    for name, sizes in dims.items():
+        for index, size in enumerate(sizes):
+            if isinstance(size, int):
+                static.setdefault(f"{name}.{index}", f"the model (or dynamic={dynamic!r}) fixes it at {size}")
+    state(gm)["capture"] = CaptureReport(
+        dims=dims,
+        static=static,
+        constants={name: value for name, value in constants.items() if name != "use_cache"},
+        attention=attention,
+        nodes=len(gm.graph.nodes),
+        parameters=sum(parameter.numel() for parameter in gm.parameters()),
+        checked=checked,
+    )
+    gm.train(model.training)
+    return gm
+
+
+def _bind(
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(**example) if isinstance(example, Mapping) else signature.bind(*example)
+    except TypeError as error:
+        known = ", ".join(signature.parameters)
+        raise InputError(
+            f"the example does not fit {type(model).__name__}.forward({known}): {error}"
+        ) from None
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise InputError(f"{type(model).__name__}.forward takes *{name}; give the model named inputs")
+        else:
+            arguments[name] = value
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    constants = {name: value for name, value in arguments.items() if name not in tensors}
+    for name, value in constants.items():
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            raise InputError(
+                f"input {name!r} nests tensors in a {type(value).__name__}; give each tensor a keyword"
+            )
+    if not tensors:
+        raise InputError("the example holds no tensor; give at least one input tensor")
+    devices = {value.device for value in tensors.values()} | {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        raise InputError(f"model and example are on different devices: {sorted(map(str, devices))}")
+    if "use_cache" in signature.parameters:
+        constants.setdefault("use_cache", False)
+    return tensors, constants
+
+
+def _at_least_two(value: Tensor) -> Tensor:
+    """Repeat the batch when there is one row: torch.export takes a size of 1 for a constant."""
+    return torch.cat([value, value]) if value.dim() and value.shape[0] == 1 else value
+
+
+@contextmanager
+def _traceable(model: nn.Module) -> Iterator[str | None]:
+    """Eager attention for the trace (the map must be in the graph), restored afterwards."""
+    switch = getattr(model, "set_attn_implementation", None)
+    if switch is None:
+        yield None
+        return
+    configs = {
+        id(config): config
+        for part in model.modules()
+        if (config := getattr(part, "config", None)) is not None
+    }
+    before = [(config, getattr(config, "_attn_implementation_internal", None)) for config in configs.values()]
+    try:
+        switch("eager")
+        yield model.config._attn_implementation  # type: ignore[union-attr]
+    finally:
+        for config, value in before:
+            if hasattr(config, "_attn_implementation_internal"):
+                config._attn_implementation_internal = value
+
+
+def _dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[str, Any], dict[str, str]]:
+    if dynamic == "none":
+        return {name: None for name in tensors}, {}
+    batch = next((value.shape[0] for value in tensors.values() if value.dim()), 0)
+    named = torch.export.Dim(BATCH)
+    shapes: dict[str, Any] = {}
+    static: dict[str, str] = {}
+    for name, value in tensors.items():
+        dims: dict[int, Any] = {}
+        for index, size in enumerate(value.shape):
+            if index == 0 and size == batch and batch > 1:
+                dims[index] = named
+            elif dynamic == "auto" and size > 1:
+                dims[index] = torch.export.Dim.AUTO
+            elif dynamic == "auto":
+                static[f"{name}.{index}"] = f"the example's size is {size}; give an example of at least 2"
+        shapes[name] = dims or None
+    return shapes, static
+
+
+def _export(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    shapes, static = _dynamic_shapes(tensors, dynamic)
+    arguments = {**tensors, **constants}
+    wanted: dict[str, Any] = {**shapes, **dict.fromkeys(constants)}
+    with _python_randomness(model):
+        try:
+            return _trace(model, arguments, wanted), static
+        except Exception as error:
+            if dynamic != "auto" or not _is_about_shapes(error):
+                raise _capture_error(model, error) from error
+            reason = _first_line(error)
+        # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic, and say so.
+        wanted, _ = _dynamic_shapes(tensors, "batch")
+        try:
+            exported = _trace(model, arguments, {**wanted, **dict.fromkeys(constants)})
+        except Exception as error:
+            raise _capture_error(model, error) from error
+        for name, value in tensors.items():
+            for index in range(1, value.dim()):
+                static[f"{name}.{index}"] = reason
+        return exported, static
+
+
+def _trace(
+    model: nn.Module, arguments: dict[str, Any], shapes: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    with torch.random.fork_rng(devices=[]):
+        return torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=False)
+
+
+def _is_about_shapes(error: Exception) -> bool:
+    return bool(re.search(r"[Cc]onstraint|dynamic_shapes|specializ", str(error)))
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    if isinstance(error, CaptureError):
+        return error
+    where = _user_line(error)
+    return CaptureError(
+        f"{type(model).__name__} can't be captured{f' ({where})' if where else ''}: {_first_line(error)}; "
+        "control flow that depends on tensor values has no place in one graph: make it a tensor operation"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].strip() if text else type(error).__name__
+
+
+def _user_line(error: BaseException) -> str:
+    """Return ``file:line`` of the innermost frame that is the model's own code, as far as the traceback tells."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not re.search(r"[/\\](torch|ti_fx)[/\\]", frame.filename) and not frame.filename.startswith("<"):
+            return f"{frame.filename}:{frame.lineno}"
+    return ""
+
+
+_RANDOM_FUNCTIONS = (
+    "random",
+    "uniform",
+    "randint",
+    "choice",
+    "choices",
+    "sample",
+    "shuffle",
+    "gauss",
+    "randrange",
+)
+_NUMPY_FUNCTIONS = (
+    "rand",
+    "random",
+    "uniform",
+    "randint",
+    "choice",
+    "permutation",
+    "normal",
+    "randn",
+    "shuffle",
+)
+
+
+@contextmanager
+def _python_randomness(model: nn.Module) -> Iterator[None]:
+    """Raise if the model decides anything by Python's or NumPy's random numbers: the trace would bake one outcome."""
+    import numpy
+
+    found: list[str] = []
+
+    def recording(function: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            frames = traceback.extract_stack()[:-1]
+            frame = next(
+                (f for f in reversed(frames) if not re.search(r"[/\\](torch|numpy|random\.py)", f.filename)),
+                None,
+            )
+            if frame is not None and "ti_fx" not in frame.filename:
+                found.append(f"{frame.filename}:{frame.lineno}")
+            return function(*args, **kwargs)
+
+        return recorded
+
+    patched: list[tuple[Any, str, Any]] = []
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    for module, names in ((random, _RANDOM_FUNCTIONS), (numpy.random, _NUMPY_FUNCTIONS)):
+        for name in names:
+            patched.append((module, name, getattr(module, name)))
+            setattr(module, name, recording(getattr(module, name)))
+    try:
+        yield
+    finally:
+        for module, name, function in patched:
+            setattr(module, name, function)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+    if found:
+        raise CaptureError(
+            f"{type(model).__name__} draws random numbers in Python ({found[0]}), which a trace would freeze into one "
+            "outcome; turn that off (layerdrop=0, apply_spec_augment=False, ...) or draw them with torch"
+        )
+
+
+def _dims(gm: GraphModule, inputs: list[str]) -> tuple[dict[str, tuple[str | int, ...]], dict[str, str]]:
+    """Name the symbols: dimension 0 is the batch, dimension 1 of a rank-2 input a sequence, others by input."""
+    names: dict[str, str] = {}
+    dims: dict[str, tuple[str | int, ...]] = {}
+    placeholders = {node.target: node for node in gm.graph.find_nodes(op="placeholder")}
+    for name in inputs:
+        sizes: list[str | int] = []
+        for index, size in enumerate(placeholders[name].meta["val"].shape):
+            if (constant := constant_size(size)) is not None:
+                sizes.append(constant)
+                continue
+            symbol = str(size)
+            if symbol not in names:
+                base = BATCH if index == 0 else "sequence" if index == 1 else f"{name}_{index}"
+                names[symbol] = base if base not in names.values() else f"{name}_{base}"
+            sizes.append(names[symbol])
+        dims[name] = tuple(sizes)
+    return dims, names
+
+
+def _check(
+    model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
+) -> dict[str, float]:
+    """Compare the graph with the source model on the example, in both modes."""
+    if any(value.is_meta for value in tensors.values()):
+        return {}
+    checked: dict[str, float] = {}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = sorted({value.device.index or 0 for value in tensors.values() if value.is_cuda})
+    for name, training in (("eval", False), ("train", True)):
+        with (
+            mode(model, training),
+            mode(gm, training),
+            torch.random.fork_rng(devices=devices),
+            torch.no_grad(),
+        ):
+            torch.manual_seed(0)
+            expected = model(**tensors, **constants)
+            _restore(model, buffers)
+            torch.manual_seed(0)
+            actual = gm(**tensors)
+            _restore(model, buffers)
+        checked[name] = _difference(expected, actual)
+        if not checked[name] <= _tolerance(expected):
+            raise CaptureError(
+                f"the captured graph of {type(model).__name__} differs from the model in {name} mode (relative "
+                f"{checked[name]:.1e}): something is decided in Python by the mode or at random; turn it off in the "
+                "model's config (layerdrop, drop_path, masking)"
+            )
+    return checked
+
+
+def _restore(model: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def _tolerance(value: Any) -> float:
+    leaves = [
+        leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    coarsest = max((torch.finfo(leaf.dtype).eps for leaf in leaves), default=0.0)
+    return max(RELATIVE_TOLERANCE, 8 * coarsest if coarsest > 1e-4 else 0.0)
+
+
+def _difference(expected: Any, actual: Any) -> float:
+    """Return the largest difference of two output structures, relative to each tensor's largest entry."""
+    left, right = pytree.tree_leaves(expected), pytree.tree_leaves(actual)
+    pairs = [(a, b) for a, b in zip(left, right, strict=False) if isinstance(a, Tensor)]
+    if len(left) != len(right):
+        return float("inf")
+    worst = 0.0
+    for a, b in pairs:
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        if torch.equal(a, b) or not a.numel():
+            continue
+        same_nan = a.isnan() & b.isnan()
+        gap = (a.double() - b.double()).abs().masked_fill(same_nan | (a == b), 0)
+        finite = a.double().masked_fill(~a.isfinite(), 0).abs().max().clamp(min=1e-30)
+        worst = max(worst, (gap.max() / finite).item())
+    return worst

@@ -1,0 +1,93 @@
+"""Ops that behave differently in training, as small leaf modules that read ``self.training``.
+
+A dropout flag in the graph would be a constant: flipping it means another graph and another compilation. A leaf
+module follows ``train()`` and ``eval()`` as any nn.Module does. Dropout itself is torch.nn.Dropout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ScaledDotProductAttention(nn.Module):
+    """``torch.nn.functional.scaled_dot_product_attention`` with dropout in training only."""
+
+    def __init__(self, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> None:
+        super().__init__()
+        self.dropout_p = dropout_p
+        self.is_causal = is_causal
+        self.scale = scale
+        self.enable_gqa = enable_gqa
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return softmax(query keyᵀ · scale + mask) value; shapes ``(..., length, head size)``."""
+        return torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            enable_gqa=self.enable_gqa,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the options in a dump."""
+        return f"p={self.dropout_p}, causal={self.is_causal}, scale={self.scale}, gqa={self.enable_gqa}"
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the given tensors: batch statistics in training, running ones in evaluation."""
+
+    def __init__(self, momentum: float, eps: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.eps = eps
+
+    def forward(
+        self,
+        value: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+    ) -> Tensor:
+        """Normalise ``value`` of shape ``(batch, channels, ...)``; running statistics are updated in training."""
+        return torch.nn.functional.batch_norm(
+            value,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training=self.training or running_mean is None,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the options in a dump."""
+        return f"momentum={self.momentum}, eps={self.eps}"
+
+
+class Frozen(nn.Module):
+    """A leaf of the teacher: always in eval mode, whatever ``train()`` says."""
+
+    def __init__(self, leaf: nn.Module) -> None:
+        super().__init__()
+        self.leaf = leaf.eval()
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Stay in eval mode."""
+        self.training = mode
+        return self
+
+    def forward(self, *args: Tensor | None) -> Tensor:
+        """Run the leaf in eval mode."""
+        result: Tensor = self.leaf(*args)
+        return result
+
+    def extra_repr(self) -> str:
+        """Show the leaf's options in a dump."""
+        return f"{type(self.leaf).__name__}, {self.leaf.extra_repr()}"

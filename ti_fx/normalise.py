@@ -1,0 +1,294 @@
+"""Turn what torch.export returns into a plain fx.GraphModule that can be edited, trained, compiled and pickled.
+
+1. the pytree signature goes: placeholders are the model's keywords, the output node holds the model's own structure
+2. guard and assertion nodes go (inputs are validated before the call instead)
+3. sub-graphs (``wrap_with_set_grad_enabled``) are inlined
+4. ops that depend on the mode become leaf modules (``ti_fx.leaves``)
+5. one read per parameter, tied names merged, right before its first use
+6. roles
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from ti_fx import leaves, roles, structure
+from ti_fx.errors import CaptureError, InputError
+from ti_fx.graph import aten_name, constant_size, erase, is_persistent, prune, register, tensor
+
+ASSERTIONS = (
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range_for_size",
+    "sym_constrain_range",
+)
+RANDOM_OPS = frozenset(
+    (
+        "rand",
+        "randn",
+        "rand_like",
+        "randn_like",
+        "randint",
+        "randint_like",
+        "randperm",
+        "bernoulli",
+        "bernoulli_",
+        "multinomial",
+        "normal",
+        "uniform_",
+        "normal_",
+    )
+)
+
+
+def to_plain(exported: torch.export.ExportedProgram, model: nn.Module, inputs: list[str]) -> GraphModule:
+    """Return the plain trainable graph of an exported program; ``inputs`` are the tensor keywords, in order."""
+    source = exported.module()
+    if not isinstance(source, GraphModule):
+        raise CaptureError("torch.export returned no graph")
+    gm = _plain_signature(source, type(model).__name__)
+    _inline_subgraphs(gm)
+    _drop_assertions(gm.graph)
+    _leaf_modules(gm)
+    _share_model_tensors(gm, model)
+    _one_read_each(gm)
+    gm.graph.eliminate_dead_code()
+    assign_roles(gm)
+    prune(gm)
+    gm.graph.lint()
+    gm.recompile()
+    gm.register_forward_pre_hook(_validate, with_kwargs=True)
+    return gm
+
+
+def _plain_signature(source: GraphModule, name: str) -> GraphModule:
+    info = source.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for node in source.graph.nodes:
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
+            copies[node] = graph.node_copy(node)
+    for node in source.graph.nodes:
+        if node.op in ("placeholder", "output") or node.target == "_guards_fn":
+            continue
+        copies[node] = graph.node_copy(node, lambda argument: copies[argument])
+    flat = torch.fx.node.map_arg(source.graph.output_node().args[0], lambda node: copies[node])
+    output = graph.output(structure.build(graph, info.out_spec, flat))
+    root = nn.Module()
+    root._modules, root._parameters, root._buffers = source._modules, source._parameters, source._buffers
+    gm = GraphModule(root, graph, class_name=name)
+    del output
+    for node in gm.graph.nodes:
+        if structure.is_container(node):
+            node.meta["val"] = node.target(
+                **torch.fx.node.map_arg(dict(node.kwargs), lambda n: n.meta["val"])
+            )
+    return gm
+
+
+def _inline_subgraphs(gm: GraphModule) -> None:
+    """Replace calls of a sub-graph wrapped in set_grad_enabled or autocast by the nodes of that sub-graph."""
+    again = True
+    while again:
+        again = False
+        for node in list(gm.graph.nodes):
+            name = getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else ""
+            if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+                continue
+            where = next(
+                i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr"
+            )
+            inner = gm.get_submodule(node.args[where].target)
+            if not isinstance(inner, GraphModule):
+                raise CaptureError(f"node {node.name} calls a sub-graph that is not a graph")
+            _inline(gm.graph, node, inner.graph, list(node.args[where + 1 :]))
+            again = True
+    gm.graph.eliminate_dead_code()
+
+
+def _inline(graph: Graph, caller: Node, inner: Graph, arguments: list[Any]) -> None:
+    values: dict[Node, Any] = dict(zip(inner.find_nodes(op="placeholder"), arguments, strict=True))
+    with graph.inserting_before(caller):
+        for node in inner.nodes:
+            if node.op not in ("placeholder", "output"):
+                values[node] = graph.node_copy(node, lambda argument: values[argument])
+    results = torch.fx.node.map_arg(inner.output_node().args[0], lambda node: values[node])
+    for user in list(caller.users):
+        if user.target is not operator.getitem:
+            raise CaptureError(f"node {user.name} reads the whole result of sub-graph {caller.name}")
+        user.replace_all_uses_with(results[user.args[1]])
+        erase(user)
+    erase(caller)
+
+
+def _drop_assertions(graph: Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if aten_name(node) in ASSERTIONS or (node.op == "call_function" and node.target is torch._check):
+            erase(node)
+
+
+def _leaf_modules(gm: GraphModule) -> None:
+    for node in list(gm.graph.nodes):
+        name = aten_name(node)
+        if name == "dropout":
+            _replace_by_leaf(gm, node, nn.Dropout(float(node.args[1])), (node.args[0],))
+        elif name == "scaled_dot_product_attention":
+            arguments = _bound(node)
+            leaf = leaves.ScaledDotProductAttention(
+                float(arguments["dropout_p"]),
+                arguments["is_causal"],
+                arguments["scale"],
+                arguments["enable_gqa"],
+            )
+            operands = (arguments["query"], arguments["key"], arguments["value"], arguments["attn_mask"])
+            _replace_by_leaf(gm, node, leaf, operands if operands[3] is not None else operands[:3])
+        elif name in ("batch_norm", "native_dropout", "alpha_dropout", "feature_dropout", "rrelu"):
+            _replace_mode_dependent(gm, node, name)
+
+
+def _replace_mode_dependent(gm: GraphModule, node: Node, name: str) -> None:
+    if name != "batch_norm":
+        raise CaptureError(
+            f"node {node.name} calls aten.{name}, whose mode is frozen by the trace; use nn.Dropout"
+        )
+    arguments = _bound(node)
+    leaf = leaves.BatchNorm(float(arguments["momentum"]), float(arguments["eps"]))
+    names = ("input", "weight", "bias", "running_mean", "running_var")
+    _replace_by_leaf(gm, node, leaf, tuple(arguments[key] for key in names))
+    for update in list(gm.graph.nodes):  # num_batches_tracked is bookkeeping of the source module
+        if (
+            aten_name(update) == "add_"
+            and isinstance(update.args[0], Node)
+            and str(update.args[0].target).endswith("num_batches_tracked")
+        ):
+            erase(update)
+
+
+def _bound(node: Node) -> dict[str, Any]:
+    """Return an ATen call's arguments by name, defaults included."""
+    values: dict[str, Any] = {}
+    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if index < len(node.args):
+            values[argument.name] = node.args[index]
+        else:
+            values[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return values
+
+
+def _replace_by_leaf(gm: GraphModule, node: Node, leaf: nn.Module, args: tuple[Any, ...]) -> None:
+    target = f"leaves.{node.name}"
+    leaf.train(gm.training)
+    register(gm, target, leaf)
+    with gm.graph.inserting_before(node):
+        call = gm.graph.create_node("call_module", target, args)
+    call.meta = dict(node.meta)
+    name = node.name
+    node.replace_all_uses_with(call)
+    erase(node)
+    gm.graph._graph_namespace._used_names.discard(call.name)
+    call._rename(name)
+
+
+def _share_model_tensors(gm: GraphModule, model: nn.Module) -> None:
+    """Read the model's own Parameter and buffer objects, under the first of each tensor's names."""
+    first: dict[int, str] = {}
+    everything = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    by_name = dict(everything)
+    for name, value in everything:
+        first.setdefault(id(value), name)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = by_name.get(node.target)
+        if value is not None:
+            node.target = first[id(value)]
+            register(gm, node.target, value, is_persistent(model, node.target))
+        elif isinstance(tensor(gm, node.target), nn.Parameter):
+            raise CaptureError(f"the graph reads a parameter {node.target} that the model does not name")
+
+
+def _one_read_each(gm: GraphModule) -> None:
+    """Keep one get_attr node per tensor, right before its first user."""
+    reads: dict[str, Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        if node.target in reads:
+            node.replace_all_uses_with(reads[node.target])
+            erase(node)
+        else:
+            reads[node.target] = node
+    moved: set[Node] = set()
+    for node in list(gm.graph.nodes):
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source not in moved:
+                moved.add(source)
+                node.prepend(source)
+
+
+def is_random(node: Node) -> bool:
+    """Whether the node draws random numbers in every mode."""
+    return aten_name(node) in RANDOM_OPS
+
+
+def assign_roles(gm: GraphModule) -> None:
+    """Give every node its first role: shared if nothing trainable, stored or random is upstream, else student."""
+    for node in gm.graph.nodes:
+        own = (
+            node.op in ("get_attr", "call_module", "output")
+            or is_random(node)
+            or structure.is_container(node)
+        )
+        inherited = any(roles.is_student(source) for source in node.all_input_nodes)
+        roles.set_role(node, "student" if own or inherited else "shared")
+
+
+def _validate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse inputs that the graph was not captured for, in one line."""
+    if torch.compiler.is_compiling():
+        return
+    assert isinstance(module, GraphModule)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    names = [str(node.target) for node in placeholders]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if len(args) > len(names) or set(given) != set(names):
+        raise InputError(f"the graph takes the inputs {', '.join(names)}; got {', '.join(given) or 'none'}")
+    sizes: dict[str, tuple[int, str]] = {}
+    for node in placeholders:
+        expected, value, name = node.meta["val"], given[str(node.target)], str(node.target)
+        if not isinstance(value, Tensor):
+            raise InputError(f"input {name!r} is a {type(value).__name__}; give a tensor")
+        if value.dtype != expected.dtype:
+            raise InputError(f"input {name!r} is {value.dtype}; the graph was captured with {expected.dtype}")
+        if value.dim() != expected.dim():
+            raise InputError(f"input {name!r} has {value.dim()} dimensions; the graph takes {expected.dim()}")
+        for index, (size, wanted) in enumerate(zip(value.shape, expected.shape, strict=True)):
+            _validate_size(name, index, size, wanted, sizes)
+
+
+def _validate_size(name: str, index: int, size: int, wanted: Any, sizes: dict[str, tuple[int, str]]) -> None:
+    constant = constant_size(wanted)
+    if constant is not None:
+        if size != constant:
+            raise InputError(
+                f"input {name!r} has size {size} in dimension {index}; the graph was captured for {constant}"
+            )
+        return
+    symbol = wanted.node.expr
+    known, where = sizes.setdefault(str(symbol), (size, f"{name!r} dimension {index}"))
+    if known != size:
+        raise InputError(
+            f"input {name!r} has size {size} in dimension {index}, but {where} has {known}; they must be equal"
+        )
+    limit = wanted.node.shape_env.bound_sympy(symbol).upper
+    if limit.is_Integer and size > int(limit):
+        raise InputError(
+            f"input {name!r} has size {size} in dimension {index}; the model takes at most {int(limit)}"
+        )

@@ -1,0 +1,76 @@
+"""Rebuild a model's output structure inside the graph, from torch.export's flat outputs and their TreeSpec."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from ti_fx.errors import CaptureError
+
+
+def build(graph: Graph, spec: pytree.TreeSpec, leaves: Sequence[Any]) -> Any:
+    """Return the structure of ``spec`` over graph nodes, as an argument of the output node.
+
+    Tuples, lists and dicts become literals; mapping dataclasses (transformers' ModelOutput) and named tuples become a
+    call of their class with keywords, inserted at the graph's current insertion point.
+
+    Raises:
+        CaptureError: a container of another type.
+    """
+    iterator = iter(leaves)
+    return _build(graph, spec, iterator)
+
+
+def _build(graph: Graph, spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
+    if spec.is_leaf():
+        return next(leaves)
+    children = [_build(graph, child, leaves) for child in spec.children()]
+    kind: Any = spec.type
+    if kind is None or kind is type(None):
+        return None
+    if kind in (tuple, list):
+        return kind(children)
+    if kind in (dict, OrderedDict):
+        return dict(zip(spec.context, children, strict=True))
+    if issubclass(kind, Mapping) and dataclasses.is_dataclass(kind):
+        keywords = dict(zip(spec.context, children, strict=True))
+        return graph.create_node("call_function", kind, (), keywords, name="outputs")
+    if pytree.is_namedtuple_class(kind) or spec.type is pytree.namedtuple:
+        kind = spec.context if spec.type is pytree.namedtuple else kind
+        keywords = dict(zip(kind._fields, children, strict=True))
+        return graph.create_node("call_function", kind, (), keywords, name="outputs")
+    raise CaptureError(
+        f"the model returns a {kind.__module__}.{kind.__qualname__}, which has no place in a graph; "
+        "return tensors, tuples, dicts or a ModelOutput (for a cache, pass use_cache=False)"
+    )
+
+
+def is_container(node: Any) -> bool:
+    """Whether a node builds an output structure (a ModelOutput or a named tuple)."""
+    return isinstance(node, Node) and node.op == "call_function" and isinstance(node.target, type)
+
+
+def named_leaves(argument: Any, prefix: str = "") -> dict[str, Node]:
+    """Return the tensors of an output structure by name: field names, keys, indices, ``output`` for a lone tensor.
+
+    Nested names are joined by dots: ``hidden_states.0``.
+    """
+    if is_container(argument):
+        return named_leaves(dict(argument.kwargs), prefix)
+    if isinstance(argument, Node):
+        return {prefix or "output": argument}
+    if isinstance(argument, Mapping):
+        items: list[tuple[str, Any]] = [(str(key), item) for key, item in argument.items()]
+    elif isinstance(argument, tuple | list):
+        items = [(str(index), item) for index, item in enumerate(argument)]
+    else:
+        return {}
+    found: dict[str, Node] = {}
+    for key, item in items:
+        found.update(named_leaves(item, f"{prefix}.{key}" if prefix else key))
+    return found

@@ -1,0 +1,132 @@
+"""A graph as text, one node a line, and the difference of two graphs.
+
+``%name = op(args)  type  @module  #role``: no ids, devices or timings, so that equal graphs have equal text.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ti_fx import roles
+from ti_fx.graph import state
+
+_DTYPES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
+
+
+def dump(gm: GraphModule) -> str:
+    """Return the graph as text, one node a line, equal for equal graphs."""
+    return "\n".join(lines(gm).values()) + "\n"
+
+
+def lines(gm: GraphModule) -> dict[str, str]:
+    """Return the dump's line of each node, by node name, in graph order."""
+    dims = state(gm).get("dims", {})
+    return {node.name: _line(gm, node, dims) for node in gm.graph.nodes}
+
+
+def diff(before: GraphModule | str, after: GraphModule | str, context: int = 2) -> str:
+    """Return the unified diff of two graphs or dumps, without file headers and line numbers; empty if equal."""
+    old, new = (dump(graph) if isinstance(graph, GraphModule) else graph for graph in (before, after))
+    changes = list(difflib.unified_diff(old.splitlines(), new.splitlines(), n=context, lineterm=""))[2:]
+    return "\n".join("@@" if line.startswith("@@") else line for line in changes) + ("\n" if changes else "")
+
+
+def type_text(value: Any, dims: Mapping[str, str]) -> str:
+    """Return ``f32[batch, sequence, 384]`` for a tensor, ``int`` for a size, a bracketed list for structures."""
+    if isinstance(value, torch.Tensor):
+        shape = ", ".join(_size(size, dims) for size in value.shape)
+        return f"{_DTYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{shape}]"
+    if isinstance(value, torch.SymInt | int):
+        return f"size {_size(value, dims)}"
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{key}: {type_text(item, dims)}" for key, item in value.items())
+        return f"{{{inner}}}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(type_text(item, dims) for item in value)})"
+    return "" if value is None else type(value).__name__
+
+
+def module_path(node: Node) -> str:
+    """Return the dotted path of the innermost module of the user's model that made the node, or ``""``."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return "" if path.startswith("_") else path
+
+
+def operation(gm: GraphModule, node: Node) -> str:
+    """Return the node's operation: ``linear``, ``softmax.int``, ``Dropout(p=0.1)``, ``input``, a tensor's path."""
+    if node.op == "placeholder":
+        return "input"
+    if node.op == "get_attr":
+        return str(node.target)
+    if node.op == "call_module":
+        module = gm.get_submodule(node.target)
+        return f"{type(module).__name__}{{{module.extra_repr()}}}"
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.partition("::")[2]
+        overload = node.target._overloadname
+        return name if overload in ("default", "Tensor") else f"{name}.{overload}"
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _size(size: Any, dims: Mapping[str, str]) -> str:
+    text = str(size)
+    for symbol, name in dims.items():
+        text = _replace_symbol(text, symbol, name)
+    return text
+
+
+def _replace_symbol(text: str, symbol: str, name: str) -> str:
+    if text == symbol:
+        return name
+    words = text.replace("(", " ( ").replace(")", " ) ").replace("*", " * ").replace(",", " , ").split()
+    return "".join(name if word == symbol else word for word in words) if symbol in words else text
+
+
+def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
+    if node.op == "output":
+        return f"return {_argument(node.args[0])}"
+    text = f"%{node.name} = {operation(gm, node)}"
+    if node.op not in ("placeholder", "get_attr"):
+        arguments = [_argument(argument) for argument in node.args]
+        arguments += [
+            f"{key}={_argument(argument)}" for key, argument in node.kwargs.items() if key != "device"
+        ]
+        text += f"({', '.join(arguments)})"
+    parts = [text, type_text(node.meta.get("val"), dims)]
+    if path := module_path(node):
+        parts.append(f"@{path}")
+    parts.append(f"#{roles.role(node)}")
+    if point := roles.fact(node, "intervened"):
+        parts.append(f"tap of {point}")
+    return "  ".join(part for part in parts if part)
+
+
+def _argument(argument: Any) -> str:
+    if isinstance(argument, Node):
+        return f"%{argument.name}"
+    if isinstance(argument, tuple | list):
+        return f"[{', '.join(_argument(item) for item in argument)}]"
+    if isinstance(argument, Mapping):
+        return "{" + ", ".join(f"{key}: {_argument(item)}" for key, item in argument.items()) + "}"
+    if isinstance(argument, torch.device):
+        return "device"
+    return str(argument)
