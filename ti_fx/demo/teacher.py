@@ -1,6 +1,6 @@
-"""The demo's full-precision teacher: a pre-trained encoder fine-tuned on the question types by transformers' Trainer.
+"""The demo's full-precision teacher: a pre-trained encoder fine-tuned on the question types.
 
-The settings were chosen by accuracy on the validation split alone.
+The loop is transformers' Trainer. The settings were chosen by accuracy on the validation split alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -46,8 +47,8 @@ except ImportError as error:
 class TeacherSettings:
     """How the teacher is fine-tuned: AdamW, linear warm-up, then linear decay to zero.
 
-    ``epochs`` may be fractional; ``max_steps`` (optimiser steps), when given, replaces it. ``warmup`` is a share of
-    all steps.
+    ``epochs`` may be fractional; ``max_steps`` (optimiser steps), when given, replaces it. ``warmup`` is a
+    share of all steps.
     """
 
     learning_rate: float = 2e-4
@@ -64,7 +65,7 @@ TEACHER_SETTINGS = TeacherSettings()
 
 @dataclass(frozen=True)
 class TeacherRun:
-    """What a fine-tuning did: its optimiser steps, cost, last scores on validation, and the Trainer's log for curves.
+    """What a fine-tuning did: optimiser steps, cost, last validation scores, the Trainer's log for curves.
 
     ``seconds`` is wall time and ``cpu_seconds`` the time of all threads together, both with the evaluations.
     """
@@ -77,7 +78,7 @@ class TeacherRun:
 
 
 def question_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Return ``accuracy`` and ``macro_f1`` for logits [rows, classes] and labels [rows]: a ``compute_metrics``."""
+    """Return ``accuracy`` and ``macro_f1`` of logits [rows, classes] against labels [rows]."""
     predicted = np.argmax(prediction.predictions, axis=-1)
     return {
         "accuracy": float(accuracy_score(prediction.label_ids, predicted)),
@@ -95,10 +96,11 @@ def fine_tune(
     settings: TeacherSettings = TEACHER_SETTINGS,
     progress: bool = True,
 ) -> TeacherRun:
-    """Fine-tune the encoder in ``model_folder`` on ``data.train`` and save model and tokenizer as the folder ``out``.
+    """Fine-tune the encoder in ``model_folder`` on ``data.train`` and save it and its tokenizer in ``out``.
 
-    The test split is not touched. ``out`` appears complete or not at all; a folder that was there is replaced only
-    when training and saving have succeeded. The same seed, machine and number of threads give the same weights.
+    The test split is not touched. ``out`` appears complete or not at all; a folder that was there is replaced
+    only when training and saving have succeeded. The same seed, machine and number of threads give the same
+    weights.
 
     Raises:
         DataError: a split is empty or a label is out of range.
@@ -131,7 +133,8 @@ def fine_tune(
         scores = trainer.evaluate()
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
         with _quiet_loading():
-            trainer.save_model(str(temporary))
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
     return TeacherRun(
         steps=trainer.state.global_step,
         seconds=seconds,
@@ -148,12 +151,14 @@ def evaluate(
     *,
     settings: TeacherSettings = TEACHER_SETTINGS,
 ) -> dict[str, float]:
-    """Return ``accuracy`` and ``macro_f1`` of a classifier on ``rows``; of ``settings``, batch size and length count.
+    """Return ``accuracy`` and ``macro_f1`` of a classifier on ``rows``, batched as in ``settings``.
 
     Raises:
         DataError: there are no rows, or a label is out of the model's range.
     """
-    dataset = tokenized(rows, tokenizer, label_count=model.config.num_labels, max_length=settings.max_length)
+    dataset = tokenized(
+        rows, tokenizer, label_count=len(model.config.id2label or ()), max_length=settings.max_length
+    )
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _question_trainer(
             model, tokenizer, _training_arguments(settings, 0, scratch), None, dataset
@@ -208,7 +213,12 @@ class _ProgressBar(ProgressCallback):
     """The bar alone: the Trainer's own also prints every log line, which belongs in the report's curves."""
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_logged: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **others: Any,
     ) -> None:
         """Print nothing."""
 
@@ -221,19 +231,19 @@ def _named_scores(metrics: dict[str, float]) -> dict[str, float]:
 def _quiet_loading() -> Iterator[None]:
     """Silence transformers' bars and its report that the classifier is new: here it always is."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def _replacing_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``out``; on success it becomes ``out``, else it is removed and ``out`` stays."""
+    """Yield a new folder beside ``out``; on success it becomes ``out``, else it goes and ``out`` stays."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
