@@ -79,23 +79,23 @@ def build(kind: str, source: Path, out: Path) -> Path:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the packages are built from, so that building leaves nothing in this tree."""
-    return copy_checkout(tmp_path_factory.mktemp("checkout"))
+    return copy_checkout(ROOT, tmp_path_factory.mktemp("checkout"))
 
 
-def copy_checkout(target: Path) -> Path:
+def copy_checkout(source: Path, target: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("ti_fx", "passes", "export"):
-        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=ignore)
+        shutil.copytree(source / name, target / name, symlinks=True, ignore=ignore)
     for name in ("setup.cfg", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, target)
+        if (source / name).exists():
+            shutil.copy(source / name, target)
     return target
 
 
 @pytest.fixture
-def checkout_without_links(tmp_path: Path) -> Path:
+def checkout_without_links(checkout: Path, tmp_path: Path) -> Path:
     """A checkout as git writes it with core.symlinks=false: a link is a text file that holds its target."""
-    target = copy_checkout(tmp_path / "checkout")
+    target = copy_checkout(checkout, tmp_path / "checkout")
     for name in ("passes", "export"):
         link = target / "ti_fx" / name
         text = os.readlink(link)
