@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from ti_fx import normalise
 from ti_fx.errors import CaptureError, InputError
 from ti_fx.graph import constant_size, mode, state
+from ti_fx.metadata import guard_count
 
 Dynamic = Literal["auto", "batch", "none"]
 
@@ -104,6 +105,7 @@ def capture(
         gm = normalise.to_plain(exported, model, list(tensors))
         dims, names = _dims(gm, list(tensors))
         state(gm)["dims"] = names
+        state(gm)["guards"] = guard_count(gm)
         checked = _check(model, gm, tensors, constants)
     for name, sizes in dims.items():
         for index, size in enumerate(sizes):

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ti_fx import leaves, roles, structure
 from ti_fx.errors import CaptureError, InputError
-from ti_fx.graph import aten_name, constant_size, erase, is_persistent, prune, register, tensor
+from ti_fx.graph import aten_name, constant_size, erase, is_persistent, prune, register, state, tensor
 
 ASSERTIONS = (
     "_assert_tensor_metadata",
@@ -205,6 +205,11 @@ def _share_model_tensors(gm: GraphModule, model: nn.Module) -> None:
     by_name = dict(everything)
     for name, value in everything:
         first.setdefault(id(value), name)
+    tied: dict[str, list[str]] = {}
+    for name, value in everything:
+        if first[id(value)] != name:
+            tied.setdefault(first[id(value)], []).append(name)
+    state(gm)["tied"] = tied
     for node in gm.graph.find_nodes(op="get_attr"):
         value = by_name.get(node.target)
         if value is not None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 Granularity = Literal["tensor", "row"]
 
-THRESHOLD_FACTOR = 0.7  # threshold = 0.7 * mean|W|
 CLIP = 2.5  # latent weights are clamped to [-2.5, 2.5]; outside, the gradient is zero
 
 
@@ -48,7 +47,8 @@ def ternary_codes(
     if granularity == "row":
         dims = tuple(dim + 1 for dim in dims)
     keep = granularity == "row"
-    threshold = THRESHOLD_FACTOR * magnitude.mean(dim=dims, keepdim=keep)
+    # a literal: torch.compile(dynamic=True) takes a module-level float for a symbol and fails in autograd.Function
+    threshold = 0.7 * magnitude.mean(dim=dims, keepdim=keep)
     beyond = magnitude > threshold
     count = beyond.sum(dim=dims, keepdim=keep).clamp(min=1)
     scale = (magnitude * beyond).sum(dim=dims, keepdim=keep) / count

@@ -11,8 +11,8 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import leaves, numerics, roles
 from ti_fx.errors import VerificationError
-from ti_fx.graph import tensor
-from ti_fx.metadata import inconsistencies
+from ti_fx.graph import state, tensor
+from ti_fx.metadata import guard_count, inconsistencies
 from ti_fx.sites import is_ours
 
 TEACHER = "teacher"  # the submodule that holds the teacher's frozen tensors
@@ -63,7 +63,9 @@ def _roles(gm: GraphModule) -> Iterator[str]:
     for node in gm.graph.nodes:
         if roles.role(node) not in roles.ROLES:
             yield f"%{node.name} has role {roles.role(node)}; set it with ti_fx.roles.set_role"
-        elif roles.role(node) == "shared" and any(roles.role(source) != "shared" for source in node.all_input_nodes):
+        elif roles.role(node) == "shared" and any(
+            roles.role(source) != "shared" for source in node.all_input_nodes
+        ):
             yield f"shared %{node.name} reads a value that is not shared"
 
 
@@ -86,7 +88,9 @@ def _interventions(gm: GraphModule) -> Iterator[str]:
     detached: dict[str, set[str]] = {}
     for node in gm.graph.nodes:
         if node.target is numerics.detach and node.op == "call_function":
-            detached.setdefault(str(roles.fact(node, "intervention")), set()).update(user.name for user in node.users)
+            detached.setdefault(str(roles.fact(node, "intervention")), set()).update(
+                user.name for user in node.users
+            )
     for node in gm.graph.nodes:
         point = roles.fact(node, "intervened")
         if point is None:
@@ -105,10 +109,14 @@ def _interventions(gm: GraphModule) -> Iterator[str]:
 def _same_twins(gm: GraphModule) -> Iterator[str]:
     twins = roles.twins(gm.graph)
     teacher_of = {node: twin for twin, node in twins.items()}
+    by_name = {node.name: node for node in gm.graph.nodes}
 
     def origin(source: Node) -> Node:
         """Resolve what the teacher has no copy of: quantisers, detaches, dropout."""
         while source not in teacher_of and roles.role(source) == "student" and source.all_input_nodes:
+            if clone_of := roles.fact(source, "clone_of"):
+                source = by_name[clone_of]
+                continue
             transparent = is_ours(source) or source.target is numerics.ternary or is_dropout(gm, source)
             if not transparent:
                 break
@@ -168,10 +176,10 @@ def _tied(gm: GraphModule) -> Iterator[str]:
         first = storage.setdefault(id(value), node.target)
         if first != node.target:
             yield f"{node.target} and {first} are one Parameter under two names; read it under one"
-    declared = gm.meta.get("ti_fx", {}).get("tied", {})
-    for name, group in declared.items():
-        if name not in storage.values() and any(other in storage.values() for other in group):
-            yield f"{name} is tied to {', '.join(group)} in the model, and no longer here"
+    for first, others in state(gm).get("tied", {}).items():
+        for name in others:
+            if name in storage.values():
+                yield f"{name} is tied to {first} in the model, and is read as a tensor of its own"
 
 
 def _losses(gm: GraphModule) -> Iterator[str]:
@@ -191,9 +199,9 @@ def _meta(gm: GraphModule) -> Iterator[str]:
 
 
 def _guards(gm: GraphModule) -> Iterator[str]:
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in (torch._assert, torch._check):
-            yield f"%{node.name} asserts something about sizes"
+    allowed = state(gm).get("guards")
+    if allowed is not None and guard_count(gm) > allowed:
+        yield f"the graph's sizes have {guard_count(gm)} guards, {allowed} at capture; compute sizes from the graph's own"
 
 
 INVARIANTS: tuple[Invariant, ...] = (

@@ -1,0 +1,200 @@
+"""Teacher Intervention: let the student read the teacher's value at a point of its attention blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ti_fx import numerics, roles
+from ti_fx.errors import PostconditionError, PreconditionError, SelectionError, did_you_mean
+from ti_fx.graph import ancestors, aten_name, call, erase, place, replace_input
+from ti_fx.pipeline import Pass
+from ti_fx.sites import POINTS, AttentionSite, Point, find_attention
+from ti_fx.structure import is_container
+
+# The projections whose inputs are detached, by point (published code; the residual is never detached).
+DETACHED: dict[Point, tuple[str, ...]] = {
+    "map": ("query", "key"),
+    "context": ("query", "key", "value"),
+    "output": ("query", "key", "value"),
+}
+
+
+@dataclass(frozen=True)
+class Intervene(Pass):
+    """Student consumers of an attention point read the teacher's value instead.
+
+    before:  %map = softmax(%scores)        #student     after:  %map = softmax(%scores)    #student  (a tap)
+             %ctx = matmul(%map, %v)        #student             %ctx = matmul(%map_t, %v)  #student
+
+    1. whatever intervention the selected blocks have is undone
+    2. every student consumer of the point reads the twin; losses and the model's returned outputs keep the tap
+    3. the inputs of the projections that feed the tap are detached: Q and K under ``map``, Q, K and V under
+       ``context`` and ``output``
+    4. under ``map``, a projection that makes V together with Q and K runs twice, once on the detached input
+
+    Source: arXiv 2302.11812, sections 3.1 to 3.3: TI-M, TI-C, TI-O.
+
+    Attributes:
+        at: the point; None for no intervention (plain quantisation-aware training).
+        layers, stack, kind: the blocks that are selected; None selects all.
+        keep_encoder_gradient: in cross-attention, don't detach the encoder's output.
+    """
+
+    at: Point | None = None
+    layers: tuple[int, ...] | None = None
+    stack: int | None = None
+    kind: Literal["self", "cross"] | None = None
+    keep_encoder_gradient: bool = False
+
+    def requires(self, gm: GraphModule) -> None:
+        """A teacher, unless nothing is to be intervened; attention in which the point is a node."""
+        if self.at is not None and self.at not in POINTS:
+            raise SelectionError(f"intervene can't act at {self.at!r}{did_you_mean(self.at, POINTS)}")
+        if not any(roles.is_teacher(node) for node in gm.graph.nodes):
+            raise PreconditionError("intervene needs a teacher to read from; run duplicate-teacher first")
+        sites = self.select(gm)
+        if not sites:
+            raise SelectionError(
+                f"{self} selects none of the graph's {len(find_attention(gm))} attention blocks; "
+                "print ti_fx.find_attention(gm)"
+            )
+        for site in sites if self.at is not None else ():
+            if site.map is None:
+                raise PreconditionError(
+                    f"attention is one fused node in {site.where} (%{site.context.name}); run decompose-attention first"
+                )
+            if self.at is not None and site.at(self.at) is None:
+                raise PreconditionError(
+                    f"{site.where} has no {self.at}: nothing projects its context (%{site.context.name}); "
+                    "intervene at map or context, or select other layers"
+                )
+
+    def apply(self, gm: GraphModule) -> None:
+        """Undo, rewire, detach, block by block."""
+        teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
+        for site in self.select(gm):
+            undo(gm, site)
+        for site in self.select(gm) if self.at is not None else ():
+            assert self.at is not None
+            tap = site.at(self.at)
+            assert tap is not None
+            for user in consumers(tap):
+                replace_input(user, tap, teacher[tap])
+            names = self._detach(gm, site, tap)
+            roles.record(tap, intervened=self.at, detaches=names)
+
+    def ensures(self, gm: GraphModule) -> None:
+        """Each selected block is intervened at this point and at no other."""
+        for site in self.select(gm):
+            found = [point for point in POINTS if (node := site.at(point)) is not None and _point(node)]
+            if found != ([] if self.at is None else [self.at]):
+                raise PostconditionError(f"intervene left {site.where} intervened at {found}")
+
+    def select(self, gm: GraphModule) -> list[AttentionSite]:
+        """Return the selected attention blocks."""
+        return [
+            site
+            for site in find_attention(gm)
+            if (self.layers is None or site.layer in self.layers)
+            and (self.stack is None or site.stack == self.stack)
+            and (self.kind is None or site.kind == self.kind)
+        ]
+
+    def _detach(self, gm: GraphModule, site: AttentionSite, tap: Node) -> list[str]:
+        """Detach the inputs of the projections that feed the tap; return the names of the detached readers."""
+        assert self.at is not None
+        parts = DETACHED[self.at]
+        if site.kind == "cross" and self.keep_encoder_gradient:
+            parts = tuple(part for part in parts if part == "query")
+        wanted = dict.fromkeys(node for part in parts if (node := getattr(site, part)) is not None)
+        readers = [
+            _split(gm, site, node, tap) if node is site.value and "value" not in parts else node
+            for node in wanted
+        ]
+        made: dict[Node, Node] = {}
+        for reader in readers:
+            position = 1 if aten_name(reader) == "addmm" else 0
+            source = reader.args[position]
+            assert isinstance(source, Node)
+            if source not in made:
+                made[source] = call(reader, numerics.detach, (source,), f"{reader.name}_input", "student")
+                roles.record(made[source], intervention=tap.name)
+            reader.update_arg(position, made[source])
+        return [reader.name for reader in readers]
+
+
+def consumers(tap: Node) -> list[Node]:
+    """Return the student nodes that read a point, the model's returned outputs excepted."""
+    return [
+        user
+        for user in tap.users
+        if roles.is_student(user) and user.op != "output" and not is_container(user)
+    ]
+
+
+def undo(gm: GraphModule, site: AttentionSite) -> None:
+    """Let a block's consumers read the student's own values again and remove its detaches."""
+    teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
+    for point in POINTS:
+        tap = site.at(point)
+        if tap is None or not _point(tap):
+            continue
+        for user in consumers(teacher[tap]):
+            replace_input(user, teacher[tap], tap)
+        by_name = {node.name: node for node in gm.graph.nodes}
+        inserted = [node for node in gm.graph.nodes if roles.fact(node, "intervention") == tap.name]
+        for node in inserted:
+            original = by_name.get(str(roles.fact(node, "clone_of")))
+            source = original if original is not None else node.args[0]
+            assert isinstance(source, Node)
+            node.replace_all_uses_with(source)
+        for node in reversed(inserted):
+            erase(node)
+        roles.record(tap, intervened=None, detaches=None)
+
+
+def _point(node: Node) -> Point | None:
+    point: Point | None = roles.fact(node, "intervened")
+    return point
+
+
+def _split(gm: GraphModule, site: AttentionSite, projection: Node, tap: Node) -> Node:
+    """Copy a fused projection, and what lies between it and the separate Q, K and V, for Q and K alone."""
+    assert site.scores is not None
+    for_scores = ancestors([site.scores], stop=lambda node: node is projection)
+    for_value = ancestors(
+        [
+            source
+            for source in site.context.all_input_nodes
+            if source is not site.map and not roles.is_teacher(source)
+        ],
+        stop=lambda node: node is projection or node is site.map,
+    )
+    mixed = [
+        node for node in gm.graph.nodes if node in for_scores & for_value and _is_after(node, projection)
+    ]
+    clones: dict[Node, Node] = {}
+    for node in mixed:
+        with gm.graph.inserting_after(node):
+            clone = gm.graph.node_copy(node, lambda source: clones.get(source, source))
+        gm.graph._graph_namespace._used_names.discard(clone.name)
+        clone._rename(f"{node.name}_scores")
+        place(clone, node)
+        clone.meta["ti_fx"] = {"role": "student", "clone_of": node.name, "intervention": tap.name}
+        clones[node] = clone
+    for node in mixed:
+        for user in list(node.users):
+            if user in for_scores and user not in mixed and user not in clones.values():
+                replace_input(user, node, clones[node])
+    return clones[projection]
+
+
+def _is_after(node: Node, projection: Node) -> bool:
+    return node is projection or (
+        projection in ancestors([node], stop=lambda part: part is projection)
+        and isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
+    )

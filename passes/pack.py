@@ -1,0 +1,68 @@
+"""Turn each ternary weight into packed codes and a scale, in the graph itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ti_fx import encodings, numerics, roles
+from ti_fx.errors import PostconditionError, PreconditionError
+from ti_fx.graph import call, erase, get_attr, prune, register, tensor
+from ti_fx.pipeline import Pass
+
+
+@dataclass(frozen=True)
+class Pack(Pass):
+    """A ternary weight is stored as two-bit codes and a scale; the graph still runs in PyTorch, with equal values.
+
+    before:  %w = w                              after:  %w_codes = w_codes          u8[elements / 4]
+             %w_q = ternary(%w)                          %w_scale = w_scale          f32[] or f32[rows, 1]
+                                                         %w_q = unpack_ternary(%w_codes, %w_scale, shape, dtype)
+    """
+
+    def requires(self, gm: GraphModule) -> None:
+        """A stripped graph with ternary weights, or one that is packed already."""
+        for node in gm.graph.nodes:
+            if roles.role(node) in ("teacher", "loss"):
+                raise PreconditionError(
+                    f"pack needs the student alone, and %{node.name} is {roles.role(node)}; run strip first"
+                )
+        if not any(node.target in (numerics.ternary, encodings.unpack_ternary) for node in gm.graph.nodes):
+            raise PreconditionError("pack finds no ternary weight; run ternarize first")
+
+    def apply(self, gm: GraphModule) -> None:
+        """Replace every quantiser and drop the latent weights."""
+        for node in [node for node in gm.graph.nodes if node.target is numerics.ternary]:
+            _pack(gm, node)
+        prune(gm)
+
+    def ensures(self, gm: GraphModule) -> None:
+        """No quantiser is left."""
+        for node in gm.graph.nodes:
+            if node.target is numerics.ternary:
+                raise PostconditionError(f"pack left %{node.name}")
+
+
+def _pack(gm: GraphModule, node: Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    weight = tensor(gm, str(source.target))
+    with torch.no_grad():
+        codes, scale = numerics.ternary_codes(weight, **node.kwargs)  # type: ignore[arg-type]
+        packed = encodings.pack_codes(codes)
+    name, reader = node.name, next(iter(node.users))
+    parts = []
+    for suffix, value in (("codes", packed), ("scale", scale)):
+        target = f"packed.{source.target}_{suffix}"
+        register(gm, target, value)
+        parts.append(get_attr(node, target, f"{source.name}_{suffix}", "student", like=reader))
+    arguments = (*parts, list(weight.shape), weight.dtype)
+    unpacked = call(node, encodings.unpack_ternary, arguments, f"{name}_unpacked", "student", like=reader)
+    node.replace_all_uses_with(unpacked)
+    erase(node)
+    gm.graph._graph_namespace._used_names.discard(unpacked.name)
+    unpacked._rename(name)
+    if not source.users:
+        erase(source)

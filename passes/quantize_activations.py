@@ -1,0 +1,162 @@
+"""Fake-quantise what enters the quantised projections, as the encoding will compute it in the exported file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from ti_fx import numerics, roles
+from ti_fx.encodings import ENCODINGS, get_encoding
+from ti_fx.errors import PostconditionError, PreconditionError, SelectionError
+from ti_fx.graph import aten_name, call, erase, state
+from ti_fx.pipeline import Pass
+from ti_fx.selection import projections, skipped
+from ti_fx.sites import find_attention, is_ours, projection_weight
+
+_FAKE_QUANTS = frozenset(encoding.fake_quant for encoding in ENCODINGS.values() if encoding.fake_quant)
+
+
+@dataclass(frozen=True)
+class QuantizeActivations(Pass):
+    """Each ternary projection reads its input through the encoding's fake-quantiser; readers of one input share it.
+
+    before:  %q = linear(%x, %wq_q)              after:  %x_int8 = int8_tensor(%x)
+             %k = linear(%x, %wk_q)                      %q = linear(%x_int8, %wq_q)
+                                                         %k = linear(%x_int8, %wk_q)
+
+    1. inputs of projections whose weight is ternary
+    2. with ``attention``, the operands of both attention products: Q, K, map (after dropout) and V, as published
+    3. an existing quantiser is replaced; encoding ``float`` removes it
+
+    Attributes:
+        encoding: a name from ``ti_fx.encodings.ENCODINGS``; recorded in the graph, and ``to_onnx`` takes it from there.
+        attention: whether Q, K, map and V are quantised.
+        skip: globs over the projections' parameter names or module paths.
+    """
+
+    encoding: str = "int8-tensor"
+    attention: bool = False
+    skip: tuple[str, ...] = ()
+
+    def requires(self, gm: GraphModule) -> None:
+        """Ternary weights; for ``attention``, attention that is not fused."""
+        get_encoding(self.encoding)
+        if not any(node.target is numerics.ternary for node in gm.graph.nodes):
+            raise PreconditionError("quantize-activations needs ternary weights; run ternarize first")
+        if self.attention:
+            for site in find_attention(gm):
+                if site.map is None:
+                    raise PreconditionError(
+                        f"quantize-activations can't see the map of {site.where} (%{site.context.name}); "
+                        "run decompose-attention first"
+                    )
+
+    def apply(self, gm: GraphModule) -> None:
+        """Set the quantiser of every selected read."""
+        function = get_encoding(self.encoding).fake_quant
+        for reader, position in self._projections(gm):
+            _set(gm, reader, position, function)
+        for reader, position in _attention_reads(gm):
+            _set(gm, reader, position, function if self.attention else None)
+        state(gm)["encoding"] = self.encoding
+
+    def ensures(self, gm: GraphModule) -> None:
+        """Every selected read goes through this encoding's quantiser, and only through it."""
+        function = get_encoding(self.encoding).fake_quant
+        for reader, position in self._projections(gm):
+            found = _quantiser(reader, position)
+            if (found.target if found is not None else None) is not function:
+                raise PostconditionError(f"quantize-activations did not set the input of %{reader.name}")
+
+    def _projections(self, gm: GraphModule) -> list[tuple[Node, int]]:
+        found: dict[Node, str] = {}
+        for node in projections(gm):
+            weight = projection_weight(node)
+            if weight is not None and any(user.target is numerics.ternary for user in weight.users):
+                found[node] = str(weight.target)
+        left = skipped(found.values(), self.skip, "ternary projection")
+        return [
+            (node, 1 if aten_name(node) == "addmm" else 0) for node, name in found.items() if name not in left
+        ]
+
+
+def _attention_reads(gm: GraphModule) -> list[tuple[Node, int]]:
+    """Return the reads of Q, K, map and V: before K's transpose, so that a token is a vector along the last axis."""
+    reads: list[tuple[Node, int]] = []
+    for site in find_attention(gm):
+        if site.map is None or site.scores is None:
+            continue
+        product: Node | None = _score_product(site.scores)
+        if product is None:
+            raise SelectionError(f"{site.where}: no single product of Q and K feeds %{site.scores.name}")
+        first = 1 if aten_name(product) == "baddbmm" else 0
+        key = product.args[first + 1]
+        transposed = isinstance(key, Node) and aten_name(key) == "transpose"
+        reads += [
+            (product, first),
+            (key, 0) if transposed and isinstance(key, Node) else (product, first + 1),
+        ]
+        reads += [(site.context, 0), (site.context, 1)]
+    return reads
+
+
+def _score_product(node: Node) -> Node | None:
+    while aten_name(node) not in ("matmul", "bmm", "baddbmm"):
+        sources = [source for source in node.all_input_nodes if roles.is_student(source)]
+        if not sources:
+            return None
+        node = sources[0]
+    return node
+
+
+def _chain(reader: Node, position: int) -> list[Node]:
+    """Return the quantisers and detaches between a read and its source, nearest the reader first, then the source."""
+    node = reader.args[position]
+    assert isinstance(node, Node)
+    chain = [node]
+    while is_ours(node):
+        (node,) = node.all_input_nodes
+        chain.append(node)
+    return chain
+
+
+def _quantiser(reader: Node, position: int) -> Node | None:
+    return next((node for node in _chain(reader, position) if node.target in _FAKE_QUANTS), None)
+
+
+def _set(gm: GraphModule, reader: Node, position: int, function: object) -> None:
+    present = _quantiser(reader, position)
+    if present is not None:
+        if function is None:
+            _remove(reader, position, present)
+        elif callable(function):
+            present.target = function
+        return
+    if not callable(function):
+        return
+    *between, source = _chain(reader, position)
+    quantiser = next(
+        (user for user in source.users if user.target is function and roles.is_student(user)), None
+    )
+    below = between[-1] if between else reader
+    if quantiser is None:
+        base = roles.twins(gm.graph).get(source, source).name
+        quantiser = call(below, function, (source,), f"{base}_int8", "student")
+    below.replace_input_with(source, quantiser) if between else _replace_argument(reader, position, quantiser)
+
+
+def _replace_argument(reader: Node, position: int, new: Node) -> None:
+    reader.update_arg(position, new)
+
+
+def _remove(reader: Node, position: int, quantiser: Node) -> None:
+    chain = _chain(reader, position)
+    index = chain.index(quantiser)
+    source = chain[index + 1]
+    if index:
+        chain[index - 1].replace_input_with(quantiser, source)
+    else:
+        _replace_argument(reader, position, source)
+    if not quantiser.users:
+        erase(quantiser)

@@ -1,0 +1,95 @@
+"""Read each selected weight through a ternary quantiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from ti_fx import encodings, numerics, roles
+from ti_fx.errors import PostconditionError, PreconditionError
+from ti_fx.graph import call
+from ti_fx.numerics import Granularity
+from ti_fx.pipeline import Pass
+from ti_fx.selection import heads, projections, skipped, table, word_embeddings
+from ti_fx.sites import projection_weight
+
+
+@dataclass(frozen=True)
+class Ternarize(Pass):
+    """Student reads of a weight go through ``ternary``; the Parameter stays in full precision and is trained.
+
+    before:  %h = linear(%x, %w)                 after:  %w_q = ternary(%w, granularity=tensor)
+                                                         %h = linear(%x, %w_q)
+
+    1. linear projections, heads excepted (they stay in full precision unless ``head=True``)
+    2. word embeddings: tables of at least ``min_rows`` rows indexed by an integer input
+    3. a weight tied to a word embedding has one quantiser, the embedding's: one stored tensor has one encoding
+
+    Source: TernaryBERT, section 3.1; per-tensor weights and per-row word embeddings as published.
+
+    Attributes:
+        weights, embeddings: granularity of the scale; None selects none of that kind.
+        head: whether heads are selected, too.
+        min_rows: the smallest table that counts as a word embedding.
+        clip: latent weights are clamped to [-clip, clip]; outside, the gradient is zero.
+        skip: globs over parameter names or module paths that are not selected.
+    """
+
+    weights: Granularity | None = "tensor"
+    embeddings: Granularity | None = "row"
+    head: bool = False
+    min_rows: int = 1024
+    clip: float = numerics.CLIP
+    skip: tuple[str, ...] = ()
+
+    def requires(self, gm: GraphModule) -> None:
+        """A graph that is not packed."""
+        for node in gm.graph.nodes:
+            if node.target is encodings.unpack_ternary:
+                raise PreconditionError(
+                    f"ternarize can't change a packed weight (%{node.name}); capture the model again"
+                )
+
+    def apply(self, gm: GraphModule) -> None:
+        """Insert or replace the quantiser of each selected weight, right after the weight's read."""
+        for weight, granularity in self.select(gm).items():
+            _quantise(weight, granularity, self.clip)
+
+    def ensures(self, gm: GraphModule) -> None:
+        """Each selected weight has a quantiser with these options."""
+        for weight, granularity in self.select(gm).items():
+            found = [user for user in weight.users if user.target is numerics.ternary]
+            if len(found) != 1 or found[0].kwargs != {"granularity": granularity, "clip": self.clip}:
+                raise PostconditionError(f"ternarize did not quantise {weight.target}")
+
+    def select(self, gm: GraphModule) -> dict[Node, Granularity]:
+        """Return the get_attr node of each selected weight and its granularity, in graph order."""
+        chosen: dict[Node, Granularity] = {}
+        kept = set() if self.head else heads(gm)
+        candidates = [(projection_weight(node), node) for node in projections(gm)]
+        everything = [weight for weight, _ in candidates if weight is not None]
+        if self.weights is not None:
+            chosen |= {
+                weight: self.weights for weight, node in candidates if weight is not None and node not in kept
+            }
+        tables = [table(node) for node in word_embeddings(gm, self.min_rows)]
+        if self.embeddings is not None:
+            chosen |= dict.fromkeys(tables, self.embeddings)
+        names = [str(weight.target) for weight in [*everything, *tables]]
+        left = skipped(names, self.skip, "weight that ternarize could select")
+        return {weight: granularity for weight, granularity in chosen.items() if weight.target not in left}
+
+
+def _quantise(weight: Node, granularity: Granularity, clip: float) -> None:
+    options = {"granularity": granularity, "clip": clip}
+    for user in weight.users:
+        if user.target is numerics.ternary:
+            user.kwargs = options
+            return
+    readers = [user for user in weight.users if roles.is_student(user)]
+    quantiser = call(
+        weight.next, numerics.ternary, (weight,), f"{weight.name}_q", "student", options, like=readers[0]
+    )
+    for reader in readers:
+        reader.replace_input_with(weight, quantiser)

@@ -1,0 +1,82 @@
+"""The distillation losses as plain functions over tensors; the graph calls them in its loss nodes.
+
+Sources: TernaryBERT (Zhang et al., EMNLP 2020), section 3.2, and Teacher Intervention (arXiv 2302.11812), section 4.
+Each is computed in at least float32 and returns a scalar; the teacher's side carries no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the student's logits against the teacher's distribution; a mean over everything but classes.
+
+    Logits of one class are a regression output: their mean squared error instead.
+
+    Args:
+        student: logits, shape ``(..., classes)``.
+        teacher: logits of the same shape.
+        mask: None, or ``(batch, tokens)`` with nonzero at the tokens that count (for logits per token).
+    """
+    student, teacher = _wide(student), _wide(teacher)
+    if student.shape[-1] == 1:
+        return mean_squared_error(student, teacher, mask)
+    each = -(teacher.softmax(-1) * student.log_softmax(-1)).sum(-1)
+    return _mean(each, mask if mask is not None and each.dim() == 2 else None)
+
+
+def mean_squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of the squared difference over all entries, or over the entries of tokens that ``mask`` keeps.
+
+    Args:
+        student: any shape; ``(batch, tokens, ...)`` if masked.
+        teacher: the same shape.
+        mask: None, or ``(batch, tokens)``.
+    """
+    difference = _wide(student) - _wide(teacher)
+    if mask is None or difference.dim() < 3:
+        return difference.square().mean()
+    return _mean(difference.square().flatten(2).mean(-1), mask)
+
+
+def scores_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of attention scores, with positions at or below -100 zeroed on each side.
+
+    Args:
+        student: scores before softmax, mask added, shape ``(batch, heads, queries, keys)``.
+        teacher: the same shape.
+        mask: None, or ``(batch, queries)`` with nonzero at the query tokens that count.
+    """
+    student, teacher = _wide(student), _wide(teacher)
+    difference = student.masked_fill(student <= -100.0, 0) - teacher.masked_fill(teacher <= -100.0, 0)
+    if mask is None or difference.dim() != 4:
+        return difference.square().mean()
+    return _mean(difference.square().mean((1, 3)), mask)
+
+
+def _mean(per_token: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return per_token.mean()
+    kept = (mask != 0).to(per_token.dtype)
+    return (per_token * kept).sum() / kept.sum().clamp(min=1)
+
+
+def total(values: Sequence[Tensor]) -> Tensor:
+    """Add scalars in order."""
+    result = values[0]
+    for value in values[1:]:
+        result = result + value
+    return result
+
+
+def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Add scalars times their weights, in order."""
+    return total([value * weight for value, weight in zip(values, weights, strict=True)])
