@@ -1,6 +1,7 @@
 """The demo's full-precision teacher: a pre-trained encoder fine-tuned on the question types.
 
-The loop is transformers' Trainer. The settings were chosen by accuracy on the validation split alone.
+The loop is transformers' Trainer. The settings were chosen by accuracy on the validation split alone, where
+differences under a point are chance: it has 537 questions.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class TeacherSettings:
     share of all steps.
     """
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     epochs: float = 3.0
     batch_size: int = 32
     warmup: float = 0.1
