@@ -11,8 +11,8 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ti_fx import options, roles, text
 from ti_fx.errors import PostconditionError
-from ti_fx.graph import prune, sort
-from ti_fx.metadata import refresh
+from ti_fx.graph import prune, sort, tensor
+from ti_fx.metadata import refresh, signature
 from ti_fx.verify import verify
 
 
@@ -36,9 +36,9 @@ class Pass(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Run inside any torch.fx pass manager; whether it changed the graph is measured."""
-        before = text.dump(graph_module)
-        run_pass(self, graph_module)
-        return PassResult(graph_module, text.dump(graph_module) != before)
+        before = text.lines(graph_module)
+        after = run_pass(self, graph_module, before)
+        return PassResult(graph_module, list(after.items()) != list(before.items()))
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """Run this pass alone, with the checks of a Pipeline."""
@@ -128,8 +128,8 @@ class Pipeline:
                 and the neighbourhood in the dump.
         """
         rows: list[PassReport] = []
+        before = text.lines(gm)
         for position, one in enumerate(self.passes, 1):
-            before = text.lines(gm)
             start = time.perf_counter()
             try:
                 after = run_pass(one, gm, before)
@@ -138,6 +138,7 @@ class Pipeline:
                 raise
             elapsed = 1000 * (time.perf_counter() - start)
             rows.append(_measure(str(one), gm, before, after, elapsed))
+            before = after
         return Report(tuple(rows))
 
     def __str__(self) -> str:
@@ -154,9 +155,8 @@ class Pipeline:
         return "\n".join([note, *change])
 
 
-def run_pass(one: PassBase, gm: GraphModule, before: dict[str, str] | None = None) -> dict[str, str]:
-    """Run one pass with every check and return the dump's lines afterwards."""
-    before = text.lines(gm) if before is None else before
+def run_pass(one: PassBase, gm: GraphModule, before: dict[str, str]) -> dict[str, str]:
+    """Run one pass with every check; ``before`` and the result are the dump's lines by node name."""
     if isinstance(one, Pass):
         one.requires(gm)
         one.apply(gm)
@@ -165,12 +165,13 @@ def run_pass(one: PassBase, gm: GraphModule, before: dict[str, str] | None = Non
     sort(gm.graph)
     gm.graph.lint()
     gm.recompile()
-    changed = _changed_nodes(gm, before)
-    refresh(gm, changed)
-    verify(gm, changed=changed)
+    after = text.lines(gm)
+    evaluated = refresh(gm, _changed_nodes(gm, before, after))
+    after |= text.lines(gm, evaluated)
+    verify(gm, changed=())  # refresh has just evaluated every changed node
     if isinstance(one, Pass):
         one.ensures(gm)
-    return text.lines(gm)
+    return after
 
 
 def _apply_foreign(one: PassBase, gm: GraphModule) -> None:
@@ -188,10 +189,14 @@ def _apply_foreign(one: PassBase, gm: GraphModule) -> None:
     roles.infer(gm.graph)
 
 
-def _changed_nodes(gm: GraphModule, before: dict[str, str]) -> list[Node]:
-    after = text.lines(gm)
+def _changed_nodes(gm: GraphModule, before: dict[str, str], after: dict[str, str]) -> list[Node]:
+    """Return the nodes whose line is another, and the reads of tensors that were replaced by other ones."""
     return [
-        node for node in gm.graph.nodes if before.get(node.name) != after[node.name] or "val" not in node.meta
+        node
+        for node in gm.graph.nodes
+        if before.get(node.name) != after[node.name]
+        or "val" not in node.meta
+        or (node.op == "get_attr" and signature(node.meta["val"]) != signature(tensor(gm, node.target)))
     ]
 
 

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,10 +35,10 @@ def dump(gm: GraphModule) -> str:
     return "\n".join(lines(gm).values()) + "\n"
 
 
-def lines(gm: GraphModule) -> dict[str, str]:
-    """Return the dump's line of each node, by node name, in graph order."""
+def lines(gm: GraphModule, nodes: Iterable[Node] | None = None) -> dict[str, str]:
+    """Return the dump's line of each node (of ``nodes`` only, if given), by node name, in graph order."""
     dims = state(gm).get("dims", {})
-    return {node.name: _line(gm, node, dims) for node in gm.graph.nodes}
+    return {node.name: _line(gm, node, dims) for node in (gm.graph.nodes if nodes is None else nodes)}
 
 
 def diff(before: GraphModule | str, after: GraphModule | str, context: int = 2) -> str:
@@ -89,16 +90,7 @@ def operation(gm: GraphModule, node: Node) -> str:
 
 def _size(size: Any, dims: Mapping[str, str]) -> str:
     text = str(size)
-    for symbol, name in dims.items():
-        text = _replace_symbol(text, symbol, name)
-    return text
-
-
-def _replace_symbol(text: str, symbol: str, name: str) -> str:
-    if text == symbol:
-        return name
-    words = text.replace("(", " ( ").replace(")", " ) ").replace("*", " * ").replace(",", " , ").split()
-    return "".join(name if word == symbol else word for word in words) if symbol in words else text
+    return dims.get(text) or re.sub(r"[A-Za-z_]\w*", lambda symbol: dims.get(symbol[0], symbol[0]), text)
 
 
 def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
