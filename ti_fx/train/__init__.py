@@ -1,1 +1,7 @@
-"""Training: phases as forks of one graph, driven by Hugging Face's Trainer."""
+"""Training on transformers.Trainer: phases, losses by name, verified checkpoints."""
+
+from ti_fx.train.checkpoint import load
+from ti_fx.train.model import TernaryModel
+from ti_fx.train.trainer import TernaryTrainer
+
+__all__ = ["TernaryModel", "TernaryTrainer", "load"]

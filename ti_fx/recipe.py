@@ -1,0 +1,286 @@
+"""Recipe: everything needed to rebuild the same training graphs from the same model, as JSON or YAML.
+
+Schedules of the presets are the published ones (arXiv 2302.11812, section 4 and its code): with s = 60 intervention
+steps, TI-G intervenes at the output until s/6, at the context until s/3 and at the map to the end; then plain
+quantisation-aware training with a fresh optimiser and learning-rate schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+from torch.fx import GraphModule
+
+from ti_fx import options
+from ti_fx.errors import RecipeError, did_you_mean
+from ti_fx.files import atomic_write
+from ti_fx.graph import state
+from ti_fx.passes import (
+    DecomposeAttention,
+    Distill,
+    DuplicateTeacher,
+    Intervene,
+    QuantizeActivations,
+    Ternarize,
+)
+from ti_fx.pipeline import Pipeline, Report
+
+FORMAT = 1
+INTERVENTION_STEPS = 60
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A span of training with one set of interventions.
+
+    Attributes:
+        name: shown in logs and reports.
+        intervene: where the teacher intervenes; ``Intervene()`` is plain quantisation-aware training.
+        steps: optimiser steps; None: to the end of training (the last phase).
+        restart: begin with a cleared optimiser state and a new learning-rate schedule.
+    """
+
+    name: str
+    intervene: Intervene = field(default_factory=Intervene)
+    steps: int | None = None
+    restart: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The passes' options and the schedule. Equal recipes on equal models give equal graphs.
+
+    Attributes:
+        name: of the method.
+        ternarize, activations, distill: options of the prepare passes.
+        schedule: the phases, in order.
+        steps: optimiser steps in all; None: as TrainingArguments say.
+    """
+
+    name: str
+    ternarize: Ternarize = field(default_factory=Ternarize)
+    activations: QuantizeActivations = field(default_factory=QuantizeActivations)
+    distill: Distill = field(default_factory=Distill)
+    schedule: tuple[Phase, ...] = (Phase("quantise"),)
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.schedule:
+            raise RecipeError(f"recipe {self.name!r} has no phase; give its schedule at least one")
+        for phase in self.schedule[:-1]:
+            if phase.steps is None:
+                raise RecipeError(
+                    f"phase {phase.name!r} of recipe {self.name!r} needs steps; only the last may run on"
+                )
+        for phase in self.schedule:
+            if phase.steps is not None and phase.steps < 1:
+                raise RecipeError(
+                    f"phase {phase.name!r} of recipe {self.name!r} has {phase.steps} steps; give 1 or more"
+                )
+
+    @staticmethod
+    def preset(name: str, *, intervention_steps: int = INTERVENTION_STEPS) -> Recipe:
+        """Return a published method: ``ternarybert``, ``ti-o``, ``ti-c``, ``ti-m`` or ``ti-g``.
+
+        Args:
+            name: the method.
+            intervention_steps: s, the length of the intervened step of training; at least 6.
+
+        Raises:
+            RecipeError: no such preset (near names are listed), or too few steps.
+        """
+        if name not in PRESETS:
+            raise RecipeError(f"no recipe is called {name!r}{did_you_mean(name, PRESETS)}")
+        if intervention_steps < 6:
+            raise RecipeError(f"intervention_steps is {intervention_steps}; give at least 6")
+        return Recipe(name, schedule=PRESETS[name](intervention_steps))
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Return the phases, in order."""
+        return self.schedule
+
+    def prepare(self, gm: GraphModule, *, teacher: nn.Module | None = None) -> Report:
+        """Rewrite a captured graph into student, teacher and losses, without an intervention yet.
+
+        Args:
+            gm: from ``ti_fx.capture``.
+            teacher: a module to take the teacher's values from; None: the student's own values now.
+        """
+        report = Pipeline(
+            DecomposeAttention(), DuplicateTeacher(teacher), self.ternarize, self.activations, self.distill
+        )(gm)
+        state(gm)["recipe"] = self.to_dict()
+        return report
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as JSON values."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "ternarize": _plain(self.ternarize),
+            "activations": _plain(self.activations),
+            "distill": _plain(self.distill),
+            "schedule": [
+                {
+                    "name": phase.name,
+                    "intervene": _plain(phase.intervene),
+                    "steps": phase.steps,
+                    "restart": phase.restart,
+                }
+                for phase in self.schedule
+            ],
+            "steps": self.steps,
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Return the recipe that :meth:`to_dict` wrote; options left out keep their defaults.
+
+        Raises:
+            RecipeError: an unknown key (near ones are listed) or a value that does not fit; names the place.
+        """
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"{where} holds a {type(values).__name__}; it must hold keys and values")
+        known = {"format", *(entry.name for entry in dataclasses.fields(Recipe))}
+        for key in values:
+            if key not in known:
+                raise RecipeError(f"{where} has no key {key!r}{did_you_mean(str(key), known)}")
+        if values.get("format", FORMAT) != FORMAT:
+            raise RecipeError(f"{where} has format {values['format']!r}; this version reads format {FORMAT}")
+        if "name" not in values:
+            raise RecipeError(f"{where} has no name; give it one")
+        made: dict[str, Any] = {"name": str(values["name"])}
+        if values.get("steps") is not None:
+            made["steps"] = _steps(values["steps"], where)
+        for key, kind in (
+            ("ternarize", Ternarize),
+            ("activations", QuantizeActivations),
+            ("distill", Distill),
+        ):
+            if key in values:
+                made[key] = _construct(kind, values[key], f"{where}.{key}")
+        if "schedule" in values:
+            made["schedule"] = _schedule(values["schedule"], f"{where}.schedule")
+        return Recipe(**made)
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as JSON (``.json``) or YAML (``.yaml``, ``.yml``), atomically.
+
+        Raises:
+            RecipeError: another suffix. InputError: the file can't be written.
+        """
+        if _is_yaml(path):
+            atomic_write(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        else:
+            atomic_write(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """Read a recipe from a JSON or YAML file.
+
+        Raises:
+            RecipeError: the file is missing, can't be read, or holds something else.
+        """
+        is_yaml = _is_yaml(path)
+        try:
+            content = Path(path).read_text(encoding="utf-8")
+            values = yaml.safe_load(content) if is_yaml else json.loads(content)
+        except OSError as error:
+            raise RecipeError(f"can't read recipe {path}: {error.strerror or error}") from None
+        except (ValueError, yaml.YAMLError) as error:
+            first = str(error).splitlines()[0]
+            raise RecipeError(f"recipe {path} is not {'YAML' if is_yaml else 'JSON'}: {first}") from None
+        return Recipe.from_dict(values, where=str(path))
+
+    def __str__(self) -> str:
+        rows = [
+            f"recipe {self.name}",
+            *(f"  {one}" for one in (self.ternarize, self.activations, self.distill)),
+        ]
+        for phase in self.schedule:
+            length = "to the end" if phase.steps is None else f"{phase.steps} steps"
+            rows.append(f"  {phase.name}: {phase.intervene}, {length}{', restart' if phase.restart else ''}")
+        return "\n".join(rows)
+
+
+def _one_point(point: str) -> Callable[[int], tuple[Phase, ...]]:
+    def schedule(steps: int) -> tuple[Phase, ...]:
+        return (Phase(point, Intervene(point), steps), Phase("quantise", restart=True))
+
+    return schedule
+
+
+def _gradual(steps: int) -> tuple[Phase, ...]:
+    sixth, third = steps // 6, steps // 3
+    return (
+        Phase("output", Intervene("output"), sixth),
+        Phase("context", Intervene("context"), third - sixth),
+        Phase("map", Intervene("map"), steps - third),
+        Phase("quantise", restart=True),
+    )
+
+
+PRESETS: dict[str, Callable[[int], tuple[Phase, ...]]] = {
+    "ternarybert": lambda steps: (Phase("quantise"),),
+    "ti-o": _one_point("output"),
+    "ti-c": _one_point("context"),
+    "ti-m": _one_point("map"),
+    "ti-g": _gradual,
+}
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """Return a pass's options as JSON values."""
+    plain = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    return {name: list(item) if isinstance(item, tuple) else item for name, item in plain.items()}
+
+
+def _construct(kind: type[Any], values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{where} holds {values!r}; it must hold options and values")
+    return options.construct(kind, values, where)
+
+
+def _schedule(values: Any, where: str) -> tuple[Phase, ...]:
+    if not isinstance(values, list):
+        raise RecipeError(f"{where} holds {values!r}; it must be a list of phases")
+    phases = []
+    for index, entry in enumerate(values):
+        here = f"{where}[{index}]"
+        if not isinstance(entry, Mapping):
+            raise RecipeError(f"{here} holds {entry!r}; it must hold a phase's keys")
+        fields = dict(entry)
+        if "intervene" in fields:
+            fields["intervene"] = _construct(Intervene, fields["intervene"], f"{here}.intervene")
+        known = {one.name for one in dataclasses.fields(Phase)}
+        for key in fields:
+            if key not in known:
+                raise RecipeError(f"{here} has no key {key!r}{did_you_mean(str(key), known)}")
+        if "name" not in fields:
+            raise RecipeError(f"{here} has no name; give it one")
+        if fields.get("steps") is not None:
+            fields["steps"] = _steps(fields["steps"], here)
+        if not isinstance(fields.get("restart", False), bool):
+            raise RecipeError(f"{here}.restart is {fields['restart']!r}; it must be true or false")
+        phases.append(Phase(**fields))
+    return tuple(phases)
+
+
+def _steps(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RecipeError(f"{where}.steps is {value!r}; it must be a whole number of 1 or more")
+    return value
+
+
+def _is_yaml(path: str | Path) -> bool:
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".json", ".yaml", ".yml"):
+        raise RecipeError(f"recipe {path} must end in .json, .yaml or .yml")
+    return suffix != ".json"

@@ -1,0 +1,329 @@
+"""Checkpoints: the student's latent weights under the source names, and what rebuilds and verifies the graphs.
+
+A folder holds ``model.safetensors`` (so ``from_pretrained`` loads the latent weights), the source's config and
+tokenizer, ``example.safetensors`` (the inputs that the graph was captured with), what Trainer saves to resume,
+and, written last, ``ti_fx.json``: recipe, versions, phase position, digests of the teacher's tensors and of each
+phase's dump. A folder without it is an unfinished one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ti_fx.capture import capture
+from ti_fx.errors import CheckpointError, InputError
+from ti_fx.files import atomic_path, atomic_write
+from ti_fx.passes import Strip
+from ti_fx.pipeline import Pipeline
+from ti_fx.recipe import Recipe
+from ti_fx.train.model import TernaryModel, digest
+
+FACTS = "ti_fx.json"
+WEIGHTS = "model.safetensors"
+EXAMPLE = "example.safetensors"
+FORMAT = 1
+VERSIONS = ("torch", "transformers", "ti_fx")
+
+
+def save(
+    folder: str | Path,
+    model: TernaryModel,
+    *,
+    example: Mapping[str, Tensor],
+    source: Mapping[str, Any],
+    position: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write weights, example and facts into ``folder``; each file atomically, the facts last.
+
+    Args:
+        folder: made if missing.
+        model: the trained module.
+        example: the inputs that its graph was captured with.
+        source: how to make the source model again: ``{"class": "transformers.BertForSequenceClassification"}``.
+        position: the step and phase that training has reached.
+        weights: the student's tensors if they were gathered already (sharded training).
+
+    Raises:
+        InputError: the folder can't be written, or the disk is full; no half-written file is left.
+    """
+    target = Path(folder)
+    student = model.student_state() if weights is None else weights
+    plain = {name: value.detach().cpu().contiguous() for name, value in student.items()}
+    _save_tensors(target / WEIGHTS, plain)
+    _save_tensors(
+        target / EXAMPLE, {name: value.detach().cpu().contiguous() for name, value in example.items()}
+    )
+    facts = {
+        "format": FORMAT,
+        "recipe": model.recipe.to_dict(),
+        "source": dict(source),
+        "versions": {name: _version(name) for name in VERSIONS},
+        "position": dict(position),
+        "teacher": model.teacher_digests(),
+        "phases": model.phase_digests(),
+        "weights": {name: digest(value) for name, value in plain.items()},
+    }
+    atomic_write(target / FACTS, json.dumps(facts, indent=1) + "\n")
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_path(path) as temporary:
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(None, str(error)) from error
+
+
+@contextmanager
+def finished_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``target``; on success it replaces ``target`` whole, else it is removed.
+
+    Raises:
+        InputError: nothing can be written there, or the disk is full.
+    """
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+        yield temporary
+        _sync(temporary)
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"can't write checkpoint {target}: {error}; free some space or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """Return what ``ti_fx.json`` in a checkpoint folder says.
+
+    Raises:
+        CheckpointError: the folder or file is missing, unfinished or damaged.
+    """
+    path = Path(folder) / FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} is no finished ti_fx checkpoint: {FACTS} is missing; give a checkpoint-N folder"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"can't read {path}: {str(error).splitlines()[0]}; use another checkpoint"
+        ) from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has no format {FORMAT}; it was written by another version of ti_fx")
+    return facts
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing, truncated or no safetensors file.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"can't read {path}: {first}; the file is damaged or missing, use another checkpoint"
+        ) from None
+
+
+def read_weights(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the checkpoint's weights, verified by their digests.
+
+    Raises:
+        CheckpointError: a tensor is missing or is not what was saved.
+    """
+    path = Path(folder) / WEIGHTS
+    tensors = read_tensors(path)
+    for name, wanted in facts["weights"].items():
+        if name not in tensors or digest(tensors[name]) != wanted:
+            raise CheckpointError(
+                f"{path}: {name} is not what was saved; the file is damaged, use another checkpoint"
+            )
+    return tensors
+
+
+def restore(model: TernaryModel, folder: str | Path, facts: Mapping[str, Any]) -> None:
+    """Put a checkpoint's weights into a model that is about to train on, after verifying that it is the same one.
+
+    Raises:
+        CheckpointError: another recipe, teacher or model; names what differs.
+    """
+    if facts["recipe"] != model.recipe.to_dict():
+        raise CheckpointError(
+            f"{folder} was trained with recipe {facts['recipe'].get('name')!r} of other options; resume with that "
+            "recipe (ti_fx.Recipe.from_dict of its ti_fx.json)"
+        )
+    own = model.teacher_digests()
+    for name, wanted in facts["teacher"].items():
+        if own.get(name) != wanted:
+            raise CheckpointError(
+                f"{folder} was trained with another teacher: {name} differs; start from the same full-precision model"
+            )
+    verify_phases(model, folder, facts)
+    load_values(model.prepared(), read_weights(folder, facts), folder)
+
+
+def verify_phases(model: TernaryModel, folder: str | Path, facts: Mapping[str, Any]) -> None:
+    """Compare each phase's dump with the checkpoint's.
+
+    Raises:
+        CheckpointError: a phase's graph is another one; names the phase and the versions it was written with.
+    """
+    for name, found in model.phase_digests().items():
+        if facts["phases"].get(name) != found:
+            written = ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
+            now = ", ".join(f"{key} {_version(key)}" for key in VERSIONS)
+            raise CheckpointError(
+                f"{folder}: phase {name!r} is another graph now (saved by {written}; this is {now}); "
+                "use the versions it was saved with"
+            )
+
+
+def load_values(gm: GraphModule, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Copy values into a graph's student tensors in place.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape: the checkpoint is of another model.
+    """
+    wanted = {
+        name: value
+        for name, value in [*gm.named_parameters(), *gm.named_buffers()]
+        if not name.startswith("teacher.") and name in gm.state_dict()
+    }
+    for name, value in wanted.items():
+        found = tensors.get(name)
+        if found is None or found.shape != value.shape:
+            shape = "missing" if found is None else f"{tuple(found.shape)}"
+            raise CheckpointError(
+                f"{where} is of another model: {name} is {shape}, the model's is {tuple(value.shape)}"
+            )
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(tensors[name])
+
+
+def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
+    """Return the quantised student of a checkpoint, ready to evaluate, to ``Pack`` and to export.
+
+    The graph is captured again and its passes are run again; each phase's dump must be what was saved. The teacher's
+    values aren't needed.
+
+    Args:
+        checkpoint: a folder that ``TernaryTrainer`` wrote.
+        model: the source model, of any values; None: made from the config in the checkpoint (Hugging Face models).
+
+    Raises:
+        CheckpointError: the checkpoint is unfinished, damaged, or of another model.
+    """
+    facts = read_facts(checkpoint)
+    weights = read_weights(checkpoint, facts)
+    source = _source_model(checkpoint, facts) if model is None else model
+    example = read_tensors(Path(checkpoint) / EXAMPLE)
+    recipe = Recipe.from_dict(facts["recipe"], where=f"{checkpoint}/{FACTS}")
+    device = next((parameter.device for parameter in source.parameters()), torch.device("cpu"))
+    _fits(source, weights, checkpoint)
+    gm = capture(source, {name: value.to(device) for name, value in example.items()})
+    load_values(gm, weights, checkpoint)
+    recipe.prepare(gm)
+    verify_phases(TernaryModel(gm, recipe), checkpoint, facts)
+    Pipeline(Strip())(gm)
+    gm.eval()
+    return gm
+
+
+def _fits(source: nn.Module, weights: Mapping[str, Tensor], where: str | Path) -> None:
+    own = dict(source.named_parameters()) | dict(source.named_buffers())
+    for name, value in weights.items():
+        if name not in own or own[name].shape != value.shape:
+            found = tuple(own[name].shape) if name in own else "missing"
+            raise CheckpointError(
+                f"{where} is of another model: {name} is {tuple(value.shape)} there and {found} in "
+                f"{type(source).__name__}"
+            )
+
+
+def _source_model(checkpoint: str | Path, facts: Mapping[str, Any]) -> nn.Module:
+    name = str(facts["source"].get("class", ""))
+    module, _, attribute = name.rpartition(".")
+    if not module.startswith("transformers"):
+        raise CheckpointError(f"{checkpoint} holds a {name or 'model'} that only you can make; pass model=")
+    kind = getattr(importlib.import_module("transformers"), attribute, None)
+    if kind is None:
+        raise CheckpointError(
+            f"{checkpoint} holds a {name}, which transformers {transformers.__version__} lacks"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"can't read the config in {checkpoint}: {str(error).splitlines()[0]}"
+        ) from None
+    model: nn.Module = kind(config)
+    return model.to(getattr(torch, str(facts["source"].get("dtype", "float32")))).eval()
+
+
+def source_facts(model: nn.Module) -> dict[str, Any]:
+    """Return what :func:`load` needs to make a source model again."""
+    kind = type(model)
+    parameter = next(model.parameters(), None)
+    dtype = "float32" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+    root = kind.__module__.partition(".")[0]
+    name = (
+        f"transformers.{kind.__name__}"
+        if root == "transformers"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
+    return {"class": name, "dtype": dtype}
+
+
+def last_finished(folder: str | Path) -> Path | None:
+    """Return the newest finished ``checkpoint-N`` in an output folder, None if there is none."""
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in Path(folder).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit() and (path / FACTS).is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+def _version(name: str) -> str:
+    return version("ti-fx" if name == "ti_fx" else name)

@@ -1,0 +1,202 @@
+"""The module that is trained: every tensor once, under the source model's names, and one graph per phase."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.fx import GraphModule
+
+from ti_fx import text
+from ti_fx.errors import InputError
+from ti_fx.graph import erase_dead, fork, state
+from ti_fx.passes.strip import strip_nodes
+from ti_fx.pipeline import Pipeline
+from ti_fx.recipe import Phase, Recipe
+from ti_fx.verify import TEACHER
+
+Compile = Literal["on", "off"]
+
+
+@dataclass
+class CompileRecord:
+    """What compiling one graph cost.
+
+    Attributes:
+        graphs: graphs that dynamo compiled for it. seconds: wall time of the calls that compiled. calls: all calls.
+    """
+
+    graphs: int = 0
+    seconds: float = 0.0
+    calls: int = 0
+
+
+class _Runner:
+    """One graph, compiled or not, with the count of what compiling cost."""
+
+    def __init__(self, gm: GraphModule, compiled: bool) -> None:
+        self.gm = gm
+        self.record = CompileRecord()
+        self.call: Callable[..., Any] = torch.compile(gm, fullgraph=True, dynamic=True) if compiled else gm
+        self.compiled = compiled
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        self.record.calls += 1
+        if not self.compiled:
+            return self.call(**inputs)
+        before, start = counters["stats"]["unique_graphs"], time.perf_counter()
+        result = self.call(**inputs)
+        made = counters["stats"]["unique_graphs"] - before
+        if made:
+            self.record.graphs += made
+            self.record.seconds += time.perf_counter() - start
+        return result
+
+
+class TernaryModel(nn.Module):
+    """A prepared graph as a module to train: phases are graphs over the same tensors, and evaluation is the student.
+
+    In training, ``forward`` returns ``{"loss", "losses", "outputs"}`` of the current phase; in evaluation, the stripped
+    student's outputs. ``state_dict()`` has each tensor once, under the source model's names; the frozen teacher is
+    under ``teacher.``.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean: transformers divides it when it accumulates gradients
+
+    def __init__(self, prepared: GraphModule, recipe: Recipe, *, compile: Compile = "off") -> None:
+        """Wrap a graph that ``recipe.prepare`` made.
+
+        Raises:
+            InputError: the graph has no losses.
+        """
+        super().__init__()
+        result = prepared.graph.output_node().args[0]
+        if not (isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}):
+            raise InputError("the graph has no losses to train; run recipe.prepare(gm) on it first")
+        self._modules = dict(prepared._modules)
+        self._parameters, self._buffers = prepared._parameters, prepared._buffers
+        self._non_persistent_buffers_set = prepared._non_persistent_buffers_set
+        self._graphs = _Graphs(prepared, recipe, compiled=compile == "on")
+        self.inputs = tuple(str(node.target) for node in prepared.graph.find_nodes(op="placeholder"))
+        self.recipe = recipe
+        self.train(prepared.training)
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """Run the current phase (training) or the student (evaluation) on the model's own inputs."""
+        graphs = self._graphs
+        return graphs.phase(graphs.current)(**inputs) if self.training else graphs.student(**inputs)
+
+    def enter(self, phase: Phase) -> None:
+        """Train this phase's graph from now on."""
+        self._graphs.current = phase
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that is trained."""
+        return self._graphs.current
+
+    def distillation(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return loss, losses and outputs of the student without an intervention; in evaluation for validation."""
+        result: dict[str, Any] = self._graphs.plain(**inputs)
+        return result
+
+    def student(self) -> GraphModule:
+        """Return the stripped student: a graph of its own over the same tensors."""
+        return fork(self._graphs.student.gm)
+
+    def prepared(self) -> GraphModule:
+        """Return the prepared graph, without an intervention."""
+        return self._graphs.prepared
+
+    def compile_records(self) -> dict[str, CompileRecord]:
+        """Return what compiling cost, by phase name."""
+        return {name: runner.record for name, runner in self._graphs.made.items()}
+
+    def phase_digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each phase's dump, by phase name."""
+        return self._graphs.digests()
+
+    def student_state(self) -> dict[str, Tensor]:
+        """Return the student's tensors, under the source model's names."""
+        return {
+            name: value for name, value in self.state_dict().items() if not name.startswith(f"{TEACHER}.")
+        }
+
+    def teacher_digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each of the teacher's tensors, by the source model's name."""
+        prefix = f"{TEACHER}."
+        return {
+            name.removeprefix(prefix): digest(value)
+            for name, value in self.state_dict().items()
+            if name.startswith(prefix)
+        }
+
+
+class _Graphs:
+    """The graphs of a run; a plain object, so that no graph is a submodule and no tensor is registered twice."""
+
+    def __init__(self, prepared: GraphModule, recipe: Recipe, compiled: bool) -> None:
+        self.prepared = prepared
+        self.recipe = recipe
+        self.compiled = compiled
+        self.current = recipe.phases()[0]
+        self.made: dict[str, _Runner] = {}
+
+    def phase(self, phase: Phase) -> _Runner:
+        if phase.name not in self.made:
+            self.made[phase.name] = _Runner(self._fork(phase), self.compiled)
+        return self.made[phase.name]
+
+    def _fork(self, phase: Phase) -> GraphModule:
+        gm = fork(self.prepared)
+        Pipeline(phase.intervene)(gm)
+        return _without_dead(gm)
+
+    @property
+    def plain(self) -> _Runner:
+        if "evaluate distillation" not in self.made:
+            self.made["evaluate distillation"] = _Runner(_without_dead(fork(self.prepared)), compiled=False)
+        return self.made["evaluate distillation"]
+
+    @property
+    def student(self) -> _Runner:
+        if "student" not in self.made:
+            gm = fork(self.prepared)
+            strip_nodes(gm)
+            gm.recompile()
+            self.made["student"] = _Runner(gm, compiled=False)
+        return self.made["student"]
+
+    def digests(self) -> dict[str, str]:
+        found = {}
+        for phase in self.recipe.phases():
+            gm = fork(self.prepared)
+            Pipeline(phase.intervene)(gm)
+            found[phase.name] = hashlib.sha256(text.dump(gm).encode()).hexdigest()
+        return found
+
+
+def _without_dead(gm: GraphModule) -> GraphModule:
+    """Remove what no loss and no output of this phase reads: it would be computed in vain when not compiled."""
+    erase_dead(node for node in gm.graph.nodes if node.op not in ("placeholder", "output"))
+    gm.recompile()
+    return gm
+
+
+def digest(value: Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes, dtype and shape."""
+    plain = value.detach().cpu().contiguous()
+    content = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
+    content.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
+
+
+def has_task(gm: GraphModule) -> float:
+    """Return the weight of the task loss that Distill recorded, 0 if there is none."""
+    return float(state(gm).get("task", 0.0))

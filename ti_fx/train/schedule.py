@@ -1,0 +1,83 @@
+"""Which phase a step belongs to, and one learning-rate schedule for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainingArguments, get_scheduler
+
+from ti_fx.errors import InputError
+from ti_fx.recipe import Phase
+
+
+@dataclass(frozen=True)
+class Span:
+    """A phase with its place: it covers optimiser steps ``start`` to ``end`` (exclusive)."""
+
+    phase: Phase
+    start: int
+    end: int
+
+
+def spans(phases: Sequence[Phase], total: int) -> tuple[Span, ...]:
+    """Lay the phases out over ``total`` optimiser steps.
+
+    Raises:
+        InputError: the phases need more steps than there are.
+    """
+    laid: list[Span] = []
+    start = 0
+    for phase in phases:
+        end = total if phase.steps is None else start + phase.steps
+        if end > total or end <= start:
+            needed = sum(one.steps or 1 for one in phases)
+            raise InputError(
+                f"the recipe's phases need at least {needed} optimiser steps and training has {total}; "
+                "raise max_steps or num_train_epochs, or shorten the phases"
+            )
+        laid.append(Span(phase, start, end))
+        start = end
+    return tuple(laid)
+
+
+def at(laid: Sequence[Span], step: int) -> Span:
+    """Return the span that optimiser step ``step`` (counted from 0) belongs to; the last one past the end."""
+    return next((span for span in laid if span.start <= step < span.end), laid[-1])
+
+
+def learning_rate_factor(laid: Sequence[Span], arguments: TrainingArguments) -> Callable[[int], float]:
+    """Return step -> factor of the learning rate: TrainingArguments' schedule, begun anew at every restart.
+
+    Raises:
+        InputError: a schedule that is not a function of the step (``reduce_lr_on_plateau``).
+    """
+    starts = [0, *(span.start for span in laid if span.phase.restart and span.start)]
+    ends = [*starts[1:], laid[-1].end]
+    pieces = [_piece(arguments, end - start) for start, end in zip(starts, ends, strict=True)]
+
+    def factor(step: int) -> float:
+        index = max(index for index, start in enumerate(starts) if start <= step)
+        return pieces[index](step - starts[index])
+
+    return factor
+
+
+def _piece(arguments: TrainingArguments, steps: int) -> Callable[[int], float]:
+    options = arguments.lr_scheduler_kwargs
+    placeholder = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=placeholder,
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=options if isinstance(options, dict) else None,
+    )
+    lambdas: Sequence[Callable[[int], float]] | None = getattr(scheduler, "lr_lambdas", None)
+    if not lambdas:
+        raise InputError(
+            f"lr_scheduler_type={arguments.lr_scheduler_type} is no function of the step, so a phase can't restart it; "
+            "use linear, cosine, constant or another of that kind"
+        )
+    return lambdas[0]

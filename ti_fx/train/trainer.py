@@ -1,0 +1,449 @@
+"""TernaryTrainer: transformers.Trainer with phases, losses by name, the two-step restart and verified checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.data.data_collator import default_data_collator
+from transformers.utils.generic import find_labels
+
+from ti_fx.capture import capture
+from ti_fx.errors import CheckpointError, DataError, InputError
+from ti_fx.graph import state
+from ti_fx.recipe import Recipe
+from ti_fx.train import checkpoint, schedule
+from ti_fx.train.model import Compile, TernaryModel
+
+AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation (benchmarks/train_step.py)
+LABELS = ("labels", "label", "label_ids")
+
+
+class TernaryTrainer(Trainer):
+    """Train a ternary student by a recipe, with everything else as in ``transformers.Trainer``.
+
+    Differences: ``model`` is captured and prepared here; the phase follows the optimiser step; each loss is logged by
+    name (``loss_logits``, ...) beside the weighted sum; evaluation and prediction run the stripped student; a restart
+    clears the optimiser's state in place and begins the learning-rate schedule anew; checkpoints are written whole.
+    """
+
+    model: TernaryModel
+    _saving_to: str | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe | str,
+        args: TrainingArguments | None = None,
+        *,
+        teacher: nn.Module | None = None,
+        example: Mapping[str, Any] | None = None,
+        compile: Literal["on", "off", "auto"] = "auto",
+        evaluate_distillation: bool = False,
+        **options: Any,
+    ) -> None:
+        """Capture, prepare and wrap the model.
+
+        Args:
+            model: the trained full-precision model (its Parameters become the student's), or a graph from
+                ``ti_fx.capture``, prepared by this recipe or not at all.
+            recipe: a Recipe or a preset's name.
+            args: as for Trainer. ``max_steps`` left out takes the recipe's ``steps``. Use ``compile=`` here, not
+                ``torch_compile``.
+            teacher: a module to take the teacher's values from; None: the model's own values.
+            example: inputs to capture with; None: the first rows of ``train_dataset``, collated.
+            compile: compile each phase's graph. ``auto``: on an accelerator, or for phases of many steps.
+            evaluate_distillation: evaluation also reports ``eval_distillation`` and each loss by name.
+            options: train_dataset, eval_dataset, data_collator, processing_class, compute_metrics, callbacks, ...
+
+        Raises:
+            InputError, DataError, CaptureError, PreconditionError: with one line that says what to do.
+        """
+        args = TrainingArguments(output_dir="trainer_output") if args is None else args
+        if args.torch_compile:
+            raise InputError("torch_compile would compile the wrapper; use TernaryTrainer(compile='on')")
+        self.recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+        self.source = model
+        label_names = list(args.label_names) if args.label_names is not None else _label_names(model, options)
+        options["data_collator"] = options.get("data_collator") or _collator(options.get("processing_class"))
+        prepared, self.example = self._prepare(model, teacher, example, args, label_names, options)
+        if args.max_steps <= 0 and self.recipe.steps is not None:
+            args.max_steps = self.recipe.steps
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False  # there is no accelerator to copy to
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # a phase leaves some parameters without a gradient
+        wrapped = TernaryModel(prepared, self.recipe, compile=_compile(compile, args, self.recipe))
+        if hasattr(model, "config"):
+            wrapped.config = model.config
+        super().__init__(model=wrapped, args=args, **options)
+        self.label_names = label_names
+        self.evaluate_distillation = evaluate_distillation
+        self._spans: tuple[schedule.Span, ...] = ()
+        self._sums: dict[str, Any] = {}
+        self._count = 0
+        self._eval_sums: dict[str, float] = {}
+        self._eval_rows = 0
+        if state(prepared).get("task") and self._task_loss() is None:
+            raise InputError(
+                f"distill{{task}} needs the model's loss, and {type(model).__name__} has none that can be called on "
+                "outputs and labels; pass compute_loss_func=, as to Trainer"
+            )
+
+    def _prepare(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        example: Mapping[str, Any] | None,
+        args: TrainingArguments,
+        label_names: Sequence[str],
+        options: dict[str, Any],
+    ) -> tuple[GraphModule, dict[str, Tensor]]:
+        if example is None:
+            example = _first_rows(model, options.get("train_dataset"), options["data_collator"], label_names)
+        example = {name: _move(value, args.device) for name, value in example.items()}
+        if isinstance(model, GraphModule):
+            gm = model
+        else:
+            model.to(args.device)
+            gm = capture(model, example)
+        if "recipe" not in state(gm):
+            self.recipe.prepare(gm, teacher=teacher)
+        elif state(gm)["recipe"] != self.recipe.to_dict():
+            raise InputError(
+                "the graph was prepared by another recipe; capture the model again, or pass that recipe"
+            )
+        return gm, {name: value for name, value in example.items() if isinstance(value, Tensor)}
+
+    # --- the loop: phases, losses, restarts -------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Enter the phase of the current optimiser step, then train as Trainer does."""
+        span = schedule.at(self._spans, self.state.global_step)
+        self.model.enter(span.phase)
+        if span.phase.restart and self.state.global_step == span.start and span.start:
+            assert self.optimizer is not None
+            self.optimizer.state.clear()  # in place: accelerate keeps its optimiser, DDP its parameters
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the weighted sum of the phase's losses, with the task loss if the recipe gives it a weight."""
+        labels, features = self._split(inputs)
+        result = model(**features)
+        loss: Tensor = result["loss"]
+        losses = dict(result["losses"])
+        weight = state(self.model.prepared()).get("task") or 0.0
+        if weight and labels is not None:
+            losses["task"] = self._task(result["outputs"], labels)
+            loss = loss + weight * losses["task"]
+        if self.model.training:
+            for name, value in losses.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+            self._count += 1
+        return (loss, result["outputs"]) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each loss by name, averaged since the last log, and the phase."""
+        if "loss" in logs and self._count:
+            for name, value in self._sums.items():
+                logs[f"loss_{name}"] = (value / self._count).item()
+            self._sums, self._count = {}, 0
+            logs["phase"] = schedule.at(self._spans, max(self.state.global_step - 1, 0)).phase.name  # type: ignore[assignment]
+        super().log(logs, start_time)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Lay out the phases and make one schedule that begins anew at each restart."""
+        self._spans = schedule.spans(self.recipe.phases(), num_training_steps)
+        if not any(span.phase.restart and span.start for span in self._spans):
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            factor = schedule.learning_rate_factor(self._spans, self.args)
+            inner: Any = self.optimizer if optimizer is None else optimizer
+            inner = getattr(
+                inner, "optimizer", inner
+            )  # accelerate's wrapper is no torch Optimizer to LambdaLR
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(inner, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Decay matrices; not biases and norms, which have one dimension."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+
+    # --- evaluation on the stripped student -------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Run the student; the loss is the model's own on labels, where it has one."""
+        labels, features = self._split(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**features)
+            loss = None
+            if labels is not None and self._task_loss() is not None:
+                loss = self._task(outputs, labels).detach().mean()
+            if self.evaluate_distillation:
+                self._add_distillation(features)
+        if prediction_loss_only:
+            return loss, None, None
+        ignored = set(ignore_keys or ()) | {"loss"}
+        kept = [value.detach() for name, value in _leaves(outputs).items() if name not in ignored]
+        values = None if labels is None else tuple(labels[name] for name in self.label_names)
+        return loss, _single(tuple(kept)), None if values is None else _single(values)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as Trainer does, and report the distillation losses if asked for."""
+        self._eval_sums, self._eval_rows = {}, 0
+        result = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        for name, value in self._eval_sums.items():
+            assert result.metrics is not None
+            result.metrics[f"{prefix}_distillation{name}"] = value / self._eval_rows
+        return result
+
+    def _add_distillation(self, features: dict[str, Tensor]) -> None:
+        rows = len(next(iter(features.values())))
+        result = self.model.distillation(features)
+        everything = {"": result["loss"], **{f"_{name}": value for name, value in result["losses"].items()}}
+        for name, value in everything.items():
+            self._eval_sums[name] = self._eval_sums.get(name, 0.0) + rows * float(value)
+        self._eval_rows += rows
+
+    def student(self) -> GraphModule:
+        """Return the stripped student, in eval mode, on the trained tensors: ready for ``Pack`` and ``to_onnx``."""
+        return self.model.student().eval()
+
+    # --- labels and the model's own loss ----------------------------------------------------------------------------
+
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor] | None, dict[str, Tensor]]:
+        labels = {name: inputs[name] for name in self.label_names if inputs.get(name) is not None}
+        features = {name: inputs[name] for name in self.model.inputs if name in inputs}
+        complete = bool(labels) and len(labels) == len(self.label_names)
+        return (labels if complete else None), features
+
+    def _task_loss(self) -> Callable[..., Tensor] | None:
+        given: Callable[..., Tensor] | None = self.compute_loss_func
+        if given is not None:
+            return given
+        if hasattr(self.source, "loss_function") and hasattr(self.source, "config"):
+            return self._source_loss
+        return None
+
+    def _task(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
+        function = self._task_loss()
+        assert function is not None
+        if self.compute_loss_func is not None:
+            return function(outputs, _single(tuple(labels.values())), num_items_in_batch=None)
+        return function(outputs, labels)
+
+    def _source_loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
+        """Call the Hugging Face model's own loss function; each of them takes what it needs by name."""
+        config = self.source.config
+        known = {"pooled_logits": outputs.get("logits"), **outputs, **labels}
+        vocabulary = getattr(config, "vocab_size", None)
+        function: Any = self.source.loss_function
+        loss: Tensor = function(config=config, vocab_size=vocabulary, **known)
+        return loss
+
+    # --- data and checkpoints ---------------------------------------------------------------------------------------
+
+    @property
+    def _run_folder(self) -> str:
+        return str(self.args.output_dir)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*self.model.inputs, *self.label_names, *LABELS]
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; ``resume_from_checkpoint=True`` takes the newest finished checkpoint in the output folder.
+
+        Raises:
+            CheckpointError: nothing to resume from, or it belongs to another model, teacher or recipe.
+        """
+        if resume_from_checkpoint is True:
+            found = checkpoint.last_finished(self._run_folder)
+            if found is None:
+                raise CheckpointError(f"{self._run_folder} holds no finished checkpoint to resume from")
+            resume_from_checkpoint = str(found)
+        elif isinstance(resume_from_checkpoint, str):
+            checkpoint.read_facts(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint.restore(self.model, resume_from_checkpoint, checkpoint.read_facts(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is None:
+            raise CheckpointError("no best checkpoint was saved; set save_strategy as eval_strategy")
+        checkpoint.restore(self.model, best, checkpoint.read_facts(best))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self._run_folder)
+        if not self.args.should_save:
+            return
+        config: Any = getattr(self.source, "config", None)
+        if config is not None:
+            config.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+        gathered = None
+        if state_dict is not None:
+            gathered = {name: value for name, value in state_dict.items() if not name.startswith("teacher.")}
+        checkpoint.save(
+            folder,
+            self.model,
+            example=self.example,
+            source=checkpoint.source_facts(self.source),
+            position={"step": self.state.global_step, "phase": self.model.phase.name},
+            weights=gathered,
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a checkpoint to evaluate or export from, whole or not at all."""
+        target = Path(output_dir if output_dir is not None else self._run_folder)
+        if _internal_call or not self.args.should_save:
+            super().save_model(str(target), _internal_call=True)
+            return
+        target.mkdir(parents=True, exist_ok=True)
+        with checkpoint.finished_folder(target / ".saving") as temporary:
+            super().save_model(str(temporary), _internal_call=True)
+        for path in sorted((target / ".saving").iterdir(), key=lambda path: path.name == checkpoint.FACTS):
+            os.replace(path, target / path.name)
+        (target / ".saving").rmdir()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save into a temporary folder and rename it, so that a checkpoint is whole or not there."""
+        run = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with checkpoint.finished_folder(run / name) as temporary:
+                self._saving_to = str(temporary)
+                super()._save_checkpoint(model, trial)
+                inner = temporary / name
+                for path in inner.iterdir():
+                    os.replace(path, temporary / path.name)
+                inner.rmdir()
+        finally:
+            self._saving_to = None
+            self.args.save_total_limit = limit
+        if self.state.best_global_step:
+            best = run / f"checkpoint-{self.state.best_global_step}"
+            if best.exists():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save and limit is not None:
+            from transformers.trainer_utils import rotate_checkpoints
+
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._saving_to or str(super()._get_output_dir(trial))
+
+
+def _compile(wanted: str, args: TrainingArguments, recipe: Recipe) -> Compile:
+    if wanted == "on":
+        return "on"
+    if wanted == "off":
+        return "off"
+    if wanted != "auto":
+        raise InputError(f"compile is {wanted!r}; use 'on', 'off' or 'auto'")
+    if args.device.type != "cpu":
+        return "on"
+    return "on" if args.max_steps >= AUTO_COMPILE_STEPS * len(recipe.phases()) else "off"
+
+
+def _collator(processing_class: Any) -> Callable[[list[Any]], Any]:
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return DataCollatorWithPadding(processing_class)
+    return default_data_collator
+
+
+def _label_names(model: nn.Module, options: dict[str, Any]) -> list[str]:
+    found: list[str] = []
+    if not isinstance(model, GraphModule):
+        found = find_labels(type(model))  # type: ignore[no-untyped-call]
+    dataset = options.get("train_dataset") or options.get("eval_dataset")
+    if dataset is None or not len(dataset):
+        return found or ["labels"]
+    row = dataset[0]
+    columns = list(row) if isinstance(row, Mapping) else []
+    present = [name for name in found if name in columns]
+    if present:
+        return present
+    return ["labels"] if any(name in columns for name in LABELS) else []
+
+
+def _first_rows(
+    model: nn.Module, dataset: Any, collate: Callable[[list[Any]], Any], label_names: Sequence[str]
+) -> dict[str, Any]:
+    """Collate the first two rows and keep what the model's forward takes."""
+    if dataset is None:
+        raise DataError("there is no data to capture the model with; pass train_dataset= or example=")
+    if not len(dataset):
+        raise DataError("train_dataset has 0 rows; give at least 1")
+    rows = [dict(dataset[index]) for index in range(min(2, len(dataset)))]
+    batch = collate(rows)
+    if isinstance(model, GraphModule):
+        names = [str(node.target) for node in model.graph.find_nodes(op="placeholder")]
+    else:
+        names = list(inspect.signature(model.forward).parameters)
+    kept = {name: batch[name] for name in names if name in batch and name not in label_names}
+    if not kept:
+        raise DataError(
+            f"no column of train_dataset ({', '.join(batch)}) is an input of {type(model).__name__}"
+        )
+    return kept
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _leaves(outputs: Any) -> dict[str, Tensor]:
+    """Return an output structure's tensors by name."""
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+    found: dict[str, Tensor] = {}
+    for name, value in items:
+        if isinstance(value, Tensor):
+            found[str(name)] = value
+        elif value is not None:
+            found.update({f"{name}.{inner}": leaf for inner, leaf in _leaves(value).items()})
+    return found
+
+
+def _single(values: tuple[Any, ...]) -> Any:
+    return values[0] if len(values) == 1 else values
