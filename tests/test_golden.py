@@ -1,21 +1,37 @@
-"""Golden texts are compared, written by one flag, and never written under CI."""
+"""Golden texts: the difference each pass makes to a one-layer model; one flag updates them, never under CI."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from models import PlainTransformer, Tiny, seeded, tokens
+from torch.fx import GraphModule
 
-CONFTEST = Path(__file__).with_name("conftest.py")
+import ti_fx
+from ti_fx.passes import (
+    DecomposeAttention,
+    Distill,
+    DuplicateTeacher,
+    Intervene,
+    Pack,
+    QuantizeActivations,
+    Strip,
+    Ternarize,
+)
+from ti_fx.pipeline import Pass
+
+PLUGIN = Path(__file__).with_name("golden_text.py")
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    """A folder with our conftest.py and one golden test."""
-    (tmp_path / "conftest.py").write_text(CONFTEST.read_text())
+    """A folder with our golden fixture and one golden test."""
+    (tmp_path / "conftest.py").write_text(PLUGIN.read_text())
     (tmp_path / "test_one.py").write_text("def test_one(golden):\n    golden('one', 'hello')\n")
     return tmp_path
 
@@ -49,3 +65,45 @@ def test_a_golden_text_is_written_by_the_flag_and_then_compared(suite: Path) -> 
     assert changed.returncode == pytest.ExitCode.TESTS_FAILED
     assert "hello" in changed.stdout
     assert "goodbye" in changed.stdout
+
+
+# What runs before the pass whose difference is compared. Prepare passes are shown where they come in a recipe.
+GOLDEN: dict[str, tuple[tuple[Pass, ...], Pass]] = {
+    "duplicate_teacher": ((), DuplicateTeacher()),
+    "ternarize": ((), Ternarize()),
+    "quantize_activations": ((Ternarize(),), QuantizeActivations()),
+    "quantize_activations_attention": ((Ternarize(),), QuantizeActivations(attention=True)),
+    "distill": ((DuplicateTeacher(),), Distill()),
+    "intervene_map": ((DuplicateTeacher(),), Intervene(at="map")),
+    "intervene_context": ((DuplicateTeacher(),), Intervene(at="context")),
+    "intervene_output": ((DuplicateTeacher(),), Intervene(at="output")),
+    "strip": ((DuplicateTeacher(), Ternarize(), Distill(), Intervene(at="output")), Strip()),
+    "pack": ((Ternarize(),), Pack()),
+}
+
+
+def difference(gm: GraphModule, before: tuple[Pass, ...], one: Pass) -> str:
+    ti_fx.Pipeline(*before)(gm)
+    old = ti_fx.dump(gm)
+    ti_fx.Pipeline(one)(gm)
+    return ti_fx.diff(old, gm)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_difference_a_pass_makes(name: str, bert_layer: Tiny, golden: Callable[[str, str], None]) -> None:
+    golden(name, difference(bert_layer.fork(), *GOLDEN[name]))
+
+
+def test_the_difference_decompose_attention_makes(golden: Callable[[str, str], None]) -> None:
+    gm = ti_fx.capture(seeded(lambda: PlainTransformer(layers=1)), {"tokens": tokens(), "keep": tokens()})
+    golden("decompose_attention", difference(gm, (), DecomposeAttention()))
+
+
+def test_the_difference_of_a_fused_projection_at_map(gpt2: Tiny, golden: Callable[[str, str], None]) -> None:
+    golden(
+        "intervene_map_fused", difference(gpt2.fork(), (DuplicateTeacher(),), Intervene("map", layers=(0,)))
+    )
+
+
+def test_the_captured_layer(bert_layer: Tiny, golden: Callable[[str, str], None]) -> None:
+    golden("capture", ti_fx.dump(bert_layer.graph))

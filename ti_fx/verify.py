@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import leaves, numerics, roles
 from ti_fx.errors import VerificationError
-from ti_fx.graph import state, tensor
+from ti_fx.graph import aten_name, state, tensor
 from ti_fx.metadata import guard_count, inconsistencies
 from ti_fx.sites import is_ours
 
@@ -67,6 +67,8 @@ def _roles(gm: GraphModule) -> Iterator[str]:
             roles.role(source) != "shared" for source in node.all_input_nodes
         ):
             yield f"shared %{node.name} reads a value that is not shared"
+        elif roles.role(node) == "shared" and node.op in ("get_attr", "call_module"):
+            yield f"%{node.name} is shared and depends on a stored tensor or module; it is student or teacher"
 
 
 def _teacher_reads(gm: GraphModule) -> Iterator[str]:
@@ -85,25 +87,26 @@ def _teacher_reads(gm: GraphModule) -> Iterator[str]:
 
 def _interventions(gm: GraphModule) -> Iterator[str]:
     twins = {node: twin for twin, node in roles.twins(gm.graph).items()}
+    taps = {node.name: node for node in gm.graph.nodes if roles.fact(node, "intervened")}
     detached: dict[str, set[str]] = {}
-    for node in gm.graph.nodes:
-        if node.target is numerics.detach and node.op == "call_function":
-            detached.setdefault(str(roles.fact(node, "intervention")), set()).update(
-                user.name for user in node.users
-            )
-    for node in gm.graph.nodes:
+    for node in gm.graph.find_nodes(op="call_function", target=numerics.detach):
+        name = str(roles.fact(node, "intervention"))
+        if name not in taps:
+            yield f"%{node.name} detaches for an intervention at %{name}, where there is none"
+        detached.setdefault(name, set()).update(user.name for user in node.users)
+    for node in taps.values():
         point = roles.fact(node, "intervened")
-        if point is None:
-            continue
         if node not in twins:
             yield f"%{node.name} is intervened at {point} and has no twin"
             continue
-        straying = [user.name for user in node.users if roles.role(user) == "student"]
+        straying = [user.name for user in node.users if roles.is_student(user)]
         if straying:
             yield f"%{straying[0]} reads the tap %{node.name}; at {point} it must read %{twins[node].name}"
+        if not any(roles.is_student(user) for user in twins[node].users):
+            yield f"%{node.name} is intervened at {point}, and no student node reads %{twins[node].name}"
         missing = set(roles.fact(node, "detaches") or ()) - detached.get(node.name, set())
         if missing:
-            yield f"the input of %{sorted(missing)[0]} is not detached for the intervention at %{node.name} ({point})"
+            yield f"the input of %{min(missing)} is not detached for the intervention at %{node.name} ({point})"
 
 
 def _same_twins(gm: GraphModule) -> Iterator[str]:
@@ -124,19 +127,13 @@ def _same_twins(gm: GraphModule) -> Iterator[str]:
         return teacher_of.get(source, source)
 
     for twin, node in twins.items():
-        if node.op == "get_attr":
-            if twin.target != f"{TEACHER}.{node.target}":
-                yield f"teacher %{twin.name} reads {twin.target}, its twin {node.target}"
-            continue
+        if node.op in ("get_attr", "call_module") and twin.target != f"{TEACHER}.{node.target}":
+            yield f"teacher %{twin.name} reads {twin.target}, its twin {node.target}"
         if twin.op == "call_function" and twin.target is not node.target:
             yield f"teacher %{twin.name} computes another op than its twin %{node.name}"
         expected = torch.fx.node.map_arg((node.args, dict(node.kwargs)), origin)
-        if _comparable(expected) != _comparable((twin.args, dict(twin.kwargs))):
+        if str(expected) != str((twin.args, dict(twin.kwargs))):
             yield f"teacher %{twin.name} and its twin %{node.name} read different inputs or constants"
-
-
-def _comparable(arguments: object) -> str:
-    return str(arguments)
 
 
 def is_dropout(gm: GraphModule, node: Node) -> bool:
@@ -150,8 +147,16 @@ def _frozen(gm: GraphModule) -> Iterator[str]:
             continue
         if node.op == "get_attr" and tensor(gm, node.target).requires_grad:
             yield f"{node.target} requires a gradient; the teacher is frozen"
-        if node.op == "call_module" and not isinstance(gm.get_submodule(node.target), leaves.Frozen):
+        if node.op == "call_module" and not isinstance(
+            gm.get_submodule(node.target), leaves.Frozen | nn.Dropout
+        ):
             yield f"teacher %{node.name} calls {node.target}, which follows train(); the teacher stays in eval mode"
+
+
+def _teacher_dropout(gm: GraphModule) -> Iterator[str]:
+    for node in gm.graph.nodes:
+        if roles.is_teacher(node) and (is_dropout(gm, node) or "dropout" in aten_name(node)):
+            yield f"teacher %{node.name} is dropout; the teacher reads past it"
 
 
 def _quantised_reads(gm: GraphModule) -> Iterator[str]:
@@ -201,17 +206,18 @@ def _meta(gm: GraphModule) -> Iterator[str]:
 def _guards(gm: GraphModule) -> Iterator[str]:
     allowed = state(gm).get("guards")
     if allowed is not None and guard_count(gm) > allowed:
-        yield f"the graph's sizes have {guard_count(gm)} guards, {allowed} at capture; compute sizes from the graph's own"
+        yield f"the graph's sizes have {guard_count(gm)} guards, {allowed} at capture; don't decide by a size in Python"
 
 
 INVARIANTS: tuple[Invariant, ...] = (
+    Invariant("topological order", _order),  # before lint, which has another name for it
     Invariant("lint", _lint),
-    Invariant("topological order", _order),
     Invariant("one role per node", _roles),
     Invariant("teacher values are read at intervened points only", _teacher_reads),
     Invariant("interventions and their detaches are present", _interventions),
     Invariant("twins compute the same", _same_twins),
     Invariant("the teacher is frozen", _frozen),
+    Invariant("the teacher has no dropout", _teacher_dropout),
     Invariant("ternarised weights are read through their quantiser", _quantised_reads),
     Invariant("tied weights stay tied", _tied),
     Invariant("losses are scalar", _losses),
