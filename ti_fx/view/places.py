@@ -1,0 +1,105 @@
+"""Where in the model each node belongs: its stack, its layer, and the part of that layer.
+
+The residual stream is the ruler. Each block ends at a node of the stream (``X_0 .. X_L`` and the values after each
+attention block), and a node belongs to the block that everything it feeds belongs to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from ti_fx import roles
+from ti_fx.sites import AttentionSite, block_output, find_attention, layer_outputs
+
+PARTS = ("query", "key", "value", "scores", "map", "context", "output", "residual")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part of the model.
+
+    Attributes:
+        stack, layer: as in AttentionSite; None before the first and after the last layer.
+        kind: ``self`` or ``cross`` inside that attention block, ``feed-forward`` in the rest of a layer,
+            ``before`` and ``after`` outside of the layers.
+    """
+
+    stack: int | None
+    layer: int | None
+    kind: str
+
+    def __str__(self) -> str:
+        if self.layer is None:
+            return f"{self.kind} the layers"
+        return f"stack {self.stack}, layer {self.layer} ({self.kind})"
+
+
+BEFORE = Place(None, None, "before")
+AFTER = Place(None, None, "after")
+
+
+def places(gm: GraphModule) -> dict[Node, Place]:
+    """Return the place of every node that has one; what several layers read (masks, sizes) has none."""
+    sites = find_attention(gm)
+    teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
+    ends = {teacher.get(node, node): place for node, place in _block_ends(gm, sites).items()}
+    role: roles.Role = "teacher" if teacher else "student"
+    place_of: dict[Node, Place | None] = {}
+    for node in reversed(gm.graph.nodes):
+        if roles.role(node) != role or node.op == "output":
+            continue
+        read_in = {place_of[user] for user in node.users if user in place_of}
+        if node in ends:
+            place_of[node] = ends[node]
+        elif len(read_in) <= 1:
+            place_of[node] = read_in.pop() if read_in else AFTER
+        else:
+            place_of[node] = None
+    found = {node: place for node, place in place_of.items() if place is not None}
+    for twin, node in roles.twins(gm.graph).items():
+        if twin in found:
+            found[node] = found[twin]
+    return found | _inserted(gm, found)
+
+
+def parts(sites: list[AttentionSite]) -> dict[Node, tuple[str, ...]]:
+    """Return what each node of a site is: ``query``, ``map``, ...; one linear for Q, K and V is all three."""
+    found: dict[Node, tuple[str, ...]] = {}
+    for site in sites:
+        for part in PARTS:
+            node = getattr(site, part)
+            if node is not None:
+                found[node] = (*found.get(node, ()), part)
+    return found
+
+
+def _block_ends(gm: GraphModule, sites: list[AttentionSite]) -> dict[Node, Place]:
+    ends: dict[Node, Place] = {}
+    for stack in sorted({site.stack for site in sites}):
+        tower = [site for site in sites if site.stack == stack]
+        stream = layer_outputs(gm, tower)
+        for index, node in enumerate(stream):
+            ends[node] = Place(stack, index - 1, "feed-forward") if index else BEFORE
+        for site in tower:
+            end = block_output(gm, site) or site.output or site.context
+            ends.setdefault(end, Place(stack, site.layer, site.kind))
+    return ends
+
+
+def _inserted(gm: GraphModule, known: dict[Node, Place]) -> dict[Node, Place]:
+    """Place what has no twin: quantisers and detaches where they are read, losses where they read."""
+    found: dict[Node, Place] = {}
+    missing = [node for node in gm.graph.nodes if node not in known and roles.role(node) in ("student", "loss")]
+    for node in reversed(missing):
+        if roles.role(node) == "student":
+            read_in = {place for user in node.users if (place := known.get(user, found.get(user)))}
+            if len(read_in) == 1:
+                found[node] = read_in.pop()
+    for node in missing:
+        if node not in found and node.op not in ("get_attr", "output"):
+            read_from = {place for source in node.all_input_nodes if (place := known.get(source, found.get(source)))}
+            if len(read_from) == 1:
+                found[node] = read_from.pop()
+    return found
