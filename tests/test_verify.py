@@ -227,7 +227,7 @@ def test_a_teacher_whose_leaf_follows_train(plain: Tiny) -> None:
     gm = plain.fork()
     ti_fx.Pipeline(DuplicateTeacher())(gm)
     node = first(gm, lambda node: node.op == "call_module" and roles.is_teacher(node))
-    node.target = str(node.target).removeprefix("teacher.")
+    register(gm, str(node.target), gm.get_submodule(str(node.target).removeprefix("teacher.")))
     refused(gm, FROZEN, f"%{node.name}", "eval")
 
 

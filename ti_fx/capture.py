@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ti_fx import normalise
 from ti_fx.errors import CaptureError, InputError
-from ti_fx.graph import constant_size, mode, state
+from ti_fx.graph import aten_name, constant_size, mode, state
 from ti_fx.metadata import guard_count
 
 Dynamic = Literal["auto", "batch", "none"]
@@ -105,6 +105,7 @@ def capture(
         gm = normalise.to_plain(exported, model, list(tensors))
         dims, names = _dims(gm, list(tensors))
         state(gm)["dims"] = names
+        _name_sizes(gm, names)
         state(gm)["guards"] = guard_count(gm)
         checked = _check(model, gm, tensors, constants)
     for name, sizes in dims.items():
@@ -350,6 +351,15 @@ def _dims(gm: GraphModule, inputs: list[str]) -> tuple[dict[str, tuple[str | int
             sizes.append(names[symbol])
         dims[name] = tuple(sizes)
     return dims, names
+
+
+def _name_sizes(gm: GraphModule, names: dict[str, str]) -> None:
+    """Call the node that reads a dynamic size by the size's name."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and str(value) in names and aten_name(node) == "sym_size":
+            node._rename(names[str(value)])
+    gm.recompile()
 
 
 def _check(

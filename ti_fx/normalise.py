@@ -147,6 +147,7 @@ def _leaf_modules(gm: GraphModule) -> None:
                 arguments["enable_gqa"],
             )
             operands = (arguments["query"], arguments["key"], arguments["value"], arguments["attn_mask"])
+            node._rename("attention")
             _replace_by_leaf(gm, node, leaf, operands if operands[3] is not None else operands[:3])
         elif name in ("batch_norm", "native_dropout", "alpha_dropout", "feature_dropout", "rrelu"):
             _replace_mode_dependent(gm, node, name)
@@ -220,7 +221,7 @@ def _share_model_tensors(gm: GraphModule, model: nn.Module) -> None:
 
 
 def _one_read_each(gm: GraphModule) -> None:
-    """Keep one get_attr node per tensor, right before its first user."""
+    """Keep one get_attr node per tensor, right before its first user, named by the last two parts of its path."""
     reads: dict[str, Node] = {}
     for node in list(gm.graph.nodes):
         if node.op != "get_attr":
@@ -230,6 +231,7 @@ def _one_read_each(gm: GraphModule) -> None:
             erase(node)
         else:
             reads[node.target] = node
+            node._rename("_".join([part for part in node.target.split(".") if not part.isdigit()][-2:]))
     moved: set[Node] = set()
     for node in list(gm.graph.nodes):
         for source in node.all_input_nodes:

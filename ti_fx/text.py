@@ -28,6 +28,13 @@ _DTYPES = {
     torch.uint8: "u8",
     torch.bool: "bool",
 }
+# Numbers that say more by name: the end of a slice, a mask's value.
+_LIMITS = {
+    torch.iinfo(torch.int64).max: "end",
+    torch.finfo(torch.float64).min: "min(f64)",
+    torch.finfo(torch.float32).min: "min(f32)",
+    torch.finfo(torch.bfloat16).min: "min(bf16)",
+}
 
 
 def dump(gm: GraphModule) -> str:
@@ -52,7 +59,7 @@ def type_text(value: Any, dims: Mapping[str, str]) -> str:
     """Return ``f32[batch, sequence, 384]`` for a tensor, ``int`` for a size, a bracketed list for structures."""
     if isinstance(value, torch.Tensor):
         shape = ", ".join(_size(size, dims) for size in value.shape)
-        return f"{_DTYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{shape}]"
+        return f"{_dtype(value.dtype)}[{shape}]"
     if isinstance(value, torch.SymInt | int):
         return f"size {_size(value, dims)}"
     if isinstance(value, Mapping):
@@ -73,14 +80,14 @@ def module_path(node: Node) -> str:
 
 
 def operation(gm: GraphModule, node: Node) -> str:
-    """Return the node's operation: ``linear``, ``softmax.int``, ``Dropout(p=0.1)``, ``input``, a tensor's path."""
+    """Return the node's operation: ``linear``, ``softmax.int``, ``Dropout{p=0.1}``, ``input``, a tensor's path."""
     if node.op == "placeholder":
         return "input"
     if node.op == "get_attr":
         return str(node.target)
     if node.op == "call_module":
         module = gm.get_submodule(node.target)
-        return f"{type(module).__name__}{{{module.extra_repr()}}}"
+        return f"{type(module).__name__}{{{module.extra_repr().replace(', inplace=False', '')}}}"
     if isinstance(node.target, torch._ops.OpOverload):
         name = node.target._schema.name.partition("::")[2]
         overload = node.target._overloadname
@@ -100,7 +107,7 @@ def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
     if node.op not in ("placeholder", "get_attr"):
         arguments = [_argument(argument) for argument in node.args]
         arguments += [
-            f"{key}={_argument(argument)}" for key, argument in node.kwargs.items() if key != "device"
+            f"{key}={_argument(value)}" for key, value in node.kwargs.items() if not _is_unsaid(key, value)
         ]
         text += f"({', '.join(arguments)})"
     parts = [text, type_text(node.meta.get("val"), dims)]
@@ -112,6 +119,11 @@ def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
     return "  ".join(part for part in parts if part)
 
 
+def _is_unsaid(key: str, value: Any) -> bool:
+    """Whether a keyword is left out of the text: devices, and what torch.export spells out of the defaults."""
+    return key == "device" or (key == "pin_memory" and not value) or value is torch.strided
+
+
 def _argument(argument: Any) -> str:
     if isinstance(argument, Node):
         return f"%{argument.name}"
@@ -121,4 +133,12 @@ def _argument(argument: Any) -> str:
         return "{" + ", ".join(f"{key}: {_argument(item)}" for key, item in argument.items()) + "}"
     if isinstance(argument, torch.device):
         return "device"
+    if isinstance(argument, torch.dtype):
+        return _dtype(argument)
+    if isinstance(argument, int | float) and not isinstance(argument, bool):
+        return _LIMITS.get(argument, str(argument))
     return str(argument)
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
