@@ -1,0 +1,165 @@
+"""What goes into and comes out of a captured graph, by name; and the same inputs at other sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ti_fx.errors import ExportError, InputError
+from ti_fx.graph import constant_size, erase_dead, fork, mode, state
+from ti_fx.structure import is_container, named_leaves
+
+BATCH = "batch"
+_SHORTEST = 2  # torch.export takes a size of 1 for a constant
+
+
+def bind(gm: GraphModule, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Tensor]:
+    """Return the example's tensors by input name, in the graph's order; values that are not tensors were baked in.
+
+    Raises:
+        InputError: names don't match the graph's inputs.
+    """
+    names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    if isinstance(example, Mapping):
+        given = {name: value for name, value in example.items() if isinstance(value, Tensor)}
+    else:
+        given = dict(zip(names, [value for value in example if isinstance(value, Tensor)], strict=False))
+    if set(given) != set(names):
+        raise InputError(
+            f"the graph takes the inputs {', '.join(names)}, and the example has {', '.join(given) or 'none'}; "
+            "give one tensor for each"
+        )
+    return {name: given[name] for name in names}
+
+
+def dimensions(gm: GraphModule) -> dict[str, dict[int, str]]:
+    """Return the dynamic dimensions of each input by name, as capture named them (``batch``, ``sequence``)."""
+    known = state(gm).get("dims", {})
+    found: dict[str, dict[int, str]] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        name = str(node.target)
+        found[name] = {
+            index: known.get(str(size), f"{name}_{index}")
+            for index, size in enumerate(node.meta["val"].shape)
+            if constant_size(size) is None
+        }
+    return found
+
+
+def limits(gm: GraphModule) -> dict[str, int]:
+    """Return the largest size of each dynamic dimension that has one."""
+    names = dimensions(gm)
+    found: dict[str, int] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        for index, name in names[str(node.target)].items():
+            symbol = node.meta["val"].shape[index].node
+            upper = symbol.shape_env.bound_sympy(symbol.expr).upper
+            if upper.is_Integer:
+                found[name] = int(upper)
+    return found
+
+
+def sizes(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the size of each named dimension in these inputs."""
+    return {
+        name: inputs[key].shape[index] for key, dims in dimensions(gm).items() for index, name in dims.items()
+    }
+
+
+def resized(gm: GraphModule, inputs: Mapping[str, Tensor], wanted: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the inputs tiled and cropped to other sizes of the named dimensions."""
+    names = dimensions(gm)
+    result = {}
+    for key, value in inputs.items():
+        for index, name in names[key].items():
+            positions = torch.arange(wanted.get(name, value.shape[index])) % value.shape[index]
+            value = value.index_select(index, positions)
+        result[key] = value.contiguous()
+    return result
+
+
+def traceable(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs with every dynamic dimension at least 2."""
+    return resized(gm, inputs, {name: max(size, _SHORTEST) for name, size in sizes(gm, inputs).items()})
+
+
+def other_sizes(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[dict[str, int]]:
+    """Return two sets of sizes, each unlike the example's in every dynamic dimension that allows it."""
+    bounds = limits(gm)
+    longer, shorter = {}, {}
+    for name, size in sizes(gm, inputs).items():
+        step = 1 if name == BATCH else 3
+        allowed = [
+            candidate
+            for candidate in (size + step, size + 2 * step, size - step, size // 2, size + 1, size - 1, size)
+            if _SHORTEST <= candidate <= bounds.get(name, candidate)
+        ] or [size]
+        longer[name] = allowed[0]
+        others = [candidate for candidate in allowed if candidate not in (size, allowed[0])]
+        shorter[name] = min(others, key=lambda candidate: abs(candidate - size / 2), default=allowed[-1])
+    return [longer, shorter]
+
+
+def padded(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs with each row of ``attention_mask`` ending in another amount of padding."""
+    result = dict(inputs)
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or mask.dtype.is_floating_point:
+        return result
+    rows, length = mask.shape
+    kept = length - torch.arange(rows) % max(1, length // 2)
+    result["attention_mask"] = mask * (torch.arange(length) < kept.unsqueeze(1)).to(mask.dtype)
+    return result
+
+
+def permuted(gm: GraphModule, values: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+    """Return the inputs with their batch in another order."""
+    names = dimensions(gm)
+    return {
+        key: value.index_select(0, order) if names[key].get(0) == BATCH else value
+        for key, value in values.items()
+    }
+
+
+def flat_outputs(gm: GraphModule) -> tuple[GraphModule, dict[str, Node]]:
+    """Return a fork that returns its outputs as one tuple, and those outputs by exported name.
+
+    Names are the fields of the model's ModelOutput or the keys of its dict; ``output_0``, ... where there are none.
+
+    Raises:
+        ExportError: the graph returns something that is not a tensor.
+    """
+    flat = fork(gm)
+    output = flat.graph.output_node()
+    leaves = {_output_name(name): node for name, node in named_leaves(output.args[0]).items()}
+    for name, node in leaves.items():
+        if not isinstance(node.meta.get("val"), Tensor):
+            raise ExportError(f"output {name!r} (%{node.name}) is not a tensor; return tensors only")
+    if not leaves:
+        raise ExportError("the graph returns no tensor, so there is nothing to export")
+    output.args = (tuple(leaves.values()),)
+    erase_dead(node for node in flat.graph.nodes if is_container(node))
+    flat.recompile()
+    return flat, {str(name): node for name, node in leaves.items()}
+
+
+def _output_name(name: str) -> str:
+    if name == "output":
+        return "output_0"
+    return f"output_{name}" if name[:1].isdigit() else name
+
+
+def run_graph(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run the graph in eval mode without gradients; outputs by exported name.
+
+    Raises:
+        InputError: the graph was not captured for these inputs.
+    """
+    flat, leaves = flat_outputs(gm)
+    with mode(flat, False), torch.no_grad():
+        values = flat(**inputs)
+    return dict(zip(leaves, values, strict=True))

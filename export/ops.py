@@ -1,0 +1,203 @@
+"""ONNX nodes as functions on tensors: each call becomes exactly the ONNX nodes it names when the graph is exported.
+
+They compute nothing in PyTorch (``torch.onnx.ops.symbolic`` returns zeros of the right shape), so they only ever stand
+in the private copy that the exporter traces. What a node of the domain ``ti_fx`` stands for is put in its place by
+``ti_fx.export.packed`` after the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MARKER_DOMAIN = "ti_fx"
+MARKER = "Packed"
+
+Quantised = tuple[Tensor, Tensor, Tensor]  # codes (uint8), scale (float32), zero point (uint8)
+Size = Sequence[int | torch.SymInt]
+
+
+def _node(
+    name: str, inputs: Sequence[Tensor | None], dtype: torch.dtype, shape: Size, **attributes: Any
+) -> Tensor:
+    domain = name.partition("::")[0] if "::" in name else ""
+    version = 1 if domain else None
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=version)
+
+
+def _many(
+    name: str, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype], shapes: Sequence[Size]
+) -> Sequence[Tensor]:
+    return torch.onnx.ops.symbolic_multi_out(name, inputs, {}, dtypes=dtypes, shapes=shapes)
+
+
+def packed(stored: Tensor, target: str, kind: str, shape: Size, dtype: torch.dtype) -> Tensor:
+    """Mark a stored tensor as the packed graph's tensor ``target``, so that it is found again in the finished file.
+
+    ``kind``: ``int2`` (codes, becomes a Cast of an INT2 initialiser), ``uint2`` (codes + 2, as GatherBlockQuantized
+    reads them) or ``scale``; the last two markers vanish.
+    """
+    attributes = {"target": target, "kind": kind} | ({"codes_shape": list(shape)} if kind == "int2" else {})
+    return _node(f"{MARKER_DOMAIN}::{MARKER}", (stored,), dtype, shape, **attributes)
+
+
+def codes_from_int2(codes: Tensor, target: str, shape: Sequence[int]) -> Tensor:
+    """Return int8 codes of the given shape from packed bytes that become an INT2 initialiser."""
+    return packed(codes, target, "int2", shape, torch.int8)
+
+
+def codes_from_table(codes: Tensor, target: str, kind: str, table: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return int8 codes from packed bytes by a table of 256 rows of four codes: for old opsets and shared tables."""
+    count = torch.Size(shape).numel()
+    stored = packed(codes, target, kind, codes.shape, torch.uint8).reshape(-1)
+    rows = torch.nn.functional.embedding(stored.to(torch.int32), table)
+    return rows.reshape(-1)[:count].reshape(tuple(shape))
+
+
+def dequantised_weight(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 ternary weight of int8 codes. ONNX Runtime folds it into a constant when it loads the file.
+
+    DequantizeLinear is avoided on purpose: DequantizeLinear(INT2) + MatMul is fused into MatMulNBits with 8-bit
+    activations, which is another computation.
+    """
+    return codes.to(torch.float32) * scale
+
+
+def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> Tensor:
+    """Look rows up in a table that stays packed in memory.
+
+    Args:
+        codes: uint8 ``(rows, columns / 4)``, each code stored as code + 2.
+        scale: float32 ``(rows, 1)`` or ``()``.
+        ids: integers, any shape. Unlike Gather, an id out of range gives zeros.
+        columns: a multiple of 4.
+    """
+    scale = scale.expand(codes.shape[0], 1)
+    block = max(16, 1 << (columns - 1).bit_length())  # one block a row: the scale needs no repetition
+    return _node(
+        "com.microsoft::GatherBlockQuantized",
+        (codes, ids, scale),
+        torch.float32,
+        [*ids.shape, columns],
+        bits=2,
+        block_size=block,
+        quantize_axis=1,
+        gather_axis=0,
+    )
+
+
+def quantise_tensor(value: Tensor) -> Quantised:
+    """DynamicQuantizeLinear: ``numerics.int8_tensor`` before it is dequantised."""
+    codes, scale, zero_point = _many(
+        "DynamicQuantizeLinear", (value,), (torch.uint8, torch.float32, torch.uint8), (value.shape, (), ())
+    )
+    return codes, scale, zero_point
+
+
+def quantise_reference(value: Tensor) -> Quantised:
+    """QuantizeLinear around zero point 128: ``numerics.int8_reference``. int8 activations would be 5-10x slower."""
+    # amax() over every dimension has no translation in torch 2.13.
+    scale = _symmetric_scale(_node("ReduceMax", (value.abs(),), torch.float32, (), keepdims=0))
+    zero_point = torch.full((), 128, dtype=torch.uint8)
+    codes = _node("QuantizeLinear", (value, scale, zero_point), torch.uint8, value.shape)
+    return codes, scale, zero_point
+
+
+def quantise_token(value: Tensor) -> Quantised:
+    """QuantizeLinear with one block per token around zero point 128: ``numerics.int8_token``.
+
+    The returned zero point is the scalar that MatMulInteger takes. The last dimension must be static.
+    """
+    scale = _token_scale(value)
+    zero_point = torch.full((), 128, dtype=torch.uint8)
+    codes = _node(
+        "QuantizeLinear",
+        (value, scale, zero_point.expand(scale.shape)),
+        torch.uint8,
+        value.shape,
+        axis=-1,
+        block_size=int(value.shape[-1]),
+    )
+    return codes, scale, zero_point
+
+
+def _symmetric_scale(largest: Tensor) -> Tensor:
+    scale = largest / 127
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _token_scale(value: Tensor) -> Tensor:
+    return _symmetric_scale(value.abs().amax(dim=-1, keepdim=True))
+
+
+def dequantise(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return ``(codes - zero point) * scale``: DequantizeLinear with one scale."""
+    return _node("DequantizeLinear", (codes, scale, zero_point), torch.float32, codes.shape)
+
+
+def fake_quant_token(value: Tensor) -> Tensor:
+    """``numerics.int8_token`` in floating point: exact for any last dimension, a dynamic one too."""
+    scale = _token_scale(value)
+    return (value / scale).round().clamp(-127, 127) * scale
+
+
+def integer_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    per_token: bool,
+) -> Tensor:
+    """Return the linear layer of quantised activations and a ternary weight, summed in integers.
+
+    Args:
+        codes: from one of the quantisers above, ``(..., inputs)``.
+        scale: from the same quantiser.
+        zero_point: from the same quantiser.
+        weight: int8, ``(outputs, inputs)`` if ``transposed``, else ``(inputs, outputs)``.
+        weight_scale: float32 ``()`` or ``(outputs,)``.
+        bias: float32 ``(outputs,)`` or None.
+        transposed: whether the weight is stored as nn.Linear stores it.
+        per_token: whether ``scale`` has one entry per token.
+    """
+    if transposed:
+        weight = weight.t()
+    shape = [*codes.shape[:-1], weight.shape[1]]
+    total = _node("MatMulInteger", (codes, weight, zero_point), torch.int32, shape)
+    result = total.to(torch.float32)
+    # Per token in this order: with the scales multiplied first, ONNX Runtime 1.31 fuses MatMulIntegerToFloat and loses
+    # the bias wherever the activation scale is per row.
+    result = result * weight_scale * scale if per_token else result * (scale * weight_scale)
+    return result if bias is None else result + bias
+
+
+def sum_for_norm(left: Tensor, right: Tensor) -> Tensor:
+    """Add two tensors by ONNX Sum, which ONNX Runtime does not fuse with the LayerNormalization that follows.
+
+    Its SkipLayerNormalization takes 5x the time of Sum and LayerNormalization together on the CPU (1.31).
+    """
+    return _node("Sum", (left, right), left.dtype, (left + right).shape)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, heads: int
+) -> Tensor:
+    """Multi-head attention over merged heads: ONNX Attention (opset 23).
+
+    Args:
+        query: float32 ``(batch, length, heads * size)``.
+        key: float32 ``(batch, key length, heads * size)``.
+        value: float32 ``(batch, key length, heads * size)``.
+        mask: float32, added to the scores, ``(batch or 1, heads or 1, length, key length)``, or None.
+        scale: factor of the scores.
+        heads: number of heads.
+    """
+    shape = [*query.shape[:2], value.shape[2]]
+    inputs = (query, key, value) if mask is None else (query, key, value, mask)
+    return _node("Attention", inputs, query.dtype, shape, q_num_heads=heads, kv_num_heads=heads, scale=scale)

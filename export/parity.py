@@ -1,0 +1,192 @@
+"""ONNX Runtime against PyTorch: the same packed student, at other sizes, padded, and with the batch permuted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from ti_fx.encodings import get_encoding
+from ti_fx.errors import EncodingMismatch, ParityError
+from ti_fx.export import inputs as io
+from ti_fx.export.packed import FileContent, compare_tensors, open_file
+from ti_fx.export.report import OutputDifference, ParityReport
+from ti_fx.export.runtime import Runtime
+from ti_fx.export.student import encoding_of, require_packed, with_encoding
+from ti_fx.graph import aten_name, constant_size, mode, state
+
+# Float: two correct float32 implementations, sums in another order; relative to the largest value above 1.
+FLOAT_TOLERANCE = 1e-4
+# Quantised: a value beside a rounding boundary may fall on either side in two correct implementations; it then moves
+# by one step of 1/255 of its range, and so do the values it feeds.
+QUANTISED_TOLERANCE = 0.02
+# ... and some networks amplify that (most of all untrained ones), so the same is measured within PyTorch alone, by
+# nudging each product in its last bit. The cap keeps the check from being empty: a lost bias or scale exceeds it.
+NOISE_FACTOR = 4.0
+NOISE_CAP = 0.25
+_PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "layer_norm", "softmax", "gelu"})
+
+
+def check(
+    path: str | os.PathLike[str], gm: GraphModule, example: Mapping[str, Any] | tuple[Any, ...]
+) -> ParityReport:
+    """Check an exported file against the packed graph it came from: stored tensors byte by byte, outputs by running it.
+
+    Args:
+        path: a file written by ``to_onnx``.
+        gm: the packed graph.
+        example: inputs of the graph, any sizes it takes.
+
+    Raises:
+        InputError: the file is missing, damaged, or not by ti_fx; the example does not fit the graph.
+        PreconditionError: the graph is not packed.
+        EncodingMismatch: the file has another encoding.
+        ParityError: stored tensors or outputs differ.
+    """
+    require_packed(gm)
+    content = open_file(path)
+    trained = encoding_of(gm)
+    if content.encoding != trained and content.requantized_from != trained:
+        raise EncodingMismatch(
+            f"{path} has encoding {content.encoding!r}, and the graph {trained!r}; check it with the graph it came from"
+        )
+    return compare(path, with_encoding(gm, content.encoding, requantize=True), example, content)
+
+
+def compare(
+    path: str | os.PathLike[str],
+    student: GraphModule,
+    example: Mapping[str, Any] | tuple[Any, ...],
+    content: FileContent,
+) -> ParityReport:
+    """Compare a file with a graph of the same encoding (see :func:`check`)."""
+    count = compare_tensors(content, student)
+    runtime = Runtime(path)
+    exact = get_encoding(encoding_of(student)).fake_quant is None
+    rows: list[OutputDifference] = []
+    for case, inputs, order in _cases(student, io.bind(student, example)):
+        expected = io.run_graph(student, inputs)
+        noise = None if exact else _rounding_noise(student, inputs, expected)
+        if order is not None:
+            inputs, expected = (
+                io.permuted(student, inputs, order),
+                _permuted_outputs(student, expected, order),
+            )
+        found = runtime(inputs)
+        for name, value in expected.items():
+            allowed = _allowed(value, None if noise is None else noise[name])
+            rows.append(_difference(name, case, torch.from_numpy(found[name]), value, allowed))
+    report = ParityReport(tuple(rows), _tolerance_text(exact), count)
+    for row in rows:
+        if not (row.maximum if exact else row.p99) <= row.allowed:  # NaN fails, too
+            raise ParityError(
+                f"{Path(path).name}: output {row.output!r} differs from PyTorch at {row.case}: max {row.maximum:.2e}, "
+                f"p99 {row.p99:.2e}, range {row.span:.2e}, allowed {row.allowed:.2e}; "
+                "please report this with the graph's ti_fx.dump"
+            )
+    return report
+
+
+def _cases(
+    gm: GraphModule, inputs: Mapping[str, Tensor]
+) -> Iterator[tuple[str, dict[str, Tensor], Tensor | None]]:
+    wanted = io.other_sizes(gm, inputs)
+    for sizes in wanted:
+        yield _case(sizes), io.padded(gm, io.resized(gm, inputs, sizes)), None
+    if io.BATCH in wanted[0]:
+        order = torch.arange(wanted[0][io.BATCH]).flip(0)
+        yield f"{_case(wanted[0])}, permuted", io.padded(gm, io.resized(gm, inputs, wanted[0])), order
+
+
+def _case(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "the example"
+
+
+def _permuted_outputs(gm: GraphModule, values: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+    symbols = {symbol for symbol, name in state(gm).get("dims", {}).items() if name == io.BATCH}
+    _, leaves = io.flat_outputs(gm)
+    result = {}
+    for name, value in values.items():
+        shape = leaves[name].meta["val"].shape
+        by_batch = len(shape) > 0 and constant_size(shape[0]) is None and str(shape[0]) in symbols
+        result[name] = value.index_select(0, order) if by_batch else value
+    return result
+
+
+class _Nudged(Interpreter):
+    """Run a graph with each product moved by about one unit in the last place, as another summation order would."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.random = torch.Generator().manual_seed(0)
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if aten_name(n) in _PRODUCTS and isinstance(value, Tensor):
+            unit = torch.finfo(value.dtype).eps * value.abs().amax()
+            value = value + unit * (2 * torch.rand(value.shape, generator=self.random, dtype=value.dtype) - 1)
+        return value
+
+
+def _rounding_noise(
+    gm: GraphModule, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, float]:
+    flat, leaves = io.flat_outputs(gm)
+    with mode(flat, False), torch.no_grad():
+        nudged = _Nudged(flat).run(*inputs.values())
+    return {
+        name: _p99((value.double() - expected[name].double()).abs())
+        for name, value in zip(leaves, nudged, strict=True)
+    }
+
+
+def _p99(difference: Tensor) -> float:
+    # torch.quantile takes no more than 16 million elements
+    return (
+        float(difference.flatten().kthvalue(max(1, round(0.99 * difference.numel()))).values)
+        if difference.numel()
+        else 0.0
+    )
+
+
+def _allowed(expected: Tensor, noise: float | None) -> float:
+    if not expected.numel():
+        return 0.0
+    if noise is None:
+        return FLOAT_TOLERANCE * max(1.0, float(expected.abs().max()))
+    span = _span(expected)
+    return max(QUANTISED_TOLERANCE * span, min(NOISE_FACTOR * noise, NOISE_CAP * span))
+
+
+def _tolerance_text(exact: bool) -> str:
+    if exact:
+        return f"{FLOAT_TOLERANCE:g} of the largest value above 1, at most: float32 sums in another order"
+    return (
+        f"p99 within {QUANTISED_TOLERANCE:.0%} of the output's range, or {NOISE_FACTOR:g}x what last-bit noise does to "
+        f"PyTorch itself (at most {NOISE_CAP:.0%}): a value beside a rounding boundary may fall on either side"
+    )
+
+
+def _span(value: Tensor) -> float:
+    return float(value.max() - value.min()) if value.numel() else 0.0
+
+
+def _difference(name: str, case: str, found: Tensor, expected: Tensor, allowed: float) -> OutputDifference:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        raise ParityError(
+            f"output {name!r} is {found.dtype}{list(found.shape)} in ONNX Runtime and "
+            f"{expected.dtype}{list(expected.shape)} in PyTorch, at {case}"
+        )
+    difference = (found.double() - expected.double()).abs()
+    # Equal infinities and equal NaNs are no difference.
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    difference = torch.where(same, torch.zeros_like(difference), difference)
+    maximum = float(difference.max()) if difference.numel() else 0.0
+    mean = float(difference.mean()) if difference.numel() else 0.0
+    p99 = float("nan") if maximum != maximum else _p99(difference)
+    return OutputDifference(name, case, maximum, p99, mean, _span(expected), allowed)

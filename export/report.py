@@ -1,0 +1,155 @@
+"""What an export did: where the bytes are, and how closely ONNX Runtime and PyTorch agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class OutputDifference:
+    """One output of one comparison, ONNX Runtime against PyTorch.
+
+    Attributes:
+        output: exported name.
+        case: which inputs, such as ``batch=3, sequence=19``.
+        maximum, p99, mean: of the absolute difference.
+        span: largest minus smallest PyTorch value.
+        allowed: the largest difference that is accepted, of the p99 or of the maximum as the tolerance says.
+    """
+
+    output: str
+    case: str
+    maximum: float
+    p99: float
+    mean: float
+    span: float
+    allowed: float
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Everything measured, in the order of the table's columns."""
+        return self.maximum, self.p99, self.mean, self.span, self.allowed
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """ONNX Runtime against the packed graph in PyTorch.
+
+    Attributes:
+        differences: one row per output and case.
+        tolerance: what was allowed, and why.
+        tensors: how many packed tensors of the file were compared with the graph's, byte by byte.
+    """
+
+    differences: tuple[OutputDifference, ...]
+    tolerance: str
+    tensors: int = 0
+
+    def __str__(self) -> str:
+        rows = [("output", "case", "max", "p99", "mean", "range", "allowed")] + [
+            (row.output, row.case, *(f"{value:.2e}" for value in row.numbers)) for row in self.differences
+        ]
+        lines = [_columns(rows), f"allowed: {self.tolerance}"]
+        if self.tensors:
+            lines.append(f"{self.tensors} packed tensors are equal byte for byte")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in the file.
+
+    Attributes:
+        name: the tensor's name in the packed graph, or in the file where it has none there.
+        kind: ``codes``, ``scale`` or ``other``.
+        shape: as the weight's codes, not bytes, are counted.
+        bytes: on disk.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An exported file.
+
+    Attributes:
+        path: where it is.
+        bytes: its size on disk.
+        opset: ONNX opset.
+        encoding: name in ``ti_fx.encodings.ENCODINGS``.
+        tensors: every stored tensor, largest first.
+        ternary_weights: how many weights are stored as codes.
+        parity: the comparison that the file passed.
+        requantized: relative L2 distance between the outputs before and after the encoding was changed, by output;
+            None where it was not.
+        sidecars: files written beside it.
+    """
+
+    path: Path
+    bytes: int
+    opset: int
+    encoding: str
+    tensors: tuple[StoredTensor, ...]
+    ternary_weights: int
+    parity: ParityReport
+    requantized: dict[str, float] | None = None
+    sidecars: tuple[Path, ...] = ()
+
+    def bytes_of(self, *kinds: str) -> int:
+        """Return the bytes of all tensors of these kinds."""
+        return sum(tensor.bytes for tensor in self.tensors if tensor.kind in kinds)
+
+    @property
+    def code_bits(self) -> float:
+        """Bits on disk per ternary weight, codes only."""
+        return 8 * self.bytes_of("codes") / self.ternary_weights
+
+    @property
+    def code_and_scale_bits(self) -> float:
+        """Bits on disk per ternary weight, codes and scales."""
+        return 8 * self.bytes_of("codes", "scale") / self.ternary_weights
+
+    def __str__(self) -> str:
+        stored = sum(tensor.bytes for tensor in self.tensors)
+        rows = [("part", "tensors", "bytes", "share")]
+        for label, kind in (("ternary codes", "codes"), ("scales", "scale"), ("other tensors", "other")):
+            rows.append(
+                self._row(label, len([t for t in self.tensors if t.kind == kind]), self.bytes_of(kind))
+            )
+        rows.append(self._row("graph", 0, self.bytes - stored))
+        rows.append(self._row("file", len(self.tensors), self.bytes))
+        largest = [("largest tensors", "kind", "shape", "bytes")] + [
+            (tensor.name, tensor.kind, "x".join(map(str, tensor.shape)) or "scalar", f"{tensor.bytes:,}")
+            for tensor in self.tensors[:8]
+        ]
+        lines = [
+            f"{self.path}: {self.bytes / 1e6:.2f} MB, encoding {self.encoding}, opset {self.opset}",
+            _columns(rows),
+            f"{self.ternary_weights:,} ternary weights: {self.code_bits:.3f} bits each, "
+            f"{self.code_and_scale_bits:.3f} with scales",
+            _columns(largest),
+            str(self.parity),
+        ]
+        if self.requantized is not None:
+            cost = ", ".join(f"{name} {value:.2%}" for name, value in self.requantized.items())
+            lines.append(f"requantised after training; relative L2 distance from the trained student: {cost}")
+        if self.sidecars:
+            lines.append("beside it: " + ", ".join(path.name for path in self.sidecars))
+        return "\n".join(lines)
+
+    def _row(self, label: str, count: int, size: int) -> tuple[str, str, str, str]:
+        return label, str(count) if count else "", f"{size:,}", f"{size / self.bytes:.1%}"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

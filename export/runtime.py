@@ -1,0 +1,113 @@
+"""Run an exported file in ONNX Runtime: the session options that suit it, and inputs checked in one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from ti_fx.errors import InputError
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}
+ERRORS_ONLY = 3
+
+
+def session(path: str | os.PathLike[str], threads: int | None = None) -> onnxruntime.InferenceSession:
+    """Load an ONNX file on the CPU with every optimisation on.
+
+    Args:
+        path: the file.
+        threads: threads within a node; None leaves it to ONNX Runtime (one per core).
+
+    Raises:
+        InputError: there is no such file, it is damaged, or this ONNX Runtime is too old for it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; export one with ti_fx.export.to_onnx")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; give at least 1, or None for one per core")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no base class but Exception
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"ONNX Runtime {onnxruntime.__version__} can't load {path}: {reason}; "
+            "export the file again if it is damaged"
+        ) from error
+
+
+class Runtime:
+    """An exported model as a function: a dict of arrays or tensors in, a dict of NumPy arrays out.
+
+    >>> Runtime("student.onnx")({"input_ids": ids, "attention_mask": mask})["logits"]  # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
+        self.session = session(path, threads)
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Run the model.
+
+        Args:
+            inputs: one array or tensor per input of the file; other entries that are not arrays are refused, too.
+
+        Raises:
+            InputError: a name, dtype or shape is not the file's.
+        """
+        if set(inputs) != set(self.inputs):
+            raise InputError(
+                f"the file takes the inputs {', '.join(self.inputs)}; got {', '.join(map(str, inputs)) or 'none'}"
+            )
+        feed = {name: self._array(name, value) for name, value in inputs.items()}
+        self._check_sizes(feed)
+        return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
+
+    def _array(self, name: str, value: Any) -> NDArray[Any]:
+        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        expected = _DTYPES.get(self.inputs[name].type)
+        if expected is not None and array.dtype != expected:
+            raise InputError(f"input {name!r} is {array.dtype}; the file takes {np.dtype(expected)}")
+        return np.ascontiguousarray(array)
+
+    def _check_sizes(self, feed: Mapping[str, NDArray[Any]]) -> None:
+        known: dict[str, tuple[int, str]] = {}
+        for name, array in feed.items():
+            shape = self.inputs[name].shape
+            if array.ndim != len(shape):
+                raise InputError(
+                    f"input {name!r} has {array.ndim} dimensions; the file takes {len(shape)}: {shape}"
+                )
+            for index, (size, wanted) in enumerate(zip(array.shape, shape, strict=True)):
+                where = f"{name!r} dimension {index}"
+                limit, other = (
+                    (wanted, "the file")
+                    if isinstance(wanted, int)
+                    else known.setdefault(wanted, (size, where))
+                )
+                if size != limit:
+                    raise InputError(
+                        f"input {where} has size {size}, but {other} has {limit}; they must be equal"
+                    )

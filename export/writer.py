@@ -1,0 +1,231 @@
+"""Write a packed student as one ONNX file, and keep it only if ONNX Runtime agrees with PyTorch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+import ti_fx
+from ti_fx.errors import ExportError, InputError
+from ti_fx.export import inputs as io
+from ti_fx.export import packed, parity
+from ti_fx.export.lowering import INT2_OPSET, lower
+from ti_fx.export.report import ExportReport, StoredTensor
+from ti_fx.export.student import (
+    encoding_of,
+    packed_weights,
+    relative_distance,
+    require_packed,
+    with_encoding,
+)
+from ti_fx.files import atomic_path, atomic_write
+from ti_fx.graph import mode, state
+
+OLDEST_OPSET = 18  # the oldest that torch.onnx writes
+MINIMUM_RUNTIME = {True: "1.31", False: "1.22"}  # INT2 weights, or the table of codes for older opsets
+_CODES = ("int2", "uint2", "bytes")
+
+
+class Saveable(Protocol):
+    """A transformers configuration or tokenizer."""
+
+    def save_pretrained(self, save_directory: str) -> Any:
+        """Write its files into a folder."""
+
+
+def to_onnx(
+    gm: GraphModule,
+    path: str | os.PathLike[str],
+    example: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    encoding: str | None = None,
+    opset: int | None = None,
+    requantize: bool = False,
+    config: Saveable | None = None,
+    tokenizer: Saveable | None = None,
+) -> ExportReport:
+    """Write a packed student as ONNX and compare ONNX Runtime with PyTorch; a file that fails is not kept.
+
+    Inputs, outputs and dynamic axes are called what the model calls them. ``gm`` is left as it was.
+
+    Args:
+        gm: a captured graph after ``Strip()`` and ``Pack()``.
+        path: the file to write; what was there stays until the new file has passed.
+        example: inputs of the graph, any sizes it takes; their values are used in the comparison.
+        encoding: None takes the one the student was trained with.
+        opset: None takes 25, whose INT2 type stores the codes directly; 18 to 24 store them as bytes, same size.
+        requantize: allow another encoding than the trained one; the report says what it costs.
+        config: a model configuration, saved beside the file (``config.json``).
+        tokenizer: saved beside the file, too (``tokenizer.json``, ...).
+
+    Raises:
+        PreconditionError: the graph is not stripped and packed.
+        EncodingMismatch: ``encoding`` is not the trained one, and ``requantize`` is false.
+        InputError: the example does not fit, or the path can't be written.
+        ExportError: the graph can't be expressed in ONNX.
+        ParityError: ONNX Runtime computes something else.
+    """
+    path, opset = Path(path), _opset(opset)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a file name, such as {path / 'student.onnx'}")
+    require_packed(gm)
+    _require_cpu(gm)
+    student = with_encoding(gm, encoding, requantize)
+    inputs = io.bind(student, example)
+    outputs = io.run_graph(student, inputs)
+    cost = None
+    if student is not gm:
+        trained = io.run_graph(gm, inputs)
+        cost = {name: relative_distance(value, trained[name]) for name, value in outputs.items()}
+    model = _export(student, inputs, opset)
+    _describe(model, gm, student, opset)
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (config, tokenizer):
+            if part is not None:
+                part.save_pretrained(folder)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(_serialised(model))
+            content = packed.open_file(temporary)
+            report = parity.compare(temporary, student, inputs, content)
+            size = temporary.stat().st_size
+        sidecars = _copy_files(Path(folder), path.parent)
+    weights = packed_weights(student)
+    return ExportReport(
+        path=path,
+        bytes=size,
+        opset=opset,
+        encoding=encoding_of(student),
+        tensors=_stored(content),
+        ternary_weights=sum(torch.Size(shape).numel() for shape in weights.values()),
+        parity=report,
+        requantized=cost,
+        sidecars=sidecars,
+    )
+
+
+def _opset(opset: int | None) -> int:
+    if opset is None:
+        return INT2_OPSET
+    if not OLDEST_OPSET <= opset <= INT2_OPSET:
+        raise InputError(f"opset is {opset}; use {OLDEST_OPSET} to {INT2_OPSET}, or None for {INT2_OPSET}")
+    return opset
+
+
+def _require_cpu(gm: GraphModule) -> None:
+    for name, value in [*gm.named_parameters(), *gm.named_buffers()]:
+        if value.device.type != "cpu":
+            raise ExportError(
+                f"{name} is on {value.device}; export from the CPU: move the model there before capture"
+            )
+
+
+def _export(student: GraphModule, inputs: Mapping[str, Tensor], opset: int) -> ir.Model:
+    flat, leaves = io.flat_outputs(student)
+    lowered = lower(flat, opset)
+    dims: dict[str, Any] = {name: found or None for name, found in io.dimensions(student).items()}
+    try:
+        with mode(lowered, False), _quiet():
+            program = torch.onnx.export(
+                lowered,
+                (),
+                kwargs=io.traceable(student, inputs),
+                dynamic_shapes=dims if any(dims.values()) else None,
+                output_names=list(leaves),
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:  # torch.onnx wraps whatever went wrong in errors of several modules
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(f"torch.onnx can't export the graph: {reason[0]}") from error
+    assert program is not None
+    return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what torch.onnx says about its own parts: torchvision is missing, axes share a name."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int) -> None:
+    """Resolve the markers, leave out the exporter's notes (a tenth of the file), and say what the file is."""
+    tensors = packed.resolve_markers(model)
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in outputs:
+                value.type, value.shape = None, None
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version = "ti_fx", ti_fx.__version__
+    model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    model.metadata_props.clear()
+    versions = {
+        "ti_fx": ti_fx.__version__,
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+    facts = {
+        packed.ENCODING_KEY: encoding_of(student),
+        packed.TENSORS_KEY: packed.to_json(tensors),
+        "ti_fx.versions": json.dumps(versions),
+        "ti_fx.opset": str(opset),
+        "ti_fx.minimum_onnxruntime": MINIMUM_RUNTIME[opset >= INT2_OPSET],
+    }
+    if student is not gm:
+        facts[packed.REQUANTIZED_KEY] = encoding_of(gm)
+    recipe = state(gm).get("recipe")
+    if recipe is not None:
+        facts["ti_fx.recipe"] = recipe if isinstance(recipe, str) else json.dumps(recipe)
+    model.metadata_props.update(facts)
+
+
+def _serialised(model: ir.Model) -> bytes:
+    try:
+        return ir.serde.serialize_model(model).SerializeToString()
+    except Exception as error:  # protobuf says EncodeError or ValueError, by version
+        raise ExportError(f"the model does not fit one ONNX file (2 GB): {error}") from error
+
+
+def _copy_files(source: Path, target: Path) -> tuple[Path, ...]:
+    written = []
+    for file in sorted(source.iterdir()):
+        if file.is_file():
+            atomic_write(target / file.name, file.read_bytes())
+            written.append(target / file.name)
+    return tuple(written)
+
+
+def _stored(content: packed.FileContent) -> tuple[StoredTensor, ...]:
+    known = {item.initializer: item for item in reversed(content.tensors)}
+    rows = []
+    for name, value in content.initializers.items():
+        item = known.get(name)
+        kind = "other" if item is None else "codes" if item.kind in _CODES else "scale"
+        label = name if item is None else item.target
+        rows.append(StoredTensor(label, kind, tuple(value.dims), packed.raw_bytes(value).nbytes))
+    return tuple(sorted(rows, key=lambda row: (-row.bytes, row.name)))
