@@ -226,3 +226,8 @@ def constant_size(size: int | torch.SymInt) -> int | None:
     if isinstance(size, torch.SymInt):
         return int(size.node.expr) if size.node.expr.is_number else None
     return size
+
+
+def input_names(gm: GraphModule) -> tuple[str, ...]:
+    """Return the keywords that the graph takes, in order."""
+    return tuple(str(node.target) for node in gm.graph.find_nodes(op="placeholder"))

@@ -116,7 +116,7 @@ def fine_tune(
         data.validation, tokenizer, label_count=label_count, max_length=settings.max_length
     )
     set_seed(seed)  # before the model: its new classifier is drawn at random
-    with _quiet_loading():
+    with quiet_loading():
         model = AutoModelForSequenceClassification.from_pretrained(
             model_folder,
             num_labels=label_count,
@@ -128,12 +128,12 @@ def fine_tune(
             model, tokenizer, _training_arguments(settings, seed, scratch), train, validation
         )
         if progress:
-            trainer.add_callback(_ProgressBar())
+            trainer.add_callback(ProgressBar())
         started, started_cpu = time.perf_counter(), time.process_time()
         trainer.train()
         scores = trainer.evaluate()
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
-        with _quiet_loading():
+        with quiet_loading():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     return TeacherRun(
@@ -210,7 +210,7 @@ def _training_arguments(settings: TeacherSettings, seed: int, scratch: str) -> T
     )
 
 
-class _ProgressBar(ProgressCallback):
+class ProgressBar(ProgressCallback):
     """The bar alone: the Trainer's own also prints every log line, which belongs in the report's curves."""
 
     def on_log(
@@ -229,7 +229,7 @@ def _named_scores(metrics: dict[str, float]) -> dict[str, float]:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Silence transformers' bars and its report that the classifier is new: here it always is."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

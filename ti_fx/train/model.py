@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from ti_fx import text
 from ti_fx.errors import InputError
-from ti_fx.graph import erase_dead, fork, state
+from ti_fx.graph import erase_dead, fork, input_names, state
 from ti_fx.passes.strip import strip_nodes
 from ti_fx.pipeline import Pipeline
 from ti_fx.recipe import Phase, Recipe
@@ -83,7 +83,7 @@ class TernaryModel(nn.Module):
         self._parameters, self._buffers = prepared._parameters, prepared._buffers
         self._non_persistent_buffers_set = prepared._non_persistent_buffers_set
         self._graphs = _Graphs(prepared, recipe, compiled=compile == "on")
-        self.inputs = tuple(str(node.target) for node in prepared.graph.find_nodes(op="placeholder"))
+        self.inputs = input_names(prepared)
         self.recipe = recipe
         self.train(prepared.training)
 
@@ -105,6 +105,11 @@ class TernaryModel(nn.Module):
         """Return loss, losses and outputs of the student without an intervention; in evaluation for validation."""
         result: dict[str, Any] = self._graphs.plain(**inputs)
         return result
+
+    def runners(self) -> tuple[Callable[..., Any], GraphModule]:
+        """Return the current phase's graph as it is called in training, and the same graph uncompiled."""
+        runner = self._graphs.phase(self._graphs.current)
+        return runner.call, runner.gm
 
     def student(self) -> GraphModule:
         """Return the stripped student: a graph of its own over the same tensors."""

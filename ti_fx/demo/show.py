@@ -1,0 +1,274 @@
+"""What the demo shows: one table in the terminal, and the page with curves, graphs and errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ti_fx.analysis import layer_errors
+from ti_fx.capture import capture
+from ti_fx.demo.data import Questions
+from ti_fx.demo.teacher import quiet_loading
+from ti_fx.passes import (
+    DecomposeAttention,
+    Distill,
+    DuplicateTeacher,
+    Intervene,
+    Pack,
+    QuantizeActivations,
+    Strip,
+    Ternarize,
+)
+from ti_fx.train import load
+from ti_fx.view import follow
+from ti_fx.view.report import (
+    BarChart,
+    Cell,
+    GraphSteps,
+    LineChart,
+    Report,
+    Section,
+    Table,
+    Text,
+    environment,
+    write_report,
+)
+
+NAMES = {
+    "full precision": "full precision",
+    "ternarybert": "TernaryBERT",
+    "ti-g": "TI-G",
+    "fp32": "fp32 ONNX",
+    "dynamic-int8": "dynamic int8",
+    "dynamic int8": "dynamic int8 (ONNX Runtime)",
+}
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Print the results as one table a topic."""
+    console = Console()
+    for table in tables(results):
+        shown = RichTable(title=table.title, caption=table.note or None, title_justify="left")
+        for index, column in enumerate(table.columns):
+            shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        for row in table.rows:
+            shown.add_row(*(_text(cell) for cell in row))
+        console.print(shown)
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Return the results' tables, for the terminal and the page."""
+    return [_accuracy(results), _files(results), _latency(results), _reached(results), _cost(results)]
+
+
+def _accuracy(results: dict[str, Any]) -> Table:
+    by_model: dict[str, dict[str, dict[str, float]]] = {}
+    for row in results["test"]["scores"]:
+        by_model.setdefault(row["model"], {})[row["engine"]] = row
+    rows: list[list[Cell]] = []
+    for name, engines in by_model.items():
+        cells: list[Cell] = [NAMES[name]]
+        for engine in ("PyTorch", "ONNX Runtime"):
+            found = engines.get(engine)
+            cells += [_percent(found, "accuracy"), _percent(found, "macro_f1")]
+        same = results["test"]["agreement"].get(name)
+        cells += [_percent(same, "same_class"), None if same is None else f"{100 * same['p99']:.3f}%"]
+        rows.append(cells)
+    columns = (
+        "model",
+        "accuracy, PyTorch",
+        "macro-F1",
+        "accuracy, ONNX Runtime",
+        "macro-F1",
+        "same class",
+        "p99 logit gap",
+    )
+    note = f"Test split, {results['test']['rows']} questions of 6 types; the gap is relative to the logits' range."
+    return Table("Accuracy on the test split", columns, rows, note)
+
+
+def _files(results: dict[str, Any]) -> Table:
+    rows: list[list[Cell]] = []
+    for name in ("fp32", "dynamic-int8", "ternarybert", "ti-g"):
+        entry = results["exports"][name]
+        code, both = entry.get("code_bits"), entry.get("bits")
+        share = entry["bytes"] / results["exports"]["fp32"]["bytes"]
+        rows.append(
+            [
+                NAMES[name],
+                f"{entry['bytes'] / 1e6:.2f} MB",
+                f"{1 / share:.1f}x smaller" if share < 1 else "-",
+                None if code is None else f"{code:.2f}",
+                None if both is None else f"{both:.3f}",
+            ]
+        )
+    return Table(
+        "Size on disk",
+        ("file", "size", "against fp32", "bits per ternary weight, codes", "codes and scales"),
+        rows,
+    )
+
+
+def _latency(results: dict[str, Any]) -> Table:
+    rows: list[list[Cell]] = []
+    for row in results["latency"]:
+        taken = row["milliseconds"]
+        rows.append(
+            [
+                f"{row['threads']} threads" if row["threads"] > 1 else "1 thread",
+                row["batch"],
+                *(f"{taken[name]:.1f} ms" for name in ("fp32", "dynamic-int8", "ti-g")),
+                f"{taken['fp32'] / taken['ti-g']:.2f}x",
+                f"{taken['dynamic-int8'] / taken['ti-g']:.2f}x",
+            ]
+        )
+    columns = ("threads", "batch", "fp32 ONNX", "dynamic int8", "TI-G", "over fp32", "over dynamic int8")
+    note = "Medians of calls in turn, sequence 128, all ONNX Runtime optimisations; above 1x the student is faster."
+    return Table("Latency in ONNX Runtime", columns, rows, note)
+
+
+def _reached(results: dict[str, Any]) -> Table:
+    rows: list[list[Cell]] = []
+    for method, reached in results["reached"].items():
+        cells: list[Cell] = [NAMES[method]]
+        for goal in ("accuracy", "distillation"):
+            found = reached[goal]
+            cells += (
+                ["not reached", None] if found is None else [int(found["steps"]), f"{found['seconds']:.0f} s"]
+            )
+        rows.append(cells)
+    columns = (
+        "method",
+        "steps to its validation accuracy",
+        "seconds",
+        "steps to its distillation loss",
+        "seconds",
+    )
+    return Table(
+        "How soon TernaryBERT's final values were reached",
+        columns,
+        rows,
+        "On the validation split; training steps only.",
+    )
+
+
+def _cost(results: dict[str, Any]) -> Table:
+    rows: list[list[Cell]] = []
+    for method, result in results["students"].items():
+        graphs = sum(record["graphs"] for record in result["compile"].values())
+        seconds = sum(record["seconds"] for record in result["compile"].values())
+        ratio = result["step_ratio"]
+        rows.append(
+            [
+                NAMES[method],
+                result["steps"],
+                f"{result['train_seconds']:.0f} s",
+                graphs if result["compiled"] else None,
+                result["recompiles"] if result["compiled"] else None,
+                f"{seconds:.0f} s" if result["compiled"] else None,
+                None if ratio is None else f"{ratio['ratio']:.2f}",
+            ]
+        )
+    rows += [
+        [
+            f"stage {name}",
+            None,
+            f"{one['seconds']:.0f} s",
+            None,
+            None,
+            None,
+            "reused" if one["reused"] else None,
+        ]
+        for name, one in results["stages"].items()
+    ]
+    columns = (
+        "what",
+        "steps",
+        "seconds",
+        "graphs compiled",
+        "recompiles",
+        "compile seconds",
+        "compiled / eager step",
+    )
+    return Table("Cost", columns, rows)
+
+
+def write_page(results: dict[str, Any], path: Path, checkpoint: Path, teacher: Path, data: Questions) -> None:
+    """Write the report: tables, curves, the graph before and after each pass, error by layer."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    texts = [text for text, _ in data.validation[:64]]
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    with quiet_loading():
+        model = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
+    reference = capture(model, {name: value[:2] for name, value in batch.items()})
+    student = load(checkpoint)
+    errors = layer_errors(student, batch, reference=reference, tokens=batch["attention_mask"])
+    layers = sorted({row.layer for row in errors})
+    points = list(dict.fromkeys(row.point for row in errors))
+    found = {(row.point, row.layer): row.relative_error for row in errors}
+    steps = follow(
+        reference,
+        DecomposeAttention(),
+        DuplicateTeacher(),
+        Ternarize(),
+        QuantizeActivations(),
+        Distill(),
+        Intervene("output"),
+        Intervene("context"),
+        Intervene("map"),
+        Intervene(),
+        Strip(),
+        Pack(),
+    )
+    sections: list[Section] = [
+        *tables(results),
+        _curve(results, "eval_accuracy", "Validation accuracy", "accuracy"),
+        _curve(results, "eval_distillation", "Validation distillation loss", "loss", log_scale=True),
+        _curve(results, "loss", "Training loss", "loss, weighted sum", log_scale=True),
+        BarChart(
+            "Error by layer",
+            ["embeddings" if layer < 0 else f"layer {layer}" for layer in layers],
+            {point: [found.get((point, layer), float("nan")) for layer in layers] for point in points},
+            "layer",
+            "relative L2 error",
+            "TI-G's student against the full-precision model on 64 validation questions, padding left out.",
+        ),
+        GraphSteps(
+            "The graph before and after each pass",
+            steps,
+            "The first layer as a picture, and the whole difference as text. The student is named as in the model, the "
+            "teacher's nodes end in _t.",
+        ),
+        environment({"seed": results["seed"], "data SHA-256": results["data"]["source_sha256"]}),
+        Text(
+            "How it was made",
+            [
+                "The teacher is all-MiniLM-L6-v2, fine-tuned on TREC question types. Both students start from it, "
+                "train for the same number of steps with the same seed, and are evaluated in ONNX Runtime.",
+                "Everything was chosen on the validation split; the test split was read only for the tables above.",
+            ],
+        ),
+    ]
+    subtitle = f"TI-G in ONNX Runtime against its full-precision teacher; torch {torch.__version__}"
+    write_report(Report("ti_fx demo: a transformer at two bits a weight", sections, subtitle), path)
+
+
+def _curve(results: dict[str, Any], key: str, title: str, label: str, log_scale: bool = False) -> LineChart:
+    series = {}
+    for method, result in results["students"].items():
+        rows = [row for row in result["history"] if key in row]
+        series[NAMES[method]] = ([row["step"] for row in rows], [row[key] for row in rows])
+    return LineChart(title, series, "optimiser step", label, log_scale=log_scale)
+
+
+def _percent(found: dict[str, float] | None, key: str) -> str | None:
+    return None if found is None else f"{100 * found[key]:.2f}%"
+
+
+def _text(cell: Cell) -> str:
+    return "-" if cell is None else str(cell)

@@ -1,0 +1,99 @@
+"""Stages of the demo, kept by the hash of everything that goes into them, code included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ti_fx
+from ti_fx.train.checkpoint import finished_folder
+
+RESULT = "result.json"
+VERSIONS = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that has run: its folder, what it returned, whether it was reused, and the seconds it took then."""
+
+    name: str
+    folder: Path
+    result: dict[str, Any]
+    reused: bool
+    seconds: float
+
+
+class Stages:
+    """Run stages below one folder; a stage whose inputs and code are unchanged is taken from there."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.say = say
+        self.done: list[Stage] = []
+
+    def run(
+        self, name: str, facts: Mapping[str, Any], code: Iterable[str], make: Callable[[Path], dict[str, Any]]
+    ) -> Stage:
+        """Return the stage's result, from an earlier run if nothing that goes into it has changed.
+
+        Args:
+            name: of the stage and its folder.
+            facts: JSON values that the result depends on: settings, hashes of data and of earlier stages.
+            code: the parts of ti_fx that the result depends on (``"passes"``, ``"train"``, ...).
+            make: writes files into the folder it is given, and returns JSON values.
+        """
+        key = _hash(
+            {"facts": facts, "code": {part: code_hash(part) for part in code}, "versions": _versions()}
+        )
+        folder = self.folder / f"{name}-{key[:12]}"
+        found = _read(folder / RESULT)
+        if found is not None:
+            self.say(f"{name}: reused ({found['seconds']:.0f} s when it ran)")
+            stage = Stage(name, folder, found["result"], True, found["seconds"])
+        else:
+            self.say(f"{name}: running")
+            start = time.perf_counter()
+            with finished_folder(folder) as temporary:
+                result = make(temporary)
+                seconds = time.perf_counter() - start
+                content = json.dumps({"result": result, "seconds": seconds}, indent=1)
+                (temporary / RESULT).write_text(content, encoding="utf-8")
+            self.say(f"{name}: {seconds:.0f} s")
+            stage = Stage(name, folder, result, False, seconds)
+        self.done.append(stage)
+        return stage
+
+
+def code_hash(part: str) -> str:
+    """Return a hash of one part's Python files: a subpackage or module by its dotted name, ``core`` for ti_fx itself."""
+    root = Path(ti_fx.__file__).parent
+    path = root.joinpath(*part.split("."))
+    if part == "core":
+        files = root.glob("*.py")
+    else:
+        files = path.rglob("*.py") if path.is_dir() else iter([path.with_suffix(".py")])
+    content = hashlib.sha256()
+    for path in sorted(files):
+        content.update(path.name.encode() + b"\0" + path.read_bytes())
+    return content.hexdigest()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in VERSIONS}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value

@@ -1,0 +1,177 @@
+"""The demo's students: TernaryBERT and TI-G from the same teacher, for the same number of steps, with the same seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from ti_fx.demo.data import MAX_LENGTH, Questions, tokenized
+from ti_fx.demo.teacher import ProgressBar, question_scores, quiet_loading
+from ti_fx.recipe import Recipe
+from ti_fx.train import TernaryTrainer
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """How both students are trained; ``steps`` goes into the recipe. Chosen on the validation split alone."""
+
+    steps: int = 540
+    learning_rate: float = 2e-4
+    batch_size: int = 32
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    evaluate_every: int = 45
+    max_length: int = MAX_LENGTH
+
+
+STUDENT_SETTINGS = StudentSettings()
+
+
+def recipe(method: str, settings: StudentSettings = STUDENT_SETTINGS) -> Recipe:
+    """Return the published recipe with the demo's number of steps."""
+    return dataclasses.replace(Recipe.preset(method), steps=settings.steps)
+
+
+def train(
+    method: str,
+    teacher: Path,
+    data: Questions,
+    out: Path,
+    *,
+    seed: int,
+    compiled: bool,
+    settings: StudentSettings = STUDENT_SETTINGS,
+) -> dict[str, Any]:
+    """Train one student and write its checkpoint and recipe into ``out``.
+
+    Returns:
+        JSON values: final validation scores, the log (losses by name, validation every few steps, each with the
+        seconds that training steps took until then), and what compiling cost.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    set_seed(seed)
+    with quiet_loading():
+        model = AutoModelForSequenceClassification.from_pretrained(teacher)
+    labels = len(data.label_names)
+    chosen = recipe(method, settings)
+    clock = _Clock()
+    trainer = TernaryTrainer(
+        model,
+        chosen,
+        _arguments(settings, seed, out),
+        train_dataset=tokenized(data.train, tokenizer, label_count=labels, max_length=settings.max_length),
+        eval_dataset=tokenized(
+            data.validation, tokenizer, label_count=labels, max_length=settings.max_length
+        ),
+        processing_class=tokenizer,
+        compute_metrics=question_scores,
+        evaluate_distillation=True,
+        compile="on" if compiled else "off",
+        callbacks=[clock],
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ProgressBar())
+    trainer.train()
+    trainer.save_model(str(out / "checkpoint"))
+    chosen.save(out / "recipe.json")
+    history = [{**row, "train_seconds": clock.at(int(row["step"]))} for row in trainer.state.log_history]
+    records = {name: dataclasses.asdict(record) for name, record in trainer.model.compile_records().items()}
+    return {
+        "method": method,
+        "compiled": compiled,
+        "steps": trainer.state.global_step,
+        "train_seconds": clock.at(trainer.state.global_step),
+        "history": history,
+        "compile": records,
+        "recompiles": sum(max(0, record["graphs"] - 1) for record in records.values()),
+        "step_ratio": _step_ratio(trainer) if compiled else None,
+        "validation": _last(history),
+    }
+
+
+def _arguments(settings: StudentSettings, seed: int, out: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out),
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=64,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type="linear",
+        weight_decay=settings.weight_decay,
+        seed=seed,
+        data_seed=seed,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="steps",
+        eval_steps=settings.evaluate_every,
+        logging_steps=15,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class _Clock(TrainerCallback):
+    """Seconds spent in training steps, evaluations left out."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {0: 0.0}
+        self.total = 0.0
+        self.started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.total += time.perf_counter() - self.started
+        self.seconds[state.global_step] = self.total
+
+    def at(self, step: int) -> float:
+        """Return the seconds that the first ``step`` steps took."""
+        return self.seconds.get(step, self.total)
+
+
+def _last(history: list[dict[str, Any]]) -> dict[str, float]:
+    row = next(row for row in reversed(history) if "eval_accuracy" in row)
+    return {name: row[f"eval_{name}"] for name in ("accuracy", "macro_f1", "distillation")}
+
+
+def _step_ratio(trainer: TernaryTrainer, rounds: int = 6) -> dict[str, float]:
+    """Time the last phase's forward and backward on one batch, compiled and eager in turn; medians and their ratio."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    features = {name: value for name, value in batch.items() if name in trainer.model.inputs}
+    compiled, eager = trainer.model.runners()
+    seconds: dict[str, list[float]] = {"compiled": [], "eager": []}
+    trainer.model.train()
+    for _ in range(rounds):
+        for name, call in (("compiled", compiled), ("eager", eager)):
+            start = time.perf_counter()
+            call(**features)["loss"].backward()
+            seconds[name].append(time.perf_counter() - start)
+            trainer.model.zero_grad(set_to_none=True)
+    medians = {name: float(torch.tensor(values).median()) for name, values in seconds.items()}
+    return {**medians, "ratio": medians["compiled"] / medians["eager"]}
+
+
+def steps_to(
+    history: list[dict[str, Any]], key: str, target: float, *, at_least: bool
+) -> dict[str, float] | None:
+    """Return the first validated step (and its training seconds) that reached a target, None if none did."""
+    for row in history:
+        if key in row and (row[key] >= target if at_least else row[key] <= target):
+            return {"steps": row["step"], "seconds": row["train_seconds"]}
+    return None
