@@ -66,7 +66,7 @@ def straight_through(value: Tensor, source: Tensor) -> Tensor:
 
 
 def ternary(weight: Tensor, rows: bool = False) -> Tensor:
-    """Return the ternary weight of a matrix: alpha · sign(w) where |w| > 0.7 · mean|w|, else 0; gradient within ±2.5."""
+    """Return alpha · sign(w) where |w| > 0.7 · mean|w|, else 0, for a matrix w; the gradient passes within ±2.5."""
     clipped = torch.minimum(torch.maximum(weight.detach(), torch.tensor(-CLIP)), torch.tensor(CLIP))
     clipped = clipped.to(torch.promote_types(weight.dtype, torch.float32))
     groups = clipped if rows else clipped.reshape(1, -1)
