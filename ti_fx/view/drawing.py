@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +20,30 @@ Change = Literal["added", "removed", "rewired"]
 
 # Ops that only rearrange a tensor: an edge runs past them, so that a layer fits on a page.
 _REARRANGING = frozenset(
-    """view reshape _unsafe_view transpose t permute contiguous clone expand unsqueeze squeeze flatten unflatten slice
-    select alias view_as movedim getitem to _to_copy sym_size""".split()
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "transpose",
+        "t",
+        "permute",
+        "contiguous",
+        "clone",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+        "unflatten",
+        "slice",
+        "select",
+        "alias",
+        "view_as",
+        "movedim",
+        "getitem",
+        "to",
+        "_to_copy",
+        "sym_size",
+    ]
 )
 _MARKS: dict[Change, str] = {"added": "+ ", "removed": "− ", "rewired": "~ "}
 _COLOURS = {  # fill and line on a light page, fill and line on a dark one
@@ -30,7 +52,11 @@ _COLOURS = {  # fill and line on a light page, fill and line on a dark one
     "shared": ("#eeeeee", "#6b7280", "#33373d", "#a8b0bb"),
     "loss": ("#ede4fd", "#7c3aed", "#3b2a5e", "#bfa2fb"),
 }
-_CHANGED = {"added": ("#15803d", "#5fd584"), "removed": ("#c81e1e", "#ff8a80"), "rewired": ("#c2410c", "#ff9d5c")}
+_CHANGED = {
+    "added": ("#15803d", "#5fd584"),
+    "removed": ("#c81e1e", "#ff8a80"),
+    "rewired": ("#c2410c", "#ff9d5c"),
+}
 _FONT = "Helvetica,Arial,sans-serif"
 
 
@@ -73,19 +99,17 @@ def svg_diff(
     old, new = visible(before, layer, stack), visible(after, layer, stack)
     old_lines, new_lines = lines(before), lines(after)
     rewired: dict[str, Change] = {
-        name: "rewired"
-        for name in old_lines.keys() & new_lines.keys()
-        if old_lines[name] != new_lines[name]
+        name: "rewired" for name in old_lines.keys() & new_lines.keys() if old_lines[name] != new_lines[name]
     }
-    removed: dict[str, Change] = {name: "removed" for name in old_lines.keys() - new_lines.keys()}
-    added: dict[str, Change] = {name: "added" for name in new_lines.keys() - old_lines.keys()}
-    left = _Panel(titles[0], old, rewired | removed, {edge: "removed" for edge in old.edges - new.edges})
-    right = _Panel(titles[1], new, rewired | added, {edge: "added" for edge in new.edges - old.edges})
+    removed: dict[str, Change] = dict.fromkeys(old_lines.keys() - new_lines.keys(), "removed")
+    added: dict[str, Change] = dict.fromkeys(new_lines.keys() - old_lines.keys(), "added")
+    left = _Panel(titles[0], old, rewired | removed, dict.fromkeys(old.edges - new.edges, "removed"))
+    right = _Panel(titles[1], new, rewired | added, dict.fromkeys(new.edges - old.edges, "added"))
     return _drawn([left, right], f"Layer {layer} of stack {stack}, {titles[0]} and {titles[1]}")
 
 
 def visible(gm: GraphModule, layer: int, stack: int) -> networkx.DiGraph[str]:
-    """Return the part of the graph that a drawing of a layer shows, with the values that enter it (``kind="entering"``).
+    """Return the part of the graph that is drawn for a layer; values that enter it have ``kind="entering"``.
 
     Raises:
         InputError: the graph has no such layer.
@@ -97,7 +121,9 @@ def visible(gm: GraphModule, layer: int, stack: int) -> networkx.DiGraph[str]:
         if attributes.get("layer") == layer and attributes.get("stack") == stack
     ]
     if not inside:
-        known = sorted({(item.get("stack"), item["layer"]) for _, item in graph.nodes(data=True) if "layer" in item})
+        known = sorted(
+            {(item.get("stack"), item["layer"]) for _, item in graph.nodes(data=True) if "layer" in item}
+        )
         listed = ", ".join(f"layer {layer} of stack {stack}" for stack, layer in known) or "no layer at all"
         raise InputError(f"the graph has no layer {layer} in stack {stack}; it has {listed}")
     for name in list(graph):
@@ -126,7 +152,7 @@ def _is_quiet(graph: networkx.DiGraph[str], name: str) -> bool:
 def _is_bookkeeping(graph: networkx.DiGraph[str], name: str) -> bool:
     """Whether an entering value is an index or a size rather than something the layer computes with."""
     attributes = graph.nodes[name]
-    return attributes.get("dtype", "").startswith("int") or attributes["role"] == "loss"
+    return str(attributes.get("dtype")).startswith("int") or attributes["role"] == "loss"
 
 
 def _bypass(graph: networkx.DiGraph[str], name: str, keep_path: bool) -> None:
@@ -149,7 +175,7 @@ def _drawn(panels: list[_Panel], description: str) -> str:
             "(Debian: apt-get install graphviz, macOS: brew install graphviz)"
         ) from None
     if run.returncode:
-        raise InputError(f"Graphviz could not draw the graph: {run.stderr.strip().splitlines()[0]}")
+        raise RuntimeError(f"Graphviz can't read what ti_fx wrote: {run.stderr.strip()}")
     return _finished(run.stdout, description, prefix=hashlib.sha256(text.encode()).hexdigest()[:8])
 
 
@@ -161,16 +187,16 @@ def dot_text(panels: list[_Panel]) -> str:
         f'  node [shape=box, style="rounded,filled", margin="0.10,0.05", height=0.3, fontname="{_FONT}", fontsize=11];',
         f'  edge [arrowsize=0.6, fontname="{_FONT}"];',
     ]
+    body += _legend(panels)  # first, so that it stands at the left, where a narrow page shows it
     for index, panel in enumerate(panels):
         body += _panel_text(index, panel)
-    body += _legend(panels)
     return "\n".join([*body, "}", ""])
 
 
 def _panel_text(index: int, panel: _Panel) -> list[str]:
     indent = "    "
-    title = f"label={_quoted(panel.title)}, fontsize=15, " if panel.title else "label=\"\", "
-    body = [f"  subgraph cluster_{index} {{", f"    graph [{title}class=panel, style=rounded, margin=12];"]
+    frame = f"label={_quoted(panel.title)}, style=rounded" if panel.title else 'label="", style=invis'
+    body = [f"  subgraph cluster_{index} {{", f"    graph [{frame}, fontsize=15, class=panel, margin=12];"]
     groups: dict[tuple[str, str] | None, list[str]] = {}
     for name, attributes in panel.graph.nodes(data=True):
         key = None if attributes["kind"] == "entering" else (attributes["role"], attributes["kind"])
@@ -181,7 +207,9 @@ def _panel_text(index: int, panel: _Panel) -> list[str]:
         if key is None:
             body += nodes
             continue
-        label = f"{key[0]} · {'attention' if key[1] == 'self' else key[1].replace('cross', 'cross-attention')}"
+        label = (
+            f"{key[0]} · {'attention' if key[1] == 'self' else key[1].replace('cross', 'cross-attention')}"
+        )
         body += [
             f"{indent}subgraph cluster_{index}_{number} {{",
             f'{indent}  graph [label={_quoted(label)}, class="group {key[0]}", style=rounded, labeljust=l, margin=8];',
@@ -190,7 +218,9 @@ def _panel_text(index: int, panel: _Panel) -> list[str]:
         ]
     for source, reader in panel.graph.edges:
         change = panel.edges.get((source, reader))
-        teacher = panel.graph.nodes[source]["role"] == "teacher" and panel.graph.nodes[reader]["role"] == "student"
+        teacher = (
+            panel.graph.nodes[source]["role"] == "teacher" and panel.graph.nodes[reader]["role"] == "student"
+        )
         kinds = [change or "plain", *(["intervention"] if teacher else [])]
         width = ", penwidth=2.4" if change or teacher else ""
         dashed = ", style=dashed" if change == "removed" else ""
@@ -209,25 +239,33 @@ def _node(index: int, name: str, panel: _Panel, prefix: str) -> str:
         classes += " entering"
     label = _MARKS[change] if change else ""
     label += "\\n".join(_label(name, attributes, prefix))
-    style = "rounded,filled,dashed" if attributes["kind"] == "entering" or change == "removed" else "rounded,filled"
+    style = (
+        "rounded,filled,dashed"
+        if attributes["kind"] == "entering" or change == "removed"
+        else "rounded,filled"
+    )
     width = 2.6 if change else 1.6 if attributes.get("point") else 0.8
-    return f'{_id(index, name)} [label="{label}", tooltip={_quoted(name)}, class="{classes}", style="{style}", penwidth={width}];'
+    look = f'class="{classes}", style="{style}", penwidth={width}'
+    return f'{_id(index, name)} [label="{label}", tooltip={_quoted(name)}, {look}];'
 
 
 def _label(name: str, attributes: dict[str, Any], prefix: str) -> list[str]:
-    operation = re.sub(r"\{.*", "", attributes["op"]).removesuffix(".int").replace("Frozen", "fused attention")
+    operation = (
+        re.sub(r"\{.*", "", attributes["op"]).removesuffix(".int").replace("Frozen", "fused attention")
+    )
     if attributes["kind"] == "entering" and attributes["op"] != "input":
-        operation = f"from {attributes.get('module', operation).rpartition('.')[2]}"
+        module = attributes.get("module", operation).rpartition(".")[2]
+        operation = "mask" if attributes["role"] == "shared" else f"from {module}"
     if tap := attributes.get("intervened"):
         operation = f"{operation} (tap of {tap})"
     if attributes.get("part"):
         first = f"{attributes['part']} = {operation}"
     elif attributes["op"] == "ternary" and attributes.get("reads"):
-        first = f"ternary {_short('.'.join(attributes['reads'][0].split('.')), prefix)}"
+        first = f"ternary {_short(attributes['reads'][0], prefix)}"
     elif attributes.get("reads") and operation in ("linear", "addmm", "matmul"):
         first = f"{operation} {_short(attributes.get('module', ''), prefix)}"
     elif attributes["role"] == "loss":
-        first = f"{name} = {operation}"
+        return [name, operation]
     else:
         first = operation
     return [first.strip().replace('"', "'"), _shape(attributes)]
@@ -265,11 +303,21 @@ def _legend(panels: list[_Panel]) -> list[str]:
     roles = {item["role"] for panel in panels for _, item in panel.graph.nodes(data=True)}
     changes = {change for panel in panels for name, change in panel.changed.items() if name in panel.graph}
     entries = [(role, role, "") for role in _COLOURS if role in roles]
-    entries += [(f"{mark}{change}", f"plain {change}", ", penwidth=2.6") for change, mark in _MARKS.items() if change in changes]
+    entries += [
+        (f"{mark}{change}", f"plain {change}", ", penwidth=2.6")
+        for change, mark in _MARKS.items()
+        if change in changes
+    ]
     entries.append(("B = batch, S = sequence", "note", ", penwidth=0"))
-    body = ["  subgraph cluster_legend {", "    graph [label=\"\", class=legend, style=invis];", "    rank=same;"]
+    body = [
+        "  subgraph cluster_legend {",
+        '    graph [label="", class=legend, style=invis];',
+        "    rank=same;",
+    ]
     for number, (label, classes, extra) in enumerate(entries):
-        body.append(f'    legend{number} [label={_quoted(label)}, tooltip="legend", class="{classes}"{extra}];')
+        body.append(
+            f'    legend{number} [label={_quoted(label)}, tooltip="legend", class="{classes}"{extra}];'
+        )
     numbers = range(len(entries) - 1)
     body += [f"    legend{number} -> legend{number + 1} [style=invis];" for number in numbers]
     return [*body, "  }"]
@@ -287,7 +335,9 @@ def _finished(drawn: str, description: str, prefix: str) -> str:
     """Make Graphviz's SVG fit for a page: an accessible name, colours by class, and ids that are unique on the page."""
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r'\bid="([^"]+)"', rf'id="g{prefix}-\1"', drawn)
-    drawn = re.sub(r"<title>p\d+_[^<]*</title>|<title>[^<]*(?:cluster|legend|&#45;&gt;|%)[^<]*</title>\n?", "", drawn)
+    drawn = re.sub(
+        r"<title>p\d+_[^<]*</title>|<title>[^<]*(?:cluster|legend|&#45;&gt;|%)[^<]*</title>\n?", "", drawn
+    )
     opening = f'<svg role="img" aria-label="{description}" class="ti-fx-graph" '
     return drawn.replace("<svg ", opening, 1).replace(">", f">\n{_style()}", 1)
 
@@ -307,7 +357,9 @@ def _rules(dark: int) -> str:
     ]
     for role, colours in _COLOURS.items():
         fill, line = colours[2 * dark : 2 * dark + 2]
-        rules.append(f"{scope}.node.{role} path{{fill:{fill};stroke:{line}}}{scope}.cluster.{role} path{{stroke:{line}}}")
+        rules.append(
+            f"{scope}.node.{role} path{{fill:{fill};stroke:{line}}}{scope}.cluster.{role} path{{stroke:{line}}}"
+        )
     rules.append(
         f"{scope}.edge.intervention path{{stroke:{_COLOURS['teacher'][2 * dark + 1]}}}"
         f"{scope}.edge.intervention polygon{{fill:{_COLOURS['teacher'][2 * dark + 1]};stroke:none}}"
@@ -319,5 +371,3 @@ def _rules(dark: int) -> str:
             f"{scope}.edge.{change} polygon{{fill:{line};stroke:{line}}}"
         )
     return "".join(rules)
-
-

@@ -6,6 +6,7 @@ attention block), and a node belongs to the block that everything it feeds belon
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -89,17 +90,25 @@ def _block_ends(gm: GraphModule, sites: list[AttentionSite]) -> dict[Node, Place
 
 
 def _inserted(gm: GraphModule, known: dict[Node, Place]) -> dict[Node, Place]:
-    """Place what has no twin: quantisers and detaches where they are read, losses where they read."""
+    """Place what has no twin: quantisers and detaches where they are read, dropout and losses where they read."""
     found: dict[Node, Place] = {}
-    missing = [node for node in gm.graph.nodes if node not in known and roles.role(node) in ("student", "loss")]
+    missing = [
+        node for node in gm.graph.nodes if node not in known and roles.role(node) in ("student", "loss")
+    ]
+
+    def only_place(nodes: Iterable[Node]) -> Place | None:
+        around = {place for node in nodes if (place := known.get(node, found.get(node)))}
+        return around.pop() if len(around) == 1 else None
+
     for node in reversed(missing):
-        if roles.role(node) == "student":
-            read_in = {place for user in node.users if (place := known.get(user, found.get(user)))}
-            if len(read_in) == 1:
-                found[node] = read_in.pop()
+        is_inserted = roles.role(node) == "student" and node.op in ("get_attr", "call_function")
+        if is_inserted and (place := only_place(node.users)):
+            found[node] = place
     for node in missing:
-        if node not in found and node.op not in ("get_attr", "output"):
-            read_from = {place for source in node.all_input_nodes if (place := known.get(source, found.get(source)))}
-            if len(read_from) == 1:
-                found[node] = read_from.pop()
+        if (
+            node not in found
+            and node.op in ("call_function", "call_module")
+            and (place := only_place(node.all_input_nodes))
+        ):
+            found[node] = place
     return found

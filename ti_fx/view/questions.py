@@ -41,11 +41,13 @@ def output_without_loss(graph: networkx.DiGraph[str]) -> Answer:
 
 def teacher_cone(graph: networkx.DiGraph[str]) -> Answer:
     """Return everything the teacher's values are computed from, and who reads the teacher."""
-    teacher = {name for name, role in graph.nodes(data="role") if role == "teacher"}
+    teacher = {name for name in graph if graph.nodes[name]["role"] == "teacher"}
     cone = teacher.union(*(networkx.ancestors(graph, name) for name in teacher))
     readers = {reader for name in teacher for reader in graph.successors(name)} - teacher
-    by_role = {role: tuple(name for name in graph if name in readers and graph.nodes[name]["role"] == role)
-               for role in ("student", "loss")}
+    by_role = {
+        role: tuple(name for name in graph if name in readers and graph.nodes[name]["role"] == role)
+        for role in ("student", "loss")
+    }
     return Answer(
         "What does the teacher consist of, and who reads it?",
         {
@@ -65,7 +67,9 @@ def trained(graph: networkx.DiGraph[str]) -> Answer:
     """
     loss = _loss(graph)
     if loss is None:
-        raise InputError("the graph has no loss, so nothing is trained; run duplicate-teacher and distill first")
+        raise InputError(
+            "the graph has no loss, so nothing is trained; run duplicate-teacher and distill first"
+        )
     reached: set[str] = set()
     queue = [loss]
     while queue:
@@ -83,7 +87,9 @@ def trained(graph: networkx.DiGraph[str]) -> Answer:
         "Which stored tensors get a gradient?",
         {
             "trained": tuple(str(graph.nodes[name]["target"]) for name in stored if name in reached),
-            "without a gradient": tuple(str(graph.nodes[name]["target"]) for name in stored if name not in reached),
+            "without a gradient": tuple(
+                str(graph.nodes[name]["target"]) for name in stored if name not in reached
+            ),
         },
     )
 

@@ -1,0 +1,325 @@
+"""``ti-fx inspect``: what is in a model, what would become ternary, and what each pass does to its graph."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ti_fx.cli import _output as output
+from ti_fx.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from ti_fx.analysis import StoredWeight
+    from ti_fx.cli._loading import Loaded
+    from ti_fx.view import Step
+
+_EXAMPLES = """[bold]Examples[/bold]
+
+  ti-fx inspect ./my-bert
+  ti-fx inspect mypackage.models:make_model --recipe ti-g
+  ti-fx inspect ./my-bert --diff "ternarize{weights=row}"
+  ti-fx inspect ./my-bert --diff "intervene{at=map}" --svg map.svg --layer 2
+  ti-fx inspect ./my-bert --recipe ti-g --html graph.html
+  ti-fx inspect ./my-bert --recipe ti-g --ask trained
+  ti-fx inspect student.onnx --json
+
+An option's value with braces needs quotes in a shell."""
+
+_LISTED = 20
+
+
+class Question(StrEnum):
+    """What ``--ask`` takes; the names of ``ti_fx.view.QUESTIONS``."""
+
+    output_without_loss = "output-without-loss"
+    teacher_cone = "teacher-cone"
+    trained = "trained"
+
+
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A Hugging Face model folder, a ti_fx checkpoint, an .onnx file, or module:factory, where factory() "
+            "returns a model, or (model, example) with example a dict of keyword tensors.",
+            show_default=False,
+        ),
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Prepare the graph by a recipe first: a preset's name (ti-g, ternarybert, ...) or a file.",
+            metavar="NAME|FILE",
+        ),
+    ] = None,
+    diff: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Run a pass and print what it changes. Passes it needs are run before and named. May be repeated.",
+            metavar="PASS",
+        ),
+    ] = None,
+    dump: Annotated[bool, typer.Option("--dump", help="Print the graph, a node a line.")] = False,
+    ask: Annotated[Question | None, typer.Option(help="Answer a question about the graph.")] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(help="Draw one layer; with --diff, before and after the last pass.", metavar="FILE"),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write one page: sites, passes with pictures, the searchable graph.", metavar="FILE"
+        ),
+    ] = None,
+    graph: Annotated[
+        Path | None, typer.Option(help="Write the graph as .graphml, .dot or .json.", metavar="FILE")
+    ] = None,
+    layer: Annotated[int, typer.Option(help="The layer to draw.", min=0)] = 0,
+    stack: Annotated[int, typer.Option(help="The stack (tower) of that layer.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
+) -> None:
+    """Show what is in a model: attention blocks, what would become ternary and why not the rest, sizes."""
+    file = Path(model)
+    if file.suffix == ".onnx" and not file.is_dir():
+        _inspect_onnx(file, as_json)
+        return
+    from ti_fx import find_attention, fork, text
+    from ti_fx.cli._loading import load_graph
+
+    loaded = load_graph(model)
+    gm = loaded.graph
+    chosen = _recipe(recipe)
+    captured = fork(gm)
+    wants_text = dump or diff or ask
+    if not find_attention(gm) and not (wants_text or svg or html or graph):
+        raise InputError(
+            f"{loaded.name} has no attention block: no softmax whose result is multiplied with values that "
+            "depend on the input; see its graph with --dump"
+        )
+    steps, first_shown = _run_passes(gm, chosen, diff or [], layer, stack)
+    shown = steps[first_shown:] if diff else []
+    written = _write_files(gm, steps, shown, svg, html, graph, layer, stack)
+    if as_json:
+        facts = _facts(loaded, captured, chosen)
+        facts["passes"] = [
+            {**asdict(step.report), "diff": text.diff(step.before, step.after)} for step in steps
+        ]
+        facts["dump"] = text.dump(gm) if dump else None
+        facts["answer"] = _answer(gm, ask) if ask else None
+        print(json.dumps(facts, indent=1))
+    else:
+        if not wants_text:
+            _print_facts(loaded, captured, chosen)
+        _print_diffs(steps[:first_shown] if diff else [], shown)
+        if dump:
+            output.graph_text(text.dump(gm))
+        if ask:
+            _print_answer(_answer(gm, ask))
+        for path in written:
+            output.say(f"wrote {path}")
+
+
+inspect.__doc__ = f"{inspect.__doc__}\n\n{_EXAMPLES}"
+
+
+def _recipe(written: str | None) -> Any:
+    from ti_fx.recipe import Recipe
+
+    if written is None:
+        return None
+    is_file = Path(written).suffix or "/" in written
+    return Recipe.load(written) if is_file else Recipe.preset(written)
+
+
+def _run_passes(
+    gm: GraphModule, recipe: Any, written: list[str], layer: int, stack: int
+) -> tuple[list[Step], int]:
+    """Run the recipe's passes, then those asked for, each after what it needs; return also where those begin."""
+    from ti_fx.cli._ordering import needed_before, parsed, prepare_passes
+    from ti_fx.view import follow
+
+    asked = [parsed(text) for text in written]
+    steps = follow(gm, *prepare_passes(recipe), layer=layer, stack=stack) if recipe else []
+    first: int | None = None
+    for one in asked:
+        steps += follow(gm, *needed_before(gm, one), layer=layer, stack=stack)
+        first = len(steps) if first is None else first
+        steps += follow(gm, one, layer=layer, stack=stack)
+    return steps, first or 0
+
+
+def _facts(loaded: Loaded, gm: GraphModule, recipe: Any) -> dict[str, Any]:
+    from ti_fx import capture_report, find_attention
+    from ti_fx.analysis import stored_weights
+
+    weights = stored_weights(gm, recipe.ternarize if recipe else None)
+    return {
+        "model": loaded.name,
+        "note": loaded.note,
+        "inputs": capture_report(gm).dims if "capture" in gm.meta.get("ti_fx", {}) else {},
+        "nodes": len(gm.graph.nodes),
+        "attention": [
+            {
+                "stack": site.stack,
+                "layer": site.layer,
+                "kind": site.kind,
+                **{
+                    part: node.name if (node := getattr(site, part)) is not None else None
+                    for part in ("query", "key", "value", "scores", "map", "context", "output", "residual")
+                },
+            }
+            for site in find_attention(gm)
+        ],
+        "weights": [asdict(row) for row in weights],
+        "bytes_before": sum(row.bytes_before for row in weights),
+        "bytes_after": sum(row.bytes_after for row in weights),
+    }
+
+
+def _print_facts(loaded: Loaded, gm: GraphModule, recipe: Any) -> None:
+    from ti_fx.analysis import stored_weights
+
+    facts = _facts(loaded, gm, recipe)
+    output.say(loaded.name + (f" ({loaded.note})" if loaded.note else ""))
+    for name, sizes in facts["inputs"].items():
+        output.say(f"  {name}: [{', '.join(map(str, sizes))}]")
+    output.say("")
+    columns = ("stack", "layer", "kind", "query", "key", "value", "scores", "map", "context", "output")
+    rows = [tuple(site[column] for column in columns) for site in facts["attention"]]
+    output.table(columns, rows, f"Attention blocks: {len(rows)}")
+    weights = stored_weights(gm, recipe.ternarize if recipe else None)
+    before, after = facts["bytes_before"], facts["bytes_after"]
+    unit, size = ("MB", 1e6) if before >= 1e7 else ("kB", 1e3)
+    output.table(
+        (
+            "weight",
+            "count",
+            "shape",
+            "becomes",
+            "what it is, or why it is kept",
+            f"{unit} now",
+            f"{unit} then",
+        ),
+        _weight_rows(weights, size),
+        "Weights (* stands for a number)",
+    )
+    ratio = f", {before / after:.1f} times smaller" if after else ""
+    now, then = output.shown(before / size), output.shown(after / size)
+    output.say(f"{now} {unit} of weights now, {then} {unit} with packed ternary weights{ratio}")
+
+
+def _weight_rows(weights: list[StoredWeight], unit: float) -> list[tuple[output.Cell, ...]]:
+    """Put equal weights of all layers in one row (numbers in a path become stars), and all kept vectors of a kind."""
+    groups: dict[tuple[str, ...], list[StoredWeight]] = {}
+    vectors: dict[tuple[str, ...], list[StoredWeight]] = {}
+    for row in weights:
+        if len(row.shape) == 1 and not row.is_ternary:
+            vectors.setdefault(("vectors of all layers", "", row.encoding, row.reason), []).append(row)
+            continue
+        pattern = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
+        key = (pattern, "×".join(map(str, row.shape)), row.encoding, row.reason)
+        groups.setdefault(key, []).append(row)
+    return [
+        (
+            pattern,
+            len(rows),
+            shape,
+            encoding,
+            reason,
+            sum(row.bytes_before for row in rows) / unit,
+            sum(row.bytes_after for row in rows) / unit,
+        )
+        for (pattern, shape, encoding, reason), rows in [*groups.items(), *vectors.items()]
+    ]
+
+
+def _print_diffs(before: list[Step], shown: list[Step]) -> None:
+    from ti_fx import text
+
+    if before:
+        output.say("first ran: " + ", ".join(step.name for step in before))
+    for step in shown:
+        report = step.report
+        output.say(f"{step.name}: {report.added} added, {report.removed} removed, {report.rewired} rewired")
+        output.diff_text(text.diff(step.before, step.after))
+
+
+def _answer(gm: GraphModule, question: Question) -> dict[str, Any]:
+    from ti_fx.view import ask
+
+    found = ask(gm, question.value)
+    return {"question": found.question, **{title: list(names) for title, names in found.groups.items()}}
+
+
+def _print_answer(answer: dict[str, Any]) -> None:
+    output.say(answer["question"])
+    for title, names in list(answer.items())[1:]:
+        output.say(f"  {title}: {len(names)}")
+        for name in names[:_LISTED]:
+            output.say(f"    {name}")
+        if len(names) > _LISTED:
+            output.say(f"    and {len(names) - _LISTED} more (--json lists all)")
+
+
+def _write_files(
+    gm: GraphModule,
+    steps: list[Step],
+    shown: list[Step],
+    svg: Path | None,
+    html: Path | None,
+    graph: Path | None,
+    layer: int,
+    stack: int,
+) -> list[Path]:
+    from ti_fx import view
+    from ti_fx.files import atomic_write
+
+    if svg is not None:
+        last = shown[-1] if shown else None
+        drawn = (
+            view.svg(gm, layer, stack)
+            if last is None
+            else view.svg_diff(last.before, last.after, layer, stack, ("before", f"after {last.name}"))
+        )
+        atomic_write(svg, drawn)
+    if html is not None:
+        view.html(steps or gm, html)
+    if graph is not None:
+        view.write_graph(gm, graph)
+    return [path for path in (svg, html, graph) if path is not None]
+
+
+def _inspect_onnx(path: Path, as_json: bool) -> None:
+    from ti_fx.cli._onnx_file import describe
+
+    facts = describe(path)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    opsets = ", ".join(f"{domain} {number}" for domain, number in facts["opsets"].items())
+    output.say(f"{path}: {facts['bytes'] / 1e6:.2f} MB, IR {facts['ir_version']}, opsets {opsets}")
+    if facts["producer"]:
+        output.say(f"written by {facts['producer']}")
+    output.say("")
+    output.table(
+        ("name", "direction", "type"),
+        [(name, kind, text) for kind in ("inputs", "outputs") for name, text in facts[kind].items()],
+        "Inputs and outputs",
+    )
+    output.table(
+        ("type", "MB"), [(name, size / 1e6) for name, size in facts["stored_bytes"].items()], "Stored tensors"
+    )
+    output.table(("operation", "count"), list(facts["nodes"].items()), "Operations")
+    short = {
+        key: value if len(value) <= 100 else f"{value[:97]}..." for key, value in facts["metadata"].items()
+    }
+    if short:
+        output.table(("key", "value"), list(short.items()), "Metadata")
