@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ti_fx import options
+from ti_fx.encodings import ENCODINGS
 from ti_fx.errors import RecipeError, did_you_mean
 from ti_fx.files import atomic_write
 from ti_fx.graph import state
@@ -30,7 +32,9 @@ from ti_fx.passes import (
     QuantizeActivations,
     Ternarize,
 )
+from ti_fx.passes.distill import TERMS
 from ti_fx.pipeline import Pipeline, Report
+from ti_fx.sites import POINTS
 
 FORMAT = 1
 INTERVENTION_STEPS = 60
@@ -72,6 +76,11 @@ class Recipe:
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        """Refuse what no model can be trained by.
+
+        Raises:
+            RecipeError: names the phase or option.
+        """
         if not self.schedule:
             raise RecipeError(f"recipe {self.name!r} has no phase; give its schedule at least one")
         for phase in self.schedule[:-1]:
@@ -79,10 +88,31 @@ class Recipe:
                 raise RecipeError(
                     f"phase {phase.name!r} of recipe {self.name!r} needs steps; only the last may run on"
                 )
+        interventions: dict[str, Intervene] = {}
         for phase in self.schedule:
             if phase.steps is not None and phase.steps < 1:
                 raise RecipeError(
                     f"phase {phase.name!r} of recipe {self.name!r} has {phase.steps} steps; give 1 or more"
+                )
+            if interventions.setdefault(phase.name, phase.intervene) != phase.intervene:
+                raise RecipeError(
+                    f"recipe {self.name!r} has two phases of other interventions called {phase.name!r}; rename one"
+                )
+            if phase.intervene.at not in (None, *POINTS):
+                raise RecipeError(
+                    f"phase {phase.name!r} of recipe {self.name!r} can't intervene at {phase.intervene.at!r}"
+                    f"{did_you_mean(str(phase.intervene.at), POINTS)}"
+                )
+        if self.activations.encoding not in ENCODINGS:
+            raise RecipeError(
+                f"recipe {self.name!r} has an unknown encoding {self.activations.encoding!r}"
+                f"{did_you_mean(self.activations.encoding, ENCODINGS)}"
+            )
+        for term in (*TERMS, "task"):
+            weight = getattr(self.distill, term)
+            if weight is not None and not (math.isfinite(weight) and weight >= 0):
+                raise RecipeError(
+                    f"recipe {self.name!r}: distill's weight of {term} is {weight}; give 0 or more"
                 )
 
     @staticmethod
@@ -156,7 +186,7 @@ class Recipe:
             raise RecipeError(f"{where} has format {values['format']!r}; this version reads format {FORMAT}")
         if "name" not in values:
             raise RecipeError(f"{where} has no name; give it one")
-        made: dict[str, Any] = {"name": str(values["name"])}
+        made: dict[str, Any] = {"name": _name(values["name"], where)}
         if values.get("steps") is not None:
             made["steps"] = _steps(values["steps"], where)
         for key, kind in (
@@ -245,7 +275,7 @@ def _plain(value: Any) -> dict[str, Any]:
 def _construct(kind: type[Any], values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise RecipeError(f"{where} holds {values!r}; it must hold options and values")
-    return options.construct(kind, values, where)
+    return options.construct(kind, {str(key): value for key, value in values.items()}, where)
 
 
 def _schedule(values: Any, where: str) -> tuple[Phase, ...]:
@@ -265,12 +295,19 @@ def _schedule(values: Any, where: str) -> tuple[Phase, ...]:
                 raise RecipeError(f"{here} has no key {key!r}{did_you_mean(str(key), known)}")
         if "name" not in fields:
             raise RecipeError(f"{here} has no name; give it one")
+        fields["name"] = _name(fields["name"], here)
         if fields.get("steps") is not None:
             fields["steps"] = _steps(fields["steps"], here)
         if not isinstance(fields.get("restart", False), bool):
             raise RecipeError(f"{here}.restart is {fields['restart']!r}; it must be true or false")
         phases.append(Phase(**fields))
     return tuple(phases)
+
+
+def _name(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise RecipeError(f"{where}.name is {value!r}; it must be text")
+    return value
 
 
 def _steps(value: Any, where: str) -> int:
