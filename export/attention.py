@@ -121,7 +121,7 @@ def _transposed(node: Any, dims: tuple[int, int]) -> Node | None:
     return source if isinstance(source, Node) else None
 
 
-def _unsplit(node: Node | None) -> Node | None:
+def _unsplit(node: Any) -> Node | None:
     """Return the ``(batch, length, heads * size)`` tensor that was split into ``(batch, heads, length, size)``."""
     split = _transposed(node, (1, 2))
     if split is None or aten_name(split) not in _RESHAPES:

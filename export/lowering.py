@@ -26,7 +26,8 @@ from ti_fx.errors import ExportError
 from ti_fx.export import ops
 from ti_fx.export.attention import ATTENTION_OPSET, fuse_attention
 from ti_fx.export.packed import BIASED
-from ti_fx.graph import aten_name, fork, tensor
+from ti_fx.export.student import PackedWeight, as_packed, packed_weights
+from ti_fx.graph import aten_name, constant_size, fork, tensor
 
 INT2_OPSET = 25
 
@@ -55,8 +56,6 @@ ACTIVATIONS: dict[str, ActivationLowering] = {
     "int8-token": ActivationLowering(numerics.int8_token, ops.quantise_token, ops.fake_quant_token, True, 21),
     "reference": ActivationLowering(numerics.int8_reference, ops.quantise_reference, None, False, 18),
 }
-_BY_FUNCTION = {lowering.fake_quant: lowering for lowering in ACTIVATIONS.values()}
-FAKE_QUANTS = frozenset(_BY_FUNCTION)
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ class Product:
 
     node: Node
     fake_quant: Node
-    weight: Node
+    lowering: ActivationLowering
+    weight: PackedWeight
     transposed: bool
     bias: Node | None
 
@@ -86,15 +86,17 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
     _drop_dropout(copy)
     weights = _Weights(copy, opset)
     for node in list(copy.graph.nodes):
-        if _is_packed_lookup(node):
-            weights.look_up(node)
+        table = _looked_up(node)
+        if table is not None:
+            weights.look_up(node, table)
     quantised = _integer_products(copy, weights, opset)
     for node in list(copy.graph.nodes):
-        if node.target in FAKE_QUANTS and node.users:
-            _dequantise(node, quantised)
-    for node in list(copy.graph.nodes):
-        if node.target is encodings.unpack_ternary and node.users:
-            weights.in_float(node)
+        lowering = activation_lowering(node)
+        if lowering is not None and node.users:
+            _dequantise(node, lowering, quantised.get(node))
+    for weight in list(packed_weights(copy)):
+        if weight.node.users:
+            weights.in_float(weight)
     if opset >= ATTENTION_OPSET:
         fuse_attention(copy.graph)
     for node in list(copy.graph.nodes):
@@ -124,16 +126,12 @@ def _insert(before: Node, function: Callable[..., Any], *args: Any) -> Node:
     return node
 
 
-def _is_packed(argument: Any) -> bool:
-    return isinstance(argument, Node) and argument.target is encodings.unpack_ternary
-
-
-def _is_packed_lookup(node: Node) -> bool:
-    """An embedding whose packed rows end at byte boundaries."""
-    if aten_name(node) != "embedding" or not _is_packed(node.args[0]):
-        return False
-    shape = node.args[0].args[2]
-    return len(shape) == 2 and shape[1] % encodings.CODES_PER_BYTE == 0
+def _looked_up(node: Node) -> PackedWeight | None:
+    """Return the table of an embedding whose packed rows end at byte boundaries."""
+    table = as_packed(node.args[0]) if aten_name(node) == "embedding" else None
+    if table is None or len(table.shape) != 2 or table.shape[1] % encodings.CODES_PER_BYTE:
+        return None
+    return table
 
 
 class _Weights:
@@ -143,58 +141,63 @@ class _Weights:
         self.gm = gm
         self.opset = opset
         self.looked_up: set[str] = set()
-        self.by_table: dict[str, str] = {}
         self.int8: dict[Node, Node] = {}
         for node in gm.graph.nodes:
-            if _is_packed_lookup(node):
-                self.looked_up.add(node.args[0].args[0].target)
-            if _is_packed(node) and node.args[3] != torch.float32:
+            table = _looked_up(node)
+            if table is not None:
+                self.looked_up.add(table.codes_name)
+        for weight in packed_weights(gm):
+            if weight.dtype != torch.float32:
                 raise ExportError(
-                    f"packed weight {node.args[0].target} is {node.args[3]}; export needs float32: "
+                    f"packed weight {weight.codes_name} is {weight.dtype}; export needs float32: "
                     "load the model in float32 before ti_fx.capture"
                 )
 
-    def look_up(self, node: Node) -> None:
+    def look_up(self, node: Node, table: PackedWeight) -> None:
         """Replace an embedding of a packed table by a packed look-up."""
-        table, ids = node.args[:2]
-        codes, scale, (rows, columns), _ = table.args  # type: ignore[union-attr]
-        stored = self._stored(codes, node, (rows, columns // encodings.CODES_PER_BYTE))
-        marked = _insert(node, ops.packed, stored, codes.target, "uint2", [rows, columns // 4], torch.uint8)
-        _replace(node, _insert(node, ops.gather_ternary, marked, self.scale(node, scale), ids, columns))
+        rows, columns = table.shape
+        shape = (rows, columns // encodings.CODES_PER_BYTE)
+        stored = self._biased(table, node, shape)
+        marked = _insert(node, ops.packed, stored, table.codes_name, "uint2", shape, torch.uint8)
+        arguments = (marked, self.scale(node, table), node.args[1], columns)
+        _replace(node, _insert(node, ops.gather_ternary, *arguments))
 
-    def codes(self, weight: Node) -> Node:
+    def codes(self, weight: PackedWeight) -> Node:
         """Return the int8 codes of a packed weight, inserted once, right before it."""
-        if weight not in self.int8:
-            codes, _, shape, _ = weight.args
-            if codes.target in self.looked_up or self.opset < INT2_OPSET:
-                kind = "uint2" if codes.target in self.looked_up else "bytes"
-                stored = self._stored(codes, weight, None) if kind == "uint2" else codes
-                arguments = (stored, codes.target, kind, self._table(weight, kind), shape)
-                self.int8[weight] = _insert(weight, ops.codes_from_table, *arguments)
+        node, name = weight.node, weight.codes_name
+        if node not in self.int8:
+            if name in self.looked_up:
+                stored, table = self._biased(weight, node, None), self._table(node, "uint2")
+                arguments = (stored, name, "uint2", table, weight.shape)
+                self.int8[node] = _insert(node, ops.codes_from_table, *arguments)
+            elif self.opset < INT2_OPSET:
+                arguments = (weight.codes, name, "bytes", self._table(node, "bytes"), weight.shape)
+                self.int8[node] = _insert(node, ops.codes_from_table, *arguments)
             else:
-                self.int8[weight] = _insert(weight, ops.codes_from_int2, codes, codes.target, shape)
-        return self.int8[weight]
+                self.int8[node] = _insert(node, ops.codes_from_int2, weight.codes, name, weight.shape)
+        return self.int8[node]
 
-    def scale(self, before: Node, scale: Node) -> Node:
+    def scale_shape(self, weight: PackedWeight) -> torch.Size:
+        """Return the shape of the scale."""
+        return tensor(self.gm, weight.scale_name).shape
+
+    def scale(self, before: Node, weight: PackedWeight) -> Node:
         """Return the marked scale."""
-        shape = list(tensor(self.gm, str(scale.target)).shape)
-        return _insert(before, ops.packed, scale, scale.target, "scale", shape, torch.float32)
+        arguments = (weight.scale, weight.scale_name, "scale", self.scale_shape(weight), torch.float32)
+        return _insert(before, ops.packed, *arguments)
 
-    def in_float(self, weight: Node) -> None:
+    def in_float(self, weight: PackedWeight) -> None:
         """General rule: codes * scale."""
-        _replace(
-            weight,
-            _insert(weight, ops.dequantised_weight, self.codes(weight), self.scale(weight, weight.args[1])),
-        )
+        node = weight.node
+        _replace(node, _insert(node, ops.dequantised_weight, self.codes(weight), self.scale(node, weight)))
 
-    def _stored(self, codes: Node, before: Node, shape: tuple[int, int] | None) -> Node:
+    def _biased(self, weight: PackedWeight, before: Node, shape: tuple[int, int] | None) -> Node:
         """Return the codes of a looked-up table as GatherBlockQuantized reads them: code + 2."""
-        name = f"looked_up_{str(codes.target).replace('.', '_')}"
+        name = f"looked_up_{weight.codes_name.replace('.', '_')}"
         if name not in self.gm._buffers:
             assert shape is not None  # look-ups are rewritten first
-            self.gm.register_buffer(name, (tensor(self.gm, str(codes.target)) ^ BIASED).view(shape))
-        with before.graph.inserting_before(before):
-            return before.graph.get_attr(name)
+            self.gm.register_buffer(name, (tensor(self.gm, weight.codes_name) ^ BIASED).view(shape))
+        return self._read(before, name)
 
     def _table(self, before: Node, kind: str) -> Node:
         name = f"codes_of_{kind}"
@@ -202,6 +205,9 @@ class _Weights:
             every_byte = torch.arange(256, dtype=torch.int16).to(torch.uint8)
             codes = encodings.unpack_codes(every_byte ^ BIASED if kind == "uint2" else every_byte, (256, 4))
             self.gm.register_buffer(name, codes)
+        return self._read(before, name)
+
+    def _read(self, before: Node, name: str) -> Node:
         with before.graph.inserting_before(before):
             return before.graph.get_attr(name)
 
@@ -210,20 +216,19 @@ def _integer_products(gm: GraphModule, weights: _Weights, opset: int) -> dict[No
     """Apply the fused rule; return each fake-quantiser's codes, scale and zero point, which its readers share."""
     quantised: dict[Node, tuple[Node, ...]] = {}
     for product in [found for node in gm.graph.nodes if (found := match_product(node)) is not None]:
-        lowering = _BY_FUNCTION[product.fake_quant.target]  # type: ignore[index]
+        source, lowering = product.fake_quant, product.lowering
         if opset < lowering.opset:
             raise ExportError(
-                f"%{product.fake_quant.name} needs opset {lowering.opset} or newer, and opset={opset} was asked for"
+                f"%{source.name} needs opset {lowering.opset} or newer, and opset={opset} was asked for"
             )
-        if product.fake_quant not in quantised:
-            quantised[product.fake_quant] = _quantise(product.fake_quant, lowering)
-        parts = quantised[product.fake_quant]
+        if source not in quantised:
+            quantised[source] = _quantise(source, lowering)
         codes = weights.codes(product.weight)
-        scale = weights.scale(product.node, product.weight.args[1])  # type: ignore[arg-type]
-        if len(tensor(gm, str(product.weight.args[1].target)).shape):  # type: ignore[union-attr]
+        scale = weights.scale(product.node, product.weight)
+        if weights.scale_shape(product.weight):
             scale = _insert(product.node, torch.ops.aten.reshape.default, scale, [-1])
-        arguments = (*parts, codes, scale, product.bias, product.transposed, lowering.per_token)
-        _replace(product.node, _insert(product.node, ops.integer_linear, *arguments))
+        arguments = (codes, scale, product.bias, product.transposed, lowering.per_token)
+        _replace(product.node, _insert(product.node, ops.integer_linear, *quantised[source], *arguments))
     return quantised
 
 
@@ -232,13 +237,19 @@ def _quantise(fake_quant: Node, lowering: ActivationLowering) -> tuple[Node, ...
     return tuple(_insert(fake_quant, operator.getitem, whole, index) for index in range(3))
 
 
-def _dequantise(fake_quant: Node, quantised: dict[Node, tuple[Node, ...]]) -> None:
-    lowering = _BY_FUNCTION[fake_quant.target]  # type: ignore[index]
+def _dequantise(fake_quant: Node, lowering: ActivationLowering, parts: tuple[Node, ...] | None) -> None:
     if lowering.value is not None:
         _replace(fake_quant, _insert(fake_quant, lowering.value, fake_quant.args[0]))
-        return
-    parts = quantised.get(fake_quant) or _quantise(fake_quant, lowering)
-    _replace(fake_quant, _insert(fake_quant, ops.dequantise, *parts))
+    else:
+        parts = parts or _quantise(fake_quant, lowering)
+        _replace(fake_quant, _insert(fake_quant, ops.dequantise, *parts))
+
+
+def activation_lowering(argument: Any) -> ActivationLowering | None:
+    """Return how a fake-quant node is lowered, None for any other argument."""
+    if not isinstance(argument, Node) or argument.op != "call_function":
+        return None
+    return next((entry for entry in ACTIVATIONS.values() if entry.fake_quant is argument.target), None)
 
 
 def match_product(node: Node) -> Product | None:
@@ -250,33 +261,24 @@ def match_product(node: Node) -> Product | None:
     name = aten_name(node)
     if node.kwargs or name not in ("linear", "addmm", "mm", "matmul"):
         return None
-    bias: Any = None
-    if name == "linear":
-        activation, weight = node.args[:2]
-        bias = node.args[2] if len(node.args) > 2 else None
-    elif name == "addmm":
-        bias, activation, weight = node.args
-    else:
-        activation, weight = node.args
+    arguments: list[Any] = list(node.args)
+    bias = arguments.pop(0) if name == "addmm" else None
+    activation, stored, *rest = arguments
+    if rest:
+        bias = rest[0]
     transposed = name == "linear"
-    if not transposed and isinstance(weight, Node) and aten_name(weight) in ("t", "numpy_T"):
-        transposed, weight = True, weight.args[0]
-    if not (isinstance(activation, Node) and activation.target in FAKE_QUANTS and _is_packed(weight)):
+    if not transposed and isinstance(stored, Node) and aten_name(stored) == "t":
+        transposed, stored = True, stored.args[0]
+    weight, lowering = as_packed(stored), activation_lowering(activation)
+    if weight is None or lowering is None or len(weight.shape) != 2:
         return None
-    assert isinstance(weight, Node)
     if bias is not None and (not isinstance(bias, Node) or bias.meta["val"].dim() != 1):
         return None
-    if not transposed and _scale_dim(weight):
+    if not transposed and weight.scale.meta["val"].dim():
         return None  # one scale per input can't leave the sum
-    if _BY_FUNCTION[activation.target].per_token and not isinstance(activation.meta["val"].shape[-1], int):  # type: ignore[index]
+    if lowering.per_token and constant_size(activation.meta["val"].shape[-1]) is None:
         return None
-    return Product(node, activation, weight, transposed, bias)
-
-
-def _scale_dim(weight: Node) -> int:
-    scale = weight.args[1]
-    assert isinstance(scale, Node)
-    return int(scale.meta["val"].dim())
+    return Product(node, activation, lowering, weight, transposed, bias)
 
 
 def _plain_sum(norm: Node) -> None:

@@ -17,9 +17,9 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from torch.fx import GraphModule
 
-from ti_fx import encodings
 from ti_fx.errors import InputError, ParityError
 from ti_fx.export.ops import MARKER_DOMAIN
+from ti_fx.export.student import packed_weights
 from ti_fx.graph import tensor
 
 ENCODING_KEY = "ti_fx.encoding"
@@ -161,12 +161,7 @@ def compare_tensors(content: FileContent, gm: GraphModule) -> int:
         ParityError: a tensor is missing or differs.
     """
     stored = {item.target: item for item in content.tensors}
-    wanted = {
-        str(part.target)
-        for node in gm.graph.nodes
-        if node.target is encodings.unpack_ternary
-        for part in node.args[:2]
-    }
+    wanted = {name for weight in packed_weights(gm) for name in (weight.codes_name, weight.scale_name)}
     for target in sorted(wanted):
         item = stored.get(target)
         if item is None or item.initializer not in content.initializers:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -14,13 +18,50 @@ _NAMES = {encoding.fake_quant: encoding.name for encoding in ENCODINGS.values() 
 _PRODUCTS = {"linear": 0, "addmm": 1, "mm": 0, "matmul": 0}  # where a linear layer reads its activation
 
 
+@dataclass(frozen=True)
+class PackedWeight:
+    """A call of ``unpack_ternary`` and what it reads."""
+
+    node: Node
+    codes: Node
+    scale: Node
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def codes_name(self) -> str:
+        """Name of the buffer with the codes."""
+        return str(self.codes.target)
+
+    @property
+    def scale_name(self) -> str:
+        """Name of the buffer with the scale."""
+        return str(self.scale.target)
+
+
+def as_packed(argument: Any) -> PackedWeight | None:
+    """Return the packed weight that an argument is, or None."""
+    if not isinstance(argument, Node) or argument.target is not encodings.unpack_ternary:
+        return None
+    arguments: Any = argument.args
+    codes, scale, shape, dtype = arguments
+    return PackedWeight(argument, codes, scale, tuple(shape), dtype)
+
+
+def packed_weights(gm: GraphModule) -> Iterator[PackedWeight]:
+    """Yield the packed weights in graph order; a tied weight may be read more than once."""
+    for node in gm.graph.nodes:
+        weight = as_packed(node)
+        if weight is not None:
+            yield weight
+
+
 def require_packed(gm: GraphModule) -> None:
     """Refuse a graph that is not a packed student.
 
     Raises:
         PreconditionError: names the pass that is missing.
     """
-    packed = False
     for node in gm.graph.nodes:
         if roles.role(node) in ("teacher", "loss"):
             raise PreconditionError(
@@ -28,8 +69,7 @@ def require_packed(gm: GraphModule) -> None:
             )
         if node.target is numerics.ternary:
             raise PreconditionError(f"export needs packed weights, and %{node.name} is not; run Pack() first")
-        packed = packed or node.target is encodings.unpack_ternary
-    if not packed:
+    if not any(packed_weights(gm)):
         raise PreconditionError("export finds no packed ternary weight; run Ternarize() and Pack() first")
 
 
@@ -87,6 +127,7 @@ def _requantised(gm: GraphModule, encoding: str) -> GraphModule:
                 continue
             position = _PRODUCTS[aten_name(node)]
             source = node.args[position]
+            assert isinstance(source, Node)
             if source not in inserted:
                 with copy.graph.inserting_before(node):
                     inserted[source] = copy.graph.call_function(function, (source,))
@@ -100,19 +141,10 @@ def _requantised(gm: GraphModule, encoding: str) -> GraphModule:
 def _is_ternary_product(node: Node) -> bool:
     if aten_name(node) not in _PRODUCTS:
         return False
-    weight = node.args[_PRODUCTS[aten_name(node)] + 1]
+    weight: Any = node.args[_PRODUCTS[aten_name(node)] + 1]
     if isinstance(weight, Node) and aten_name(weight) == "t":
         weight = weight.args[0]
-    return isinstance(weight, Node) and weight.target is encodings.unpack_ternary
-
-
-def packed_weights(gm: GraphModule) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each packed weight by the name of its codes; a tied weight is one entry."""
-    return {
-        str(node.args[0].target): tuple(node.args[2])
-        for node in gm.graph.nodes
-        if node.target is encodings.unpack_ternary
-    }
+    return as_packed(weight) is not None
 
 
 def relative_distance(value: torch.Tensor, reference: torch.Tensor) -> float:

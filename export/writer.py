@@ -103,14 +103,14 @@ def to_onnx(
             report = parity.compare(temporary, student, inputs, content)
             size = temporary.stat().st_size
         sidecars = _copy_files(Path(folder), path.parent)
-    weights = packed_weights(student)
+    shapes = {weight.codes_name: weight.shape for weight in packed_weights(student)}
     return ExportReport(
         path=path,
         bytes=size,
         opset=opset,
         encoding=encoding_of(student),
         tensors=_stored(content),
-        ternary_weights=sum(torch.Size(shape).numel() for shape in weights.values()),
+        ternary_weights=sum(torch.Size(shape).numel() for shape in shapes.values()),
         parity=report,
         requantized=cost,
         sidecars=sidecars,
@@ -206,9 +206,10 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
 
 def _serialised(model: ir.Model) -> bytes:
     try:
-        return ir.serde.serialize_model(model).SerializeToString()
+        content: bytes = ir.serde.serialize_model(model).SerializeToString()
     except Exception as error:  # protobuf says EncodeError or ValueError, by version
         raise ExportError(f"the model does not fit one ONNX file (2 GB): {error}") from error
+    return content
 
 
 def _copy_files(source: Path, target: Path) -> tuple[Path, ...]:

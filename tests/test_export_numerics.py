@@ -1,0 +1,146 @@
+"""The ONNX constructs compute what ``ti_fx.numerics`` computes: each operator alone, in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from ti_fx import numerics
+
+ROWS, COLUMNS = 200, 500  # 1e5 values
+
+
+def run_nodes(
+    nodes: list[onnx.NodeProto],
+    feed: dict[str, NDArray[Any]],
+    constants: dict[str, NDArray[Any]] | None = None,
+) -> NDArray[Any]:
+    """Run ONNX nodes whose last output is called ``out``."""
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in feed.items()
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        inputs,
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(value, name) for name, value in (constants or {}).items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    result: NDArray[Any] = session.run(["out"], feed)[0]
+    return result
+
+
+def values() -> list[Tensor]:
+    """Ordinary, skewed, one-sided, constant and all-zero activations."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(ROWS, COLUMNS, generator=generator)
+    zero_row = normal.clone()
+    zero_row[3] = 0
+    return [
+        normal,
+        torch.nn.functional.gelu(normal * 3),
+        normal.abs() + 1,
+        -normal.abs() * 1e-3,
+        normal * 1e4,
+        zero_row,
+        torch.zeros(ROWS, COLUMNS),
+        torch.full((ROWS, COLUMNS), 0.7),
+        torch.full((ROWS, COLUMNS), -2.5),
+    ]
+
+
+def tensor_nodes() -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["out"]),
+    ]
+
+
+def symmetric_nodes(axes: bool) -> list[onnx.NodeProto]:
+    attributes = {"axis": -1, "block_size": COLUMNS} if axes else {}
+    return [
+        helper.make_node("Abs", ["x"], ["a"]),
+        helper.make_node("ReduceMax", ["a", *(["last"] if axes else [])], ["m"], keepdims=int(axes)),
+        helper.make_node("Div", ["m", "levels"], ["d"]),
+        helper.make_node("Equal", ["d", "nothing"], ["e"]),
+        helper.make_node("Where", ["e", "one", "d"], ["s"]),
+        helper.make_node("Shape", ["s"], ["shape"]),
+        helper.make_node("Expand", ["middle", "shape"], ["z"]),
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], **attributes),
+        helper.make_node("Cast", ["q"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["f", "centre"], ["c"]),
+        helper.make_node("Mul", ["c", "s"], ["out"]),
+    ]
+
+
+CONSTANTS: dict[str, NDArray[Any]] = {
+    "levels": np.array(127, np.float32),
+    "nothing": np.array(0, np.float32),
+    "one": np.array(1, np.float32),
+    "middle": np.array(128, np.uint8),
+    "centre": np.array(128, np.float32),
+    "last": np.array([-1], np.int64),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "nodes"),
+    [
+        (numerics.int8_tensor, tensor_nodes()),
+        (numerics.int8_token, symmetric_nodes(axes=True)),
+        (numerics.int8_reference, symmetric_nodes(axes=False)),
+    ],
+    ids=["int8-tensor", "int8-token", "reference"],
+)
+def test_quantisers_of_onnx_runtime_equal_the_training_numerics_bit_for_bit(
+    function: Callable[[Tensor], Tensor], nodes: list[onnx.NodeProto]
+) -> None:
+    constants = {} if function is numerics.int8_tensor else CONSTANTS
+    for value in values():
+        used = {name for node in nodes for name in node.input}
+        kept = {name: constant for name, constant in constants.items() if name in used}
+        found = run_nodes(nodes, {"x": value.numpy()}, kept)
+        np.testing.assert_array_equal(found, function(value).numpy())
+
+
+def integer_product(order: list[tuple[str, str, str]]) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("MatMulInteger", ["q", "w", "zero"], ["total"]),
+        helper.make_node("Cast", ["total"], ["f"], to=TensorProto.FLOAT),
+        *(helper.make_node("Mul", [left, right], [result]) for left, right, result in order),
+        helper.make_node("Add", ["product", "bias"], ["out"]),
+    ]
+
+
+def test_a_row_scale_multiplied_last_keeps_the_bias() -> None:
+    """The order of multiplications in ``ops.integer_linear``; the other order is the bug of ONNX Runtime 1.31."""
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 255, (6, 16), dtype=np.uint8)
+    weight = random.integers(-1, 2, (16, 8)).astype(np.int8)
+    row_scale = random.random((6, 1), dtype=np.float32) + 0.5
+    constants = {
+        "w": weight,
+        "ws": np.array(0.03, np.float32),
+        "bias": np.full(8, 100, np.float32),
+        "zero": np.array(128, np.uint8),
+    }
+    exact = (codes.astype(np.int64) - 128) @ weight.astype(np.int64) * 0.03 * row_scale + 100
+    feed = {"q": codes, "s": row_scale}
+    ours = run_nodes(integer_product([("f", "ws", "scaled"), ("scaled", "s", "product")]), feed, constants)
+    np.testing.assert_allclose(ours, exact, rtol=1e-6)  # float32 products of exact integers

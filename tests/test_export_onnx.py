@@ -1,0 +1,320 @@
+"""Writing a packed student: what the file holds, what it computes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers import BertConfig, BertForSequenceClassification
+
+import ti_fx
+from ti_fx.errors import EncodingMismatch, ExportError, InputError, ParityError, PreconditionError
+from ti_fx.export import ExportReport, Runtime, check, parity, session, to_onnx
+from ti_fx.export import inputs as io
+from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
+
+VOCABULARY = 1100
+
+
+def bert_example(batch: int = 3, length: int = 7) -> dict[str, Tensor]:
+    ids = torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones(batch, length, dtype=torch.long)}
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=40,
+        num_labels=3,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def packed(
+    model: nn.Module, example: dict[str, Tensor], encoding: str = "int8-tensor", **options: Any
+) -> GraphModule:
+    gm = ti_fx.capture(model, example)
+    passes = [Ternarize(**options.pop("ternarize", {})), QuantizeActivations(encoding=encoding, **options)]
+    ti_fx.Pipeline(*passes, Strip(), Pack())(gm)
+    return gm
+
+
+class Layers(nn.Module):
+    """Two ternary layers with a norm, on floating inputs: quick to export."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 4)
+        nn.init.normal_(self.first.bias, std=2.0)
+
+    def forward(self, values: Tensor) -> dict[str, Tensor]:
+        hidden = nn.functional.gelu(self.first(values))
+        return {"logits": self.head(self.norm(values + self.second(hidden)))}
+
+
+def layers_example(batch: int = 3) -> dict[str, Tensor]:
+    return {"values": torch.randn(batch, 5, 16, generator=torch.Generator().manual_seed(2))}
+
+
+@pytest.fixture(scope="module")
+def layers() -> GraphModule:
+    return packed(Layers(), layers_example())
+
+
+@pytest.fixture(scope="module")
+def layers_file(layers: GraphModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("layers") / "layers.onnx"
+    to_onnx(layers, path, layers_example())
+    return path
+
+
+@pytest.fixture(scope="module")
+def student() -> GraphModule:
+    return packed(bert(), bert_example())
+
+
+@pytest.fixture(scope="module")
+def exported(student: GraphModule, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    student.train()
+    before = ti_fx.dump(student), sorted(student.state_dict())
+    report = to_onnx(
+        student, tmp_path_factory.mktemp("bert") / "student.onnx", bert_example(), config=bert().config
+    )
+    assert (ti_fx.dump(student), sorted(student.state_dict())) == before
+    assert student.training
+    return report
+
+
+def operators(path: Path, optimised: Path | None = None) -> list[str]:
+    """Return the operators of a file, or of what ONNX Runtime makes of it."""
+    if optimised is not None:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(optimised)
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        path = optimised
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def test_names_of_inputs_outputs_and_axes_are_the_models(exported: ExportReport) -> None:
+    graph = onnx.load(exported.path).graph
+    axes = {value.name: [dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in graph.input}
+    assert axes == {name: ["batch", "sequence"] for name in ("input_ids", "attention_mask")}
+    assert [value.name for value in graph.output] == ["logits"]
+
+
+def test_report_says_where_the_bytes_are(exported: ExportReport) -> None:
+    assert exported.bytes == exported.path.stat().st_size
+    assert exported.code_bits == 2.0
+    assert 2.0 < exported.code_and_scale_bits < 3.0  # one scale per row of 32 is one more bit
+    assert exported.encoding == "int8-tensor"
+    text = str(exported)
+    assert "2.000 bits each" in text
+    assert "permuted" in text
+
+
+def test_file_says_what_it_is(exported: ExportReport) -> None:
+    model = onnx.load(exported.path)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert (model.producer_name, model.producer_version) == ("ti_fx", ti_fx.__version__)
+    assert facts["ti_fx.encoding"] == "int8-tensor"
+    assert facts["ti_fx.opset"] == "25"
+    assert json.loads(facts["ti_fx.versions"])["torch"] == torch.__version__
+
+
+def test_configuration_lies_beside_the_file(exported: ExportReport) -> None:
+    assert [path.name for path in exported.sidecars] == ["config.json"]
+    assert json.loads((exported.path.parent / "config.json").read_text())["hidden_size"] == 32
+
+
+def test_one_quantiser_serves_query_key_and_value(exported: ExportReport) -> None:
+    found = operators(exported.path)
+    assert found.count("DynamicQuantizeLinear") == 5  # QKV, output, two feed-forward layers, pooler
+    assert found.count("MatMulInteger") == 7
+    assert found.count("GatherBlockQuantized") == 1
+    assert found.count("Attention") == 1
+
+
+def test_onnx_runtime_does_not_fuse_what_would_be_slow_or_wrong(
+    exported: ExportReport, tmp_path: Path
+) -> None:
+    found = operators(exported.path, tmp_path / "optimised.onnx")
+    assert "SkipLayerNormalization" not in found  # 5x slower than Sum and LayerNormalization
+    assert "MatMulNBits" not in found  # another computation
+    assert found.count("DynamicQuantizeMatMul") + found.count("MatMulIntegerToFloat") == 7
+
+
+def test_a_row_of_padding_only_is_what_pytorch_computes(exported: ExportReport, student: GraphModule) -> None:
+    inputs = bert_example()
+    inputs["attention_mask"][1] = 0
+    found = Runtime(exported.path, threads=1)(inputs)["logits"]
+    np.testing.assert_allclose(found, io.run_graph(student, inputs)["logits"], atol=1e-6)
+
+
+def test_check_accepts_the_file_and_refuses_others(exported: ExportReport, student: GraphModule) -> None:
+    assert "equal byte for byte" in str(check(exported.path, student, bert_example(2, 11)))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "attention"),
+    [
+        ("int8-token", False),
+        ("reference", False),
+        ("float", False),
+        ("int8-tensor", True),
+        ("int8-token", True),
+    ],
+)
+@pytest.mark.slow
+def test_every_encoding_computes_what_was_trained(encoding: str, attention: bool, tmp_path: Path) -> None:
+    gm = packed(bert(), bert_example(), encoding, attention=attention)
+    report = to_onnx(gm, tmp_path / "student.onnx", bert_example())
+    # No value of this small model lies beside a rounding boundary, so only float32 rounding is left.
+    assert max(row.maximum for row in report.parity.differences) < 1e-6
+
+
+@pytest.mark.parametrize("encoding", ["int8-token", "reference", "float"])
+def test_small_layers_agree_in_every_encoding(encoding: str, tmp_path: Path) -> None:
+    """The biases are large: ONNX Runtime's fused product would lose them with a scale per token."""
+    gm = packed(Layers(), layers_example(), encoding)
+    path = tmp_path / "layers.onnx"
+    report = to_onnx(gm, path, layers_example())
+    assert max(row.maximum for row in report.parity.differences) < 1e-5  # float32 sums of values up to 3
+    integer = operators(path).count("MatMulInteger")
+    assert integer == (0 if encoding == "float" else 2)
+    assert "MatMulNBits" not in operators(path, tmp_path / "optimised.onnx")
+
+
+def test_an_old_opset_stores_the_same_bytes(layers: GraphModule, tmp_path: Path) -> None:
+    report = to_onnx(layers, tmp_path / "old.onnx", layers_example(), opset=18)
+    assert (report.opset, report.code_bits) == (18, 2.0)
+    with pytest.raises(InputError, match="18 to 25"):
+        to_onnx(layers, tmp_path / "older.onnx", layers_example(), opset=17)
+
+
+def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.mix = nn.Embedding(1200, 16), nn.Linear(16, 16)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.linear(self.mix(self.table(ids)), self.table.weight)
+
+    ids = torch.randint(0, 1200, (2, 5))
+    gm = packed(Tied(), {"ids": ids}, ternarize={"head": True})
+    report = to_onnx(gm, tmp_path / "tied.onnx", {"ids": ids})
+    assert [tensor.bytes for tensor in report.tensors if tensor.kind == "codes"] == [1200 * 4, 16 * 4]
+    assert [row.output for row in report.parity.differences] == ["output_0"] * 3
+
+
+def test_unpacked_graphs_are_refused_by_the_missing_pass(tmp_path: Path) -> None:
+    gm = ti_fx.capture(Layers(), layers_example())
+    with pytest.raises(PreconditionError, match=r"Ternarize\(\)"):
+        to_onnx(gm, tmp_path / "x.onnx", layers_example())
+    ti_fx.Pipeline(Ternarize(), QuantizeActivations())(gm)
+    with pytest.raises(PreconditionError, match=r"Pack\(\)"):
+        to_onnx(gm, tmp_path / "x.onnx", layers_example())
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_encoding_is_refused_or_its_cost_reported(layers: GraphModule, tmp_path: Path) -> None:
+    path = tmp_path / "layers.onnx"
+    with pytest.raises(EncodingMismatch, match="int8-tensor"):
+        to_onnx(layers, path, layers_example(), encoding="reference")
+    report = to_onnx(layers, path, layers_example(), encoding="reference", requantize=True)
+    assert report.requantized is not None
+    assert 0 < report.requantized["logits"] < 0.1  # two 8-bit quantisers, a few percent apart
+    assert "requantised" in str(report)
+    check(path, layers, layers_example())
+
+
+def test_a_file_that_disagrees_is_not_kept(
+    layers: GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "layers.onnx"
+    path.write_bytes(b"the previous file")
+    monkeypatch.setattr(parity, "_allowed", lambda expected, noise: -1.0)
+    with pytest.raises(ParityError, match="logits"):
+        to_onnx(layers, path, layers_example())
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the previous file"]
+
+
+def test_paths_that_cannot_be_written_are_refused(layers: GraphModule, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        to_onnx(layers, tmp_path, layers_example())
+
+
+def test_damaged_and_foreign_files_are_refused(
+    layers: GraphModule, layers_file: Path, tmp_path: Path
+) -> None:
+    content = layers_file.read_bytes()
+    path = tmp_path / "copy.onnx"
+    with pytest.raises(InputError, match="can't read"):
+        check(path, layers, layers_example())
+    for kept in (0, 10, len(content) // 2, len(content) - 5):
+        path.write_bytes(content[:kept])
+        with pytest.raises(InputError, match="export it again"):
+            check(path, layers, layers_example())
+    with pytest.raises(InputError, match="there is no file"):
+        session(tmp_path / "none.onnx")
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="can't load"):
+        session(path)
+
+
+def test_a_file_of_another_student_is_refused(layers_file: Path) -> None:
+    other = Layers()
+    with torch.no_grad():
+        other.first.weight[0] *= -1
+    with pytest.raises(ParityError, match=r"packed\.first\.weight_codes"):
+        check(layers_file, packed(other, layers_example()), layers_example())
+    with pytest.raises(EncodingMismatch, match="int8-token"):
+        check(layers_file, packed(Layers(), layers_example(), "int8-token"), layers_example())
+
+
+def test_runtime_refuses_inputs_that_do_not_fit(layers_file: Path) -> None:
+    run = Runtime(layers_file, threads=1)
+    assert run(layers_example(2))["logits"].shape == (2, 5, 4)
+    with pytest.raises(InputError, match="takes the inputs values"):
+        run({"ids": np.zeros((1, 5, 16), np.float32)})
+    with pytest.raises(InputError, match="float64"):
+        run({"values": np.zeros((1, 5, 16))})
+    with pytest.raises(InputError, match="dimensions"):
+        run({"values": np.zeros((5, 16), np.float32)})
+    with pytest.raises(InputError, match="has size 3"):
+        run({"values": np.zeros((1, 5, 3), np.float32)})
+    with pytest.raises(InputError, match="threads"):
+        Runtime(layers_file, threads=0)
+
+
+def test_half_precision_weights_are_refused() -> None:
+    gm = packed(Layers().bfloat16(), {"values": layers_example()["values"].bfloat16()})
+    with pytest.raises(ExportError, match="float32"):
+        to_onnx(gm, "never-written.onnx", {"values": layers_example()["values"].bfloat16()})
+
+
+def test_other_sizes_stay_within_the_models_limits(student: GraphModule) -> None:
+    longest = bert_example(2, 40)
+    for wanted in io.other_sizes(student, longest):
+        assert wanted["sequence"] < 40
+        assert wanted["batch"] != 2
+    inputs = io.padded(student, io.resized(student, bert_example(), {"batch": 5, "sequence": 9}))
+    assert inputs["input_ids"].shape == (5, 9)
+    assert inputs["attention_mask"].sum(1).tolist() == [9, 8, 7, 6, 9]
