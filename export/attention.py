@@ -24,6 +24,8 @@ from ti_fx.export.ops import attention
 from ti_fx.graph import aten_name
 
 ATTENTION_OPSET = 23
+# ONNX Runtime 1.31 gives zeros where a whole row of the mask is the lowest float or -inf; softmax gives the mean of V.
+LOWEST = -1e38
 _COPIES = ("contiguous", "clone")
 _RESHAPES = ("view", "reshape", "_unsafe_view")
 
@@ -44,9 +46,15 @@ def fuse_attention(graph: Graph) -> int:
     matches = [
         found for node in graph.nodes if aten_name(node) == "softmax" and (found := _match(node)) is not None
     ]
+    bounded: dict[Node, Node] = {}
     for match in matches:
+        mask = match.mask
+        if mask is not None and mask not in bounded:
+            with graph.inserting_after(mask):
+                bounded[mask] = graph.call_function(torch.ops.aten.clamp.default, (mask, LOWEST))
         with graph.inserting_before(match.merged):
-            arguments = (match.query, match.key, match.value, match.mask, match.scale, match.heads)
+            read = None if mask is None else bounded[mask]
+            arguments = (match.query, match.key, match.value, read, match.scale, match.heads)
             node = graph.call_function(attention, arguments)
         node.meta["val"] = match.merged.meta["val"]
         match.merged.replace_all_uses_with(node)
