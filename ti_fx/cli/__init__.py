@@ -15,16 +15,17 @@ def main() -> None:
     from ti_fx.cli._app import make_app
 
     try:
-        sys.exit(make_app()(prog_name="ti-fx", standalone_mode=False))
+        code = make_app()(prog_name="ti-fx", standalone_mode=False)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+        sys.exit(code)
     except typer.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _complain("stopped")
         sys.exit(130)
     except typer.exceptions.TyperException as error:
-        _complain(
-            f"{error.format_message().rstrip('.')}; ti-fx --help and ti-fx COMMAND --help say what there is"
-        )
+        if message := error.format_message().rstrip("."):  # without one, the help was shown
+            _complain(f"{message}; ti-fx --help and ti-fx COMMAND --help say what there is")
         sys.exit(2)
     except TiFxError as error:
         _complain(str(error))

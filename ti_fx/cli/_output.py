@@ -12,33 +12,33 @@ from rich.text import Text
 
 _ROLE_COLOURS = {"student": "blue", "teacher": "yellow", "shared": "bright_black", "loss": "magenta"}
 _DIFF_COLOURS = {"+": "green", "-": "red", "@": "cyan"}
-_UNWRAPPED = 100_000
 
 Cell = str | int | float | None
 
 
 def console() -> Console:
-    """Return where results go: standard output, never wrapped in a pipe."""
-    if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(highlight=False, width=_UNWRAPPED, no_color=True)
+    """Return where results go: standard output, without colours in a pipe."""
+    return Console(highlight=False, no_color=not sys.stdout.isatty())
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "") -> None:
     """Print a table: with lines on a terminal, as aligned columns in a pipe. Numbers are aligned right."""
-    out = console()
-    if not out.is_terminal:
+    if not sys.stdout.isatty():
         _plain_table(columns, rows, title)
         return
     made = Table(
-        title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for index, name in enumerate(columns):
-        numbers = all(isinstance(row[index], int | float | None) for row in rows)
-        made.add_column(name, justify="right" if numbers else "left", overflow="fold")
+        made.add_column(name, justify="right" if _is_numeric(rows, index) else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(shown(cell)) for cell in row))
-    out.print(made)
+    console().print(made)
 
 
 def shown(cell: Cell) -> str:
@@ -50,31 +50,41 @@ def shown(cell: Cell) -> str:
     return f"{cell:,}" if isinstance(cell, int) else cell
 
 
-def say(text: str) -> None:
-    """Print a line as it is."""
-    console().print(Text(text))
+def say(text: str, style: str = "") -> None:
+    """Print a line as it is, on a terminal in a style."""
+    if sys.stdout.isatty():
+        console().print(Text(text, style=style))
+    else:
+        print(text)
 
 
 def graph_text(dump: str) -> None:
     """Print a dump, each node in its role's colour."""
-    out = console()
     for line in dump.splitlines():
         role = next((role for role in _ROLE_COLOURS if f"#{role}" in line), "")
-        out.print(Text(line, style=_ROLE_COLOURS.get(role, "")))
+        say(line, _ROLE_COLOURS.get(role, ""))
 
 
 def diff_text(diff: str) -> None:
     """Print a diff, additions and removals in colour."""
-    out = console()
     for line in diff.splitlines():
-        out.print(Text(line, style=_DIFF_COLOURS.get(line[:1], "")))
+        say(line, _DIFF_COLOURS.get(line[:1], ""))
+
+
+def _is_numeric(rows: Sequence[Sequence[Cell]], index: int) -> bool:
+    return all(isinstance(row[index], int | float | None) for row in rows)
 
 
 def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str) -> None:
     cells = [list(columns), *([shown(cell) for cell in row] for row in rows)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    numeric = [_is_numeric(rows, index) for index in range(len(columns))]
     if title:
         print(title)
     for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        aligned = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        print("  ".join(aligned).rstrip())
     print()

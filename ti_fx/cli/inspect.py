@@ -93,10 +93,11 @@ def inspect(
         return
     from ti_fx import find_attention, fork, text
     from ti_fx.cli._loading import load_graph
+    from ti_fx.cli._recipe import chosen_recipe
 
     loaded = load_graph(model)
     gm = loaded.graph
-    chosen = _recipe(recipe)
+    chosen = None if recipe is None else chosen_recipe(recipe)
     captured = fork(gm)
     wants_text = dump or diff or ask
     if not find_attention(gm) and not (wants_text or svg or html or graph):
@@ -128,15 +129,6 @@ def inspect(
 
 
 inspect.__doc__ = f"{inspect.__doc__}\n\n{_EXAMPLES}"
-
-
-def _recipe(written: str | None) -> Any:
-    from ti_fx.recipe import Recipe
-
-    if written is None:
-        return None
-    is_file = Path(written).suffix or "/" in written
-    return Recipe.load(written) if is_file else Recipe.preset(written)
 
 
 def _run_passes(
@@ -192,53 +184,43 @@ def _print_facts(loaded: Loaded, gm: GraphModule, recipe: Any) -> None:
     for name, sizes in facts["inputs"].items():
         output.say(f"  {name}: [{', '.join(map(str, sizes))}]")
     output.say("")
-    columns = ("stack", "layer", "kind", "query", "key", "value", "scores", "map", "context", "output")
+    stacks = len({site["stack"] for site in facts["attention"]})
+    parts = ("kind", "query", "key", "value", "scores", "map", "context", "output")
+    columns = (*(("stack",) if stacks > 1 else ()), "layer", *parts)
     rows = [tuple(site[column] for column in columns) for site in facts["attention"]]
     output.table(columns, rows, f"Attention blocks: {len(rows)}")
-    weights = stored_weights(gm, recipe.ternarize if recipe else None)
-    before, after = facts["bytes_before"], facts["bytes_after"]
+    _print_weights(stored_weights(gm, recipe.ternarize if recipe else None))
+
+
+def _print_weights(weights: list[StoredWeight]) -> None:
+    """Print a table for each fate of a weight, ternary ones first; numbers in a path become stars."""
+    before, after = sum(row.bytes_before for row in weights), sum(row.bytes_after for row in weights)
     unit, size = ("MB", 1e6) if before >= 1e7 else ("kB", 1e3)
-    output.table(
-        (
-            "weight",
-            "count",
-            "shape",
-            "becomes",
-            "what it is, or why it is kept",
-            f"{unit} now",
-            f"{unit} then",
-        ),
-        _weight_rows(weights, size),
-        "Weights (* stands for a number)",
-    )
+    fates: dict[str, list[StoredWeight]] = {}
+    for row in sorted(weights, key=lambda row: (not row.is_ternary, len(row.shape) == 1)):
+        is_vector = len(row.shape) == 1 and not row.is_ternary
+        reason = "vectors (norms, biases, scales)" if is_vector else row.reason
+        fates.setdefault(f"{row.encoding}: {reason}", []).append(row)
+    for fate, rows in fates.items():
+        groups: dict[tuple[str, str], list[StoredWeight]] = {}
+        for row in rows:
+            pattern = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
+            groups.setdefault((pattern, "×".join(map(str, row.shape))), []).append(row)
+        shown = groups if "vectors" not in fate else {("in all", ""): rows}
+        columns = ("weight", "count", "shape", f"{unit} now", f"{unit} then")
+        output.table(columns, [_weight_row(*key, same, size) for key, same in shown.items()], _capital(fate))
     ratio = f", {before / after:.1f} times smaller" if after else ""
     now, then = output.shown(before / size), output.shown(after / size)
     output.say(f"{now} {unit} of weights now, {then} {unit} with packed ternary weights{ratio}")
 
 
-def _weight_rows(weights: list[StoredWeight], unit: float) -> list[tuple[output.Cell, ...]]:
-    """Put equal weights of all layers in one row (numbers in a path become stars), and all kept vectors of a kind."""
-    groups: dict[tuple[str, ...], list[StoredWeight]] = {}
-    vectors: dict[tuple[str, ...], list[StoredWeight]] = {}
-    for row in weights:
-        if len(row.shape) == 1 and not row.is_ternary:
-            vectors.setdefault(("vectors of all layers", "", row.encoding, row.reason), []).append(row)
-            continue
-        pattern = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
-        key = (pattern, "×".join(map(str, row.shape)), row.encoding, row.reason)
-        groups.setdefault(key, []).append(row)
-    return [
-        (
-            pattern,
-            len(rows),
-            shape,
-            encoding,
-            reason,
-            sum(row.bytes_before for row in rows) / unit,
-            sum(row.bytes_after for row in rows) / unit,
-        )
-        for (pattern, shape, encoding, reason), rows in [*groups.items(), *vectors.items()]
-    ]
+def _weight_row(pattern: str, shape: str, rows: list[StoredWeight], unit: float) -> tuple[output.Cell, ...]:
+    now, then = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
+    return pattern, len(rows), shape, now / unit, then / unit
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _print_diffs(before: list[Step], shown: list[Step]) -> None:
