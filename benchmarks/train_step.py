@@ -149,7 +149,9 @@ def report(contenders: dict[str, Contender], seconds: dict[str, list[float]]) ->
     """Print the table; return the exit code."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     base = medians[FINE_TUNING]
-    table = Table(title=f"training step, {torch.get_num_threads()} threads, median of {len(seconds[FINE_TUNING])}")
+    table = Table(
+        title=f"training step, {torch.get_num_threads()} threads, median of {len(seconds[FINE_TUNING])}"
+    )
     for column in ("intervention", "seconds", "ratio", "compile s", "graphs"):
         table.add_column(column, justify="left" if column == "intervention" else "right")
     for name, contender in contenders.items():

@@ -41,10 +41,11 @@ def mean_squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None = N
         teacher: the same shape.
         mask: None, or ``(batch, tokens)``.
     """
-    difference = _wide(student) - _wide(teacher)
-    if mask is None or difference.dim() < 3:
-        return difference.square().mean()
-    return _mean(difference.square().flatten(2).mean(-1), mask)
+    student, teacher = _wide(student), _wide(teacher)
+    if mask is None or student.dim() < 3:
+        return torch.nn.functional.mse_loss(student, teacher)
+    each = torch.nn.functional.mse_loss(student, teacher, reduction="none")
+    return _mean(each.flatten(2).mean(-1), mask)
 
 
 def scores_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -55,11 +56,14 @@ def scores_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -
         teacher: the same shape.
         mask: None, or ``(batch, queries)`` with nonzero at the query tokens that count.
     """
-    student, teacher = _wide(student), _wide(teacher)
-    difference = student.masked_fill(student <= -100.0, 0) - teacher.masked_fill(teacher <= -100.0, 0)
-    if mask is None or difference.dim() != 4:
-        return difference.square().mean()
-    return _mean(difference.square().mean((1, 3)), mask)
+    # threshold: the value where it is above -100, else 0
+    student, teacher = (
+        torch.nn.functional.threshold(_wide(value), -100.0, 0.0) for value in (student, teacher)
+    )
+    if mask is None or student.dim() != 4:
+        return torch.nn.functional.mse_loss(student, teacher)
+    each = torch.nn.functional.mse_loss(student, teacher, reduction="none")
+    return _mean(each.mean((1, 3)), mask)
 
 
 def _mean(per_token: Tensor, mask: Tensor | None) -> Tensor:

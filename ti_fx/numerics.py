@@ -39,35 +39,44 @@ def ternary_codes(
         codes: int8 in {-1, 0, 1}, shape of ``weight``.
         scale: float32 (float64 for float64 weights), shape ``()``, or ``(rows, 1, ...)`` for ``row``.
     """
+    signs, scale = _signs_and_scale(weight.detach(), granularity, clip)
+    return signs.to(torch.int8), scale
+
+
+def _signs_and_scale(weight: Tensor, granularity: Granularity, clip: float) -> tuple[Tensor, Tensor]:
+    """Return the codes as floats of their own storage, and the scale.
+
+    Two buffers, edited in place: a fresh buffer the size of a word embedding costs ten times an edit of an old one.
+    """
     if granularity not in ("tensor", "row"):
         raise ValueError(f"granularity is {granularity!r}; use 'tensor' or 'row'")
-    weight = _wide(weight.detach()).clamp(-clip, clip)
-    magnitude = weight.abs()
-    dims = tuple(range(weight.dim() if granularity == "tensor" else weight.dim() - 1))
-    if granularity == "row":
-        dims = tuple(dim + 1 for dim in dims)
     keep = granularity == "row"
+    dims = tuple(range(1 if keep else 0, weight.dim()))
+    wide = _wide(weight)
+    magnitude = wide.abs().clamp_(max=clip)
     # a literal: torch.compile(dynamic=True) takes a module-level float for a symbol and fails in autograd.Function
     threshold = 0.7 * magnitude.mean(dim=dims, keepdim=keep)
-    beyond = magnitude > threshold
-    count = beyond.sum(dim=dims, keepdim=keep).clamp(min=1)
-    scale = (magnitude * beyond).sum(dim=dims, keepdim=keep) / count
-    codes = weight.sign().mul(beyond).to(torch.int8)
-    return codes, scale
+    signs = magnitude.clone().gt_(threshold)
+    # float32 counts exactly up to 2**24: enough for a vector, so vectors are counted first
+    count = signs.sum(dim=-1, keepdim=True).sum(dim=dims, keepdim=keep, dtype=torch.float64).clamp(min=1)
+    scale = magnitude.mul_(signs).sum(dim=dims, keepdim=keep) / count.to(magnitude.dtype)
+    return signs.copysign_(wide).sign_(), scale  # sign_ turns -0.0 into 0.0
 
 
 class _Ternary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, granularity: Granularity, clip: float) -> Tensor:
-        codes, scale = ternary_codes(weight, granularity, clip)
+        signs, scale = _signs_and_scale(weight, granularity, clip)
         ctx.save_for_backward(weight)
         ctx.clip = clip
-        return (codes * scale).to(weight.dtype)
+        return signs.mul_(scale).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return gradients[0].masked_fill(weight.abs() >= ctx.clip, 0), None, None
+        # the gradient where -clip < weight < clip, else 0, in one sweep
+        inside = torch.ops.aten.hardtanh_backward(gradients[0], weight, -ctx.clip, ctx.clip)
+        return inside, None, None
 
 
 def ternary(weight: Tensor, granularity: Granularity = "tensor", clip: float = CLIP) -> Tensor:
@@ -94,22 +103,21 @@ def _one_where_zero(scale: Tensor) -> Tensor:
 
 
 def _tensor_asymmetric(value: Tensor) -> Tensor:
-    low = value.amin().clamp(max=0)
-    high = value.amax().clamp(min=0)
+    low, high = value.amin().clamp(max=0), value.amax().clamp(min=0)
     scale = _one_where_zero((high - low) / 255)
     zero_point = (-low / scale).clamp(0, 255).round()
-    codes = ((value / scale).round() + zero_point).clamp(0, 255)
-    return (codes - zero_point) * scale
+    codes = (value / scale).round_().add_(zero_point).clamp_(0, 255)
+    return codes.sub_(zero_point).mul_(scale)
 
 
 def _token_symmetric(value: Tensor) -> Tensor:
     scale = _one_where_zero(value.abs().amax(dim=-1, keepdim=True) / 127)
-    return (value / scale).round().clamp(-127, 127) * scale
+    return (value / scale).round_().clamp_(-127, 127).mul_(scale)
 
 
 def _tensor_symmetric(value: Tensor) -> Tensor:
     scale = _one_where_zero(value.abs().amax() / 127)
-    return (value / scale).round().clamp(-127, 127) * scale
+    return (value / scale).round_().clamp_(-127, 127).mul_(scale)
 
 
 _FAKE_QUANT = {
