@@ -1,0 +1,59 @@
+"""``ti-fx check``: an exported file against the checkpoint that it came from."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ti_fx.cli import _output as output
+
+_EXAMPLES = """[bold]Examples[/bold]
+
+  ti-fx check student.onnx runs/ti-g
+  ti-fx check untrained.onnx ./my-bert --ternarize
+
+Exit code 0: equal; 1: the file computes something else; 2: bad input."""
+
+
+def check(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.onnx", help="A file that ti-fx export wrote.", show_default=False)
+    ],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="The checkpoint it came from, as for export.", show_default=False
+        ),
+    ],
+    source: Annotated[
+        str | None, typer.Option(help="The checkpoint's source model, as for export.", metavar="MODEL")
+    ] = None,
+    ternarize: Annotated[
+        bool, typer.Option("--ternarize", help="CHECKPOINT is a plain model, made ternary without training.")
+    ] = False,
+) -> None:
+    """Check an exported file: stored weights byte by byte, outputs by running ONNX Runtime beside PyTorch."""
+    from ti_fx import export
+    from ti_fx.cli._student import packed_student
+    from ti_fx.export.packed import open_file
+
+    content = open_file(file)
+    encoding = content.requantized_from or content.encoding
+    student = packed_student(checkpoint, model=source, ternarize=ternarize, encoding=encoding)
+    report = export.check(file, student.graph, student.example)
+    output.table(
+        ("output", "case", "max", "p99", "mean", "range", "allowed"),
+        [
+            (row.output, row.case, *(f"{number:.2e}" for number in astuple(row)[2:]))
+            for row in report.differences
+        ],
+        f"{file}: ONNX Runtime against PyTorch",
+    )
+    output.say(f"allowed: {report.tolerance}")
+    output.say(f"{report.tensors} packed tensors are equal byte for byte")
+
+
+check.__doc__ = f"{check.__doc__}\n\n{_EXAMPLES}"
