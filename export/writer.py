@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-import ti_fx
+from ti_fx import __version__
 from ti_fx.errors import ExportError, InputError
 from ti_fx.export import inputs as io
 from ti_fx.export import packed, parity
@@ -181,11 +181,11 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
             if value not in outputs:
                 value.type, value.shape = None, None
     model.graph.metadata_props.clear()
-    model.producer_name, model.producer_version = "ti_fx", ti_fx.__version__
+    model.producer_name, model.producer_version = "ti_fx", __version__
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.metadata_props.clear()
     versions = {
-        "ti_fx": ti_fx.__version__,
+        "ti_fx": __version__,
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
     }

@@ -73,7 +73,7 @@ def tensor_nodes() -> list[onnx.NodeProto]:
 
 
 def symmetric_nodes(axes: bool) -> list[onnx.NodeProto]:
-    attributes = {"axis": -1, "block_size": COLUMNS} if axes else {}
+    attributes: dict[str, Any] = {"axis": -1, "block_size": COLUMNS} if axes else {}
     return [
         helper.make_node("Abs", ["x"], ["a"]),
         helper.make_node("ReduceMax", ["a", *(["last"] if axes else [])], ["m"], keepdims=int(axes)),
@@ -134,7 +134,7 @@ def test_a_row_scale_multiplied_last_keeps_the_bias() -> None:
     codes = random.integers(0, 255, (6, 16), dtype=np.uint8)
     weight = random.integers(-1, 2, (16, 8)).astype(np.int8)
     row_scale = random.random((6, 1), dtype=np.float32) + 0.5
-    constants = {
+    constants: dict[str, NDArray[Any]] = {
         "w": weight,
         "ws": np.array(0.03, np.float32),
         "bias": np.full(8, 100, np.float32),

@@ -38,9 +38,11 @@ def bert() -> BertForSequenceClassification:
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=40,
-        num_labels=3,
+        id2label={0: "a", 1: "b", 2: "c"},
     )
-    return BertForSequenceClassification(config).eval()
+    model = BertForSequenceClassification(config)
+    model.train(False)
+    return model
 
 
 def packed(
