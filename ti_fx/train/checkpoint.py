@@ -11,9 +11,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pickle
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ti_fx.capture import capture
-from ti_fx.errors import CheckpointError, InputError
+from ti_fx.errors import CheckpointError, InputError, RecipeError
 from ti_fx.files import atomic_path, atomic_write
 from ti_fx.passes import Strip
 from ti_fx.pipeline import Pipeline
@@ -37,7 +37,9 @@ from ti_fx.train.model import TernaryModel, digest
 FACTS = "ti_fx.json"
 WEIGHTS = "model.safetensors"
 EXAMPLE = "example.safetensors"
+TRAINER_STATE = "trainer_state.json"
 FORMAT = 1
+KEYS = ("recipe", "source", "versions", "position", "teacher", "phases", "weights")
 VERSIONS = ("torch", "transformers", "ti_fx")
 
 
@@ -92,31 +94,43 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def finished_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``target``; on success it replaces ``target`` whole, else it is removed.
+def finished_folder(
+    target: Path, *, owner: bool = True, barrier: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
+    """Yield a folder to write to; on success it replaces ``target`` whole, else it is removed.
+
+    It is ``.<name>.tmp/<name>`` beside the target, so that what a killed run left there is replaced by the next one.
+
+    Args:
+        target: the folder that is wanted.
+        owner: whether this is the one of several processes that makes and moves the folder.
+        barrier: waits for the other processes.
 
     Raises:
         InputError: nothing can be written there, or the disk is full.
     """
-    temporary: Path | None = None
+    outer = target.with_name(f".{target.name}.tmp")
+    temporary = outer / target.name
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+        if owner:
+            shutil.rmtree(outer, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        barrier()
         yield temporary
-        _sync(temporary)
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(temporary, target)
-        shutil.rmtree(old, ignore_errors=True)
+        barrier()
+        if owner:
+            _sync(temporary)
+            if target.exists():
+                os.replace(target, outer / "old")
+            os.replace(temporary, target)
+        barrier()
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise InputError(
             f"can't write checkpoint {target}: {error}; free some space or choose another folder"
         ) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if owner:
+            shutil.rmtree(outer, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
@@ -147,7 +161,42 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} has no format {FORMAT}; it was written by another version of ti_fx")
+    for key in KEYS:
+        if not isinstance(facts.get(key), dict):
+            raise CheckpointError(f"{path} has no {key}; the file is damaged, use another checkpoint")
     return facts
+
+
+def check_training_state(folder: str | Path) -> None:
+    """Check that a checkpoint has what training goes on from, beside the model.
+
+    Raises:
+        CheckpointError: it holds only a model, or Trainer's state can't be read.
+    """
+    path = Path(folder) / TRAINER_STATE
+    if not path.is_file() or not [*path.parent.glob("optimizer*"), *path.parent.glob("global_step*")]:
+        raise CheckpointError(
+            f"{folder} holds a model but no state of its training; resume from a checkpoint-N folder saved without "
+            "save_only_model"
+        )
+    with readable(folder):
+        json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def readable(folder: str | Path | None) -> Iterator[None]:
+    """Turn what torch and transformers raise on a damaged optimiser, schedule or generator state into one line.
+
+    Raises:
+        CheckpointError: names the folder.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"can't resume from {folder}: {first}; its training state is damaged, use another checkpoint"
+        ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -258,7 +307,10 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
     weights = read_weights(checkpoint, facts)
     source = _source_model(checkpoint, facts) if model is None else model
     example = read_tensors(Path(checkpoint) / EXAMPLE)
-    recipe = Recipe.from_dict(facts["recipe"], where=f"{checkpoint}/{FACTS}")
+    try:
+        recipe = Recipe.from_dict(facts["recipe"])
+    except RecipeError as error:
+        raise CheckpointError(f"{Path(checkpoint) / FACTS}: {error}; use another checkpoint") from None
     device = next((parameter.device for parameter in source.parameters()), torch.device("cpu"))
     _fits(source, weights, checkpoint)
     gm = capture(source, {name: value.to(device) for name, value in example.items()})

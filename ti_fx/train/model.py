@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -113,7 +114,7 @@ class TernaryModel(nn.Module):
 
     def student(self) -> GraphModule:
         """Return the stripped student: a graph of its own over the same tensors."""
-        return fork(self._graphs.student.gm)
+        return fork(self._graphs.student)
 
     def prepared(self) -> GraphModule:
         """Return the prepared graph, without an intervention."""
@@ -121,7 +122,7 @@ class TernaryModel(nn.Module):
 
     def compile_records(self) -> dict[str, CompileRecord]:
         """Return what compiling cost, by phase name."""
-        return {name: runner.record for name, runner in self._graphs.made.items()}
+        return {name: runner.record for name, runner in self._graphs.phases.items()}
 
     def phase_digests(self) -> dict[str, str]:
         """Return the SHA-256 of each phase's dump, by phase name."""
@@ -151,32 +152,28 @@ class _Graphs:
         self.recipe = recipe
         self.compiled = compiled
         self.current = recipe.phases()[0]
-        self.made: dict[str, _Runner] = {}
+        self.phases: dict[str, _Runner] = {}
 
     def phase(self, phase: Phase) -> _Runner:
-        if phase.name not in self.made:
-            self.made[phase.name] = _Runner(self._fork(phase), self.compiled)
-        return self.made[phase.name]
+        if phase.name not in self.phases:
+            self.phases[phase.name] = _Runner(self._fork(phase), self.compiled)
+        return self.phases[phase.name]
 
     def _fork(self, phase: Phase) -> GraphModule:
         gm = fork(self.prepared)
         Pipeline(phase.intervene)(gm)
         return _without_dead(gm)
 
-    @property
-    def plain(self) -> _Runner:
-        if "evaluate distillation" not in self.made:
-            self.made["evaluate distillation"] = _Runner(_without_dead(fork(self.prepared)), compiled=False)
-        return self.made["evaluate distillation"]
+    @cached_property
+    def plain(self) -> GraphModule:
+        return _without_dead(fork(self.prepared))
 
-    @property
-    def student(self) -> _Runner:
-        if "student" not in self.made:
-            gm = fork(self.prepared)
-            strip_nodes(gm)
-            gm.recompile()
-            self.made["student"] = _Runner(gm, compiled=False)
-        return self.made["student"]
+    @cached_property
+    def student(self) -> GraphModule:
+        gm = fork(self.prepared)
+        strip_nodes(gm)
+        gm.recompile()
+        return gm
 
     def digests(self) -> dict[str, str]:
         found = {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,7 @@ class TernaryTrainer(Trainer):
     """
 
     model: TernaryModel
+    loss_is_scaled_for_ga = False  # the losses are means over a micro-batch: Trainer divides them
     _saving_to: str | None = None
 
     def __init__(
@@ -66,7 +69,8 @@ class TernaryTrainer(Trainer):
         Raises:
             InputError, DataError, CaptureError, PreconditionError: with one line that says what to do.
         """
-        args = TrainingArguments(output_dir="trainer_output") if args is None else args
+        # A copy: what is settled here must not reach the next trainer that is given the same arguments.
+        args = TrainingArguments(output_dir="trainer_output") if args is None else copy.copy(args)
         if args.torch_compile:
             raise InputError("torch_compile would compile the wrapper; use TernaryTrainer(compile='on')")
         self.recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
@@ -107,7 +111,7 @@ class TernaryTrainer(Trainer):
         options: dict[str, Any],
     ) -> tuple[GraphModule, dict[str, Tensor]]:
         if example is None:
-            example = _first_rows(model, options.get("train_dataset"), options["data_collator"], label_names)
+            example = _first_rows(model, options, label_names, args.remove_unused_columns)
         example = {name: _move(value, args.device) for name, value in example.items()}
         if isinstance(model, GraphModule):
             gm = model
@@ -223,7 +227,8 @@ class TernaryTrainer(Trainer):
 
     def _add_distillation(self, features: dict[str, Tensor]) -> None:
         rows = len(next(iter(features.values())))
-        result = self.model.distillation(features)
+        with self.accelerator.autocast():
+            result = self.model.distillation(features)
         everything = {"": result["loss"], **{f"_{name}": value for name, value in result["losses"].items()}}
         for name, value in everything.items():
             self._eval_sums[name] = self._eval_sums.get(name, 0.0) + rows * float(value)
@@ -292,10 +297,20 @@ class TernaryTrainer(Trainer):
             resume_from_checkpoint = str(found)
         elif isinstance(resume_from_checkpoint, str):
             checkpoint.read_facts(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            checkpoint.check_training_state(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.restore(self.model, resume_from_checkpoint, checkpoint.read_facts(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        with checkpoint.readable(checkpoint_folder):
+            super()._load_optimizer_and_scheduler(checkpoint_folder)
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        with checkpoint.readable(checkpoint_folder):
+            super()._load_rng_state(checkpoint_folder)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -344,20 +359,19 @@ class TernaryTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with checkpoint.finished_folder(run / name) as temporary:
-                self._saving_to = str(temporary)
+            saving = checkpoint.finished_folder(
+                run / name, owner=self.args.should_save, barrier=self.accelerator.wait_for_everyone
+            )
+            with saving as temporary:
+                self._saving_to = str(temporary.parent)
                 super()._save_checkpoint(model, trial)
-                inner = temporary / name
-                for path in inner.iterdir():
-                    os.replace(path, temporary / path.name)
-                inner.rmdir()
+                if self.state.best_model_checkpoint == str(temporary):
+                    self.state.best_model_checkpoint = str(run / name)
+                    if self.args.should_save:
+                        self.state.save_to_json(str(temporary / checkpoint.TRAINER_STATE))
         finally:
             self._saving_to = None
             self.args.save_total_limit = limit
-        if self.state.best_global_step:
-            best = run / f"checkpoint-{self.state.best_global_step}"
-            if best.exists():
-                self.state.best_model_checkpoint = str(best)
         if self.args.should_save and limit is not None:
             from transformers.trainer_utils import rotate_checkpoints
 
@@ -394,10 +408,9 @@ def _label_names(model: nn.Module, options: dict[str, Any]) -> list[str]:
     found: list[str] = []
     if not isinstance(model, GraphModule):
         found = find_labels(type(model))  # type: ignore[no-untyped-call]
-    dataset = options.get("train_dataset") or options.get("eval_dataset")
-    if dataset is None or not len(dataset):
+    row = next(iter(_rows(options, 1)), None)
+    if row is None:
         return found or ["labels"]
-    row = dataset[0]
     columns = list(row) if isinstance(row, Mapping) else []
     present = [name for name in found if name in columns]
     if present:
@@ -405,25 +418,47 @@ def _label_names(model: nn.Module, options: dict[str, Any]) -> list[str]:
     return ["labels"] if any(name in columns for name in LABELS) else []
 
 
+def _rows(options: Mapping[str, Any], count: int) -> list[Any]:
+    """Return the first rows of the training data, or of the evaluation data (the first of several)."""
+    for name in ("train_dataset", "eval_dataset"):
+        dataset = options.get(name)
+        if isinstance(dataset, Mapping):
+            dataset = next(iter(dataset.values()), None)
+        if dataset is None:
+            continue
+        if isinstance(dataset, Sized):
+            return [dataset[index] for index in range(min(count, len(dataset)))]  # type: ignore[index]
+        return list(itertools.islice(dataset, count))
+    return []
+
+
 def _first_rows(
-    model: nn.Module, dataset: Any, collate: Callable[[list[Any]], Any], label_names: Sequence[str]
+    model: nn.Module, options: Mapping[str, Any], label_names: Sequence[str], remove_unused: bool | None
 ) -> dict[str, Any]:
-    """Collate the first two rows and keep what the model's forward takes."""
-    if dataset is None:
+    """Collate the first two rows and keep what the model's forward takes.
+
+    As Trainer does, the collator is spared columns that the model doesn't take (texts, identifiers), unless
+    TrainingArguments say ``remove_unused_columns=False``.
+    """
+    if options.get("train_dataset") is None and options.get("eval_dataset") is None:
         raise DataError("there is no data to capture the model with; pass train_dataset= or example=")
-    if not len(dataset):
+    rows = _rows(options, 2)
+    if not rows:
         raise DataError("train_dataset has 0 rows; give at least 1")
-    rows = [dict(dataset[index]) for index in range(min(2, len(dataset)))]
-    batch = collate(rows)
     if isinstance(model, GraphModule):
         names = [str(node.target) for node in model.graph.find_nodes(op="placeholder")]
     else:
         names = list(inspect.signature(model.forward).parameters)
+    columns = ", ".join(map(str, rows[0])) if isinstance(rows[0], Mapping) else type(rows[0]).__name__
+    if remove_unused and isinstance(rows[0], Mapping):
+        wanted = {*names, *label_names, *LABELS}
+        rows = [{name: row[name] for name in row if name in wanted} for row in rows]
+        if not any(rows):
+            raise DataError(f"no column of the data ({columns}) is an input of {type(model).__name__}")
+    batch = options["data_collator"](rows)
     kept = {name: batch[name] for name in names if name in batch and name not in label_names}
     if not kept:
-        raise DataError(
-            f"no column of train_dataset ({', '.join(batch)}) is an input of {type(model).__name__}"
-        )
+        raise DataError(f"no column of the data ({columns}) is an input of {type(model).__name__}")
     return kept
 
 
