@@ -27,7 +27,7 @@ class DecomposeAttention(Pass):
     after:   %kt = transpose(%k, -2, -1)          1. GQA: keys and values are repeated for their query heads
              %products = matmul(%q, %kt)          2. scale: 1 / sqrt(head size) unless given
              %scaled = mul(%products, scale)
-             %scores = add(%scaled, %mask)        3. masks: added; boolean ones become 0 and -inf; causal ones are built
+             %scores = add(%scaled, %mask)        3. masks: added; boolean ones fill with the lowest number; causal ones are built
              %map = softmax(%scores, -1)
              %dropped = Dropout{p}(%map)          4. dropout, in training only
              %context = matmul(%dropped, %v)
@@ -86,9 +86,9 @@ def _decompose(gm: GraphModule, node: Node) -> None:
     scores = insert(aten.mul.Tensor, (products, scale), "scaled")
     mask = rest[0] if rest else None
     if leaf.is_causal:
-        mask = insert(causal_mask, (query, key), "causal")
+        mask = insert(leaves.causal_mask, (query, key), "causal")
     if isinstance(mask, Node):
-        scores = insert(add_mask, (scores, mask), "scores")
+        scores = insert(leaves.add_mask, (scores, mask), "scores")
     probabilities = insert(aten.softmax.int, (scores, -1), "map")
     if role == "student" and leaf.dropout_p:
         probabilities = _dropout(gm, node, leaf.dropout_p, probabilities)
@@ -112,15 +112,3 @@ def _dropout(gm: GraphModule, node: Node, probability: float, value: Node) -> No
     made.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     roles.set_role(made, "student")
     return made
-
-
-def add_mask(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Add an attention mask; a boolean one keeps where True and is -inf elsewhere. Broadcasts to ``scores``."""
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, float("-inf"))
-    return scores + mask
-
-
-def causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Return the boolean ``(queries, keys)`` mask of causal attention: True at and below the diagonal."""
-    return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()

@@ -54,7 +54,11 @@ class DuplicateTeacher(Pass):
         if has_teacher and self.teacher is None:
             return
         values = None if self.teacher is None else _named_tensors(self.teacher)
+        modules = {str(node.target): gm.get_submodule(str(node.target)) for node in _teacher_modules(gm)}
+        gm._modules[TEACHER] = nn.Module()  # a fork keeps the teacher it had
         _copy_values(gm, values)
+        for target, module in modules.items():
+            register(gm, target, module)
         if has_teacher:
             return
         twins: dict[Node, Node] = {}
@@ -71,6 +75,10 @@ class DuplicateTeacher(Pass):
         students = set(roles.twins(gm.graph).values())
         if not students:
             raise PostconditionError("duplicate-teacher made no teacher: the graph has no student node")
+
+
+def _teacher_modules(gm: GraphModule) -> list[Node]:
+    return [node for node in gm.graph.find_nodes(op="call_module") if roles.is_teacher(node)]
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from ti_fx import normalise
 from ti_fx.errors import CaptureError, InputError
 from ti_fx.graph import aten_name, constant_size, mode, state
-from ti_fx.metadata import guard_count
+from ti_fx.metadata import guard_count, refresh
 
 Dynamic = Literal["auto", "batch", "none"]
 
@@ -104,6 +104,7 @@ def capture(
         exported, static = _export(model, traced, constants, dynamic)
         gm = normalise.to_plain(exported, model, list(tensors))
         dims, names = _dims(gm, list(tensors))
+        refresh(gm, gm.graph.nodes)  # torch.export's strides of views are not always what evaluating gives
         state(gm)["dims"] = names
         _name_sizes(gm, names)
         state(gm)["guards"] = guard_count(gm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -86,13 +87,19 @@ def tensor(gm: GraphModule, target: str) -> Tensor:
 
 
 def register(root: nn.Module, target: str, value: Tensor | nn.Module, persistent: bool = True) -> None:
-    """Put a Parameter, buffer or module at a dotted path, making plain modules on the way."""
+    """Put a Parameter, buffer or module at a dotted path, making plain modules on the way.
+
+    Modules on the path may be shared with forks, so each is replaced by one that shares its tensors and has its own
+    list of children.
+    """
     *path, name = target.split(".")
     module = root
     for part in path:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module._modules[part]  # type: ignore[assignment]
+        known = module._modules.get(part)
+        own = nn.Module() if known is None else copy.copy(known)
+        own._modules = dict(own._modules)
+        module._modules[part] = own
+        module = own
     if isinstance(value, nn.Parameter):
         module.register_parameter(name, value)
     elif isinstance(value, nn.Module):

@@ -38,6 +38,21 @@ class ScaledDotProductAttention(nn.Module):
         return f"p={self.dropout_p}, causal={self.is_causal}, scale={self.scale}, gqa={self.enable_gqa}"
 
 
+def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
+    """Add an attention mask that broadcasts to ``scores``; where a boolean one is False, scores become the lowest number.
+
+    That is zero after softmax, as -inf is, and a row with everything masked is the mean of V, not NaN.
+    """
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask
+
+
+def causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    """Return the boolean ``(queries, keys)`` mask of causal attention: True at and below the diagonal."""
+    return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over the given tensors: batch statistics in training, running ones in evaluation."""
 

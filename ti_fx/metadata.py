@@ -133,6 +133,11 @@ def refresh(gm: GraphModule, changed: Iterable[Node]) -> list[Node]:
     return evaluated
 
 
+def evaluate(gm: GraphModule, node: Node) -> Any:
+    """Return one node's value from its inputs' ``meta["val"]``."""
+    return Evaluator(gm).value(node)
+
+
 def inconsistencies(gm: GraphModule, nodes: Iterable[Node]) -> list[Node]:
     """Return those of ``nodes`` whose recorded value is not what evaluating them now gives."""
     evaluator = Evaluator(gm)

@@ -16,7 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from ti_fx.errors import RecipeError, did_you_mean
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.*?\[\]/+-]+")
-_OPTION = re.compile(r'\s*([A-Za-z_]\w*)=("(?:[^"\\]|\\.)*"|[^\s{}"]*)')
+_ITEM = r'"(?:[^"\\]|\\.)*"|[^\s{}",]*'
+_OPTION = re.compile(rf"\s*([A-Za-z_]\w*)=((?:{_ITEM})(?:,(?:{_ITEM}))*)")
 
 
 def kebab(name: str) -> str:
@@ -89,7 +90,7 @@ def convert(value: Any, hint: Any) -> Any:
             return value
         raise ValueError(value)
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else list(value)
+        items = re.findall(rf"(?:^|,)({_ITEM})", value) if isinstance(value, str) else list(value)
         return tuple(convert(item, get_args(hint)[0]) for item in items if item != "")
     if hint is type(None):
         if value is None or value == "none":

@@ -124,6 +124,15 @@ def skipped(names: Iterable[str], globs: Sequence[str], what: str) -> set[str]:
             if fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.rpartition(".")[0], glob)
         }
         if not matching:
-            raise SelectionError(f"skip={glob!r} matches no {what}{did_you_mean(glob, names)}")
+            raise SelectionError(f"skip={glob!r} matches no {what}{did_you_mean(glob, _alike(glob, names))}")
         found |= matching
     return found
+
+
+def _alike(glob: str, names: Sequence[str]) -> list[str]:
+    """Return names and module paths; for ``*.a.b``, cut to as many parts, so that near ones look near."""
+    paths = list(dict.fromkeys([*names, *(name.rpartition(".")[0] for name in names)]))
+    first, *parts = glob.split(".")
+    if first != "*" or not parts:
+        return paths
+    return list(dict.fromkeys(".".join(["*", *path.split(".")[-len(parts) :]]) for path in paths))

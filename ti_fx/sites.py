@@ -259,7 +259,9 @@ class _Finder:
         products = self.backward(
             scores,
             self.is_activation_product,
-            lambda part: self.is_transparent(part) or aten_name(part) in _ELEMENTWISE,
+            lambda part: (
+                self.is_transparent(part) or aten_name(part) in _ELEMENTWISE or part.target is leaves.add_mask
+            ),
         )
         if not products:
             return None
