@@ -33,6 +33,16 @@ class Loaded:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Source:
+    """A model, inputs that fit it, and what should be said about where it comes from."""
+
+    name: str
+    model: nn.Module
+    example: Mapping[str, Any] | tuple[Any, ...]
+    note: str = ""
+
+
 def load_graph(source: str) -> Loaded:
     """Load and capture a model.
 
@@ -46,18 +56,32 @@ def load_graph(source: str) -> Loaded:
     from ti_fx.capture import capture
 
     path = Path(source)
-    if path.is_dir():
-        if (path / _CHECKPOINT).exists():
-            from ti_fx.train.checkpoint import load
+    if path.is_dir() and (path / _CHECKPOINT).exists():
+        from ti_fx.train.checkpoint import load
 
-            return Loaded(f"checkpoint {source}", load(path), "the quantised student of a ti_fx checkpoint")
+        return Loaded(f"checkpoint {source}", load(path), "the quantised student of a ti_fx checkpoint")
+    found = load_source(source)
+    return Loaded(found.name, capture(found.model, found.example), found.note)
+
+
+def load_source(source: str) -> Source:
+    """Load a model that is no checkpoint of ours, with inputs that fit it.
+
+    Args:
+        source: a folder with config.json, or ``module:factory``.
+
+    Raises:
+        InputError: nothing usable is there.
+    """
+    path = Path(source)
+    if path.is_dir():
         model, note = _from_folder(path)
-        return Loaded(f"{type(model).__name__} in {source}", capture(model, example_for(model)), note)
+        return Source(f"{type(model).__name__} in {source}", model, example_for(model), note)
     if path.exists():
         raise InputError(f"{source} is a file that is no .onnx; {_WAYS}")
     if ":" in source and os.sep not in source.partition(":")[0]:
         model, example = _from_factory(source)
-        return Loaded(f"{type(model).__name__} from {source}", capture(model, example))
+        return Source(f"{type(model).__name__} from {source}", model, example)
     raise InputError(f"there is no file or folder {source}; {_WAYS}")
 
 

@@ -288,8 +288,8 @@ def _classifier(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         ) from error
     if loaded["missing_keys"]:
         raise InputError(
-            f"{source} lacks {', '.join(sorted(loaded['missing_keys'])[:3])}: it is not fine-tuned as a classifier, and "
-            "a teacher must be; fine-tune it on these labels first"
+            f"{source} lacks {', '.join(sorted(loaded['missing_keys'])[:3])}: it is not fine-tuned as a classifier, "
+            "and a teacher must be; fine-tune it on these labels first"
         )
     kind = getattr(model.config, "problem_type", None)
     if kind in ("regression", "multi_label_classification") or model.config.num_labels < 2:
