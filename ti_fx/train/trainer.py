@@ -257,9 +257,15 @@ class TernaryTrainer(Trainer):
     def _task(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
         function = self._task_loss()
         assert function is not None
-        if self.compute_loss_func is not None:
-            return function(outputs, _single(tuple(labels.values())), num_items_in_batch=None)
-        return function(outputs, labels)
+        try:
+            if self.compute_loss_func is not None:
+                return function(outputs, _single(tuple(labels.values())), num_items_in_batch=None)
+            return function(outputs, labels)
+        except IndexError as error:  # torch's "Target 7 is out of bounds."
+            names = ", ".join(labels)
+            raise DataError(
+                f"the model's loss can't take the labels in {names}: {error}; make them fit the model's outputs"
+            ) from error
 
     def _source_loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
         """Call the Hugging Face model's own loss function; each of them takes what it needs by name."""
