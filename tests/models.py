@@ -177,7 +177,7 @@ def tokens(batch: int = 3, length: int = 7) -> Tensor:
 def text_example(batch: int = 3, length: int = 7) -> dict[str, Tensor]:
     """Token ids and a mask that pads the last row's last two tokens."""
     mask = torch.ones(batch, length, dtype=torch.int64)
-    mask[-1, -2:] = 0
+    mask[-1:, -2:] = 0
     return {"input_ids": tokens(batch, length), "attention_mask": mask}
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ti_fx import encodings, numerics, roles
 from ti_fx.errors import SelectionError, did_you_mean
-from ti_fx.graph import ancestors, aten_name, tensor
+from ti_fx.graph import aten_name, tensor
 from ti_fx.sites import projection_weight
 from ti_fx.structure import named_leaves
 
@@ -42,18 +42,40 @@ def heads(gm: GraphModule) -> set[Node]:
     result = gm.graph.output_node().args[0]
     if isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}:
         result = result["outputs"]
-    leaves = named_leaves(result).values()
-    reached = {node for node in ancestors(leaves, stop=_is_parametric) if _is_parametric(node)}
-    further = ancestors(source for node in reached for source in node.all_input_nodes)
-    return reached - further
+    # past an intervention the search goes on in the student, as if there were none
+    own = roles.twins(gm.graph)
+    inputs = {node: [own.get(source, source) for source in node.all_input_nodes] for node in gm.graph.nodes}
+    outputs = [own.get(node, node) for node in named_leaves(result).values()]
+    reached = _upstream(outputs, inputs, stop=lambda node: _is_parametric(gm, node))
+    last = {node for node in reached if _is_parametric(gm, node)}
+    return last - _upstream((source for node in last for source in inputs[node]), inputs)
 
 
-def _is_parametric(node: Node) -> bool:
-    """Whether the node computes with a stored tensor; adding a bias alone does not count."""
-    if not roles.is_student(node) or aten_name(node) in ("add", "mul"):
+def _upstream(
+    seeds: Iterable[Node],
+    inputs: Mapping[Node, list[Node]],
+    stop: Callable[[Node], bool] = lambda node: False,
+) -> set[Node]:
+    seen: set[Node] = set()
+    queue = list(seeds)
+    while queue:
+        node = queue.pop()
+        if node not in seen:
+            seen.add(node)
+            queue += [] if stop(node) else inputs[node]
+    return seen
+
+
+def _is_parametric(gm: GraphModule, node: Node) -> bool:
+    """Whether the node computes with a stored tensor; adding a bias or multiplying by one number does not count."""
+    if not roles.is_student(node) or aten_name(node) == "add":
+        return False
+    if node.target in (numerics.ternary, encodings.unpack_ternary):
         return False
     sources = [source for source in node.all_input_nodes if _stored(source)]
-    return bool(sources) and node.target not in (numerics.ternary, encodings.unpack_ternary)
+    if aten_name(node) == "mul":
+        sources = [source for source in sources if source.meta["val"].numel() > 1]
+    return bool(sources)
 
 
 def _stored(node: Node) -> bool:
