@@ -38,6 +38,7 @@ from ti_fx.passes import (
     Strip,
     Ternarize,
 )
+from ti_fx.passes.ternarize import look_up_first
 
 POINTS = ("map", "context", "output")
 MODELS = ("bert", "gpt2", "llama", "t5")
@@ -130,6 +131,11 @@ class Recorder(Interpreter):
         return value
 
 
+def eval_mode(model: PreTrainedModel) -> PreTrainedModel:
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
 def leaves(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
@@ -164,7 +170,7 @@ def test_duplicating_the_teacher_changes_no_output(name: str, training: bool) ->
     after = gm(**batch(name))
     assert_same(before, after)
     with torch.no_grad():
-        expected = model.eval()(**batch(name), use_cache=False)
+        expected = eval_mode(model)(**batch(name), use_cache=False)
     found = teacher_outputs(gm, Recorder(gm, batch(name)))
     for key, value in found.items():
         assert_same(value, expected[key])
@@ -181,7 +187,7 @@ def test_the_prepared_teacher_is_the_original_model_in_eval_mode(
     ti_fx.Pipeline(Intervene(at=point))(gm)
     gm.train(training)
     with torch.no_grad():
-        expected = model.eval()(**batch(name), use_cache=False)
+        expected = eval_mode(model)(**batch(name), use_cache=False)
     for key, value in teacher_outputs(gm, Recorder(gm, batch(name))).items():
         assert_same(value, expected[key])
 
@@ -206,7 +212,7 @@ def points_of(model: PreTrainedModel, name: str, inputs: dict[str, Tensor]) -> d
         if path.endswith(projection[name])
     ]
     with torch.no_grad():
-        result = model.eval()(**inputs, use_cache=False, output_attentions=True)
+        result = eval_mode(model)(**inputs, use_cache=False, output_attentions=True)
     for each in registered:
         each.remove()
     if name == "t5":
@@ -241,12 +247,12 @@ def test_consumers_of_an_intervened_point_read_the_teachers_value(name: str, poi
     expected = points_of(model, name, batch(name))[point]
     taps = list(dict.fromkeys(tap for tap, _, _ in reads))
     assert len(taps) == len(sites) == len(expected)
-    for tap, consumer, position in reads:
+    for name_of_tap, consumer, position in reads:
         value = recorder.read[consumer][0][position]
-        target = expected[taps.index(tap)]
+        target = expected[taps.index(name_of_tap)]
         # GPT-2's projections are addmm over (batch · tokens, width)
         assert_same(merged(value) if point == "context" else value.view_as(target), target)
-        assert not torch.equal(value, recorder.values[tap])
+        assert not torch.equal(value, recorder.values[name_of_tap])
         assert not torch.equal(value, own.read[consumer][0][position])
     ti_fx.Pipeline(Intervene())(gm)
     assert_same(Recorder(gm, batch(name)).result, own.result)
@@ -313,14 +319,14 @@ def quantise_by_hand(
                     quantised_by_hand(x, encoding), ternary_by_hand(module.weight, False), module.bias
                 )
 
-            module.forward = linear  # type: ignore[method-assign]
+            module.forward = linear  # type: ignore[method-assign, assignment]
         if path.endswith("word_embeddings"):
             assert isinstance(module, nn.Embedding)
 
             def embedding(ids: Tensor, module: nn.Embedding = module) -> Tensor:
                 return F.embedding(ids, ternary_by_hand(module.weight, True))
 
-            module.forward = embedding  # type: ignore[method-assign]
+            module.forward = embedding  # type: ignore[method-assign, assignment]
 
     def attend(
         module: nn.Module,
@@ -400,3 +406,30 @@ def test_a_bfloat16_weight_has_float32_statistics() -> None:
     expected = ternary_by_hand(weight.float(), False)
     torch.testing.assert_close(codes * scale, expected, rtol=0, atol=0)
     assert_same(numerics.ternary(weight), expected.bfloat16())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_quantising_only_the_looked_up_rows_changes_no_value_and_no_gradient(name: str) -> None:
+    _, gm = prepared(name)
+    gm.train()
+
+    def step(graph: GraphModule) -> tuple[Tensor, dict[str, Tensor | None]]:
+        graph.zero_grad(set_to_none=True)
+        torch.manual_seed(4)
+        loss = graph(**batch(name))["loss"]
+        loss.backward()
+        return loss.detach(), {key: value.grad for key, value in graph.named_parameters()}
+
+    loss, gradients = step(gm)
+    fork = ti_fx.fork(gm)
+    look_up_first(fork)
+    fork.recompile()
+    tied = name == "t5" or name == "gpt2"  # the head reads the table as well
+    assert any(node.target is numerics.ternary_embedding for node in fork.graph.nodes) is not tied
+    again, others = step(fork)
+    assert_same(again, loss)
+    for key, gradient in gradients.items():
+        other = others[key]
+        assert (gradient is None) == (other is None), key
+        if gradient is not None and other is not None:
+            assert torch.equal(gradient, other), key

@@ -59,10 +59,10 @@ def bert(seed: int, dropout: float) -> BertForSequenceClassification:
         intermediate_size=40,
         vocab_size=1100,
         max_position_embeddings=16,
-        num_labels=3,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
+    config.num_labels = 3
     model = BertForSequenceClassification(config).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -140,7 +140,7 @@ def test_gradients_and_losses_equal_the_reference(encoding: str, attention: bool
     for variant in ("reference", "paper"):
         for mask_padding in (False, True):
             ti_fx.Pipeline(
-                Distill(variant=variant, mask_padding=mask_padding),  # type: ignore[arg-type]
+                Distill(variant=variant, mask_padding=mask_padding),
                 Intervene(at=None if point == "none" else point),
             )(gm)
             settings = reference.Settings(

@@ -88,6 +88,15 @@ def ternary(weight: Tensor, granularity: Granularity = "tensor", clip: float = C
     return result
 
 
+def ternary_embedding(weight: Tensor, indices: Tensor, *options: Any, clip: float = CLIP) -> Tensor:
+    """Return ``embedding(ternary(weight, "row"), indices, *options)``, quantising only the rows that are looked up.
+
+    Values and gradients are the same bit for bit, as each row has its own scale; ``weight`` has two dimensions.
+    """
+    rows = torch.ops.aten.embedding.default(weight, indices, *options)
+    return ternary(rows.flatten(0, -2), "row", clip).view_as(rows)
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, kind: str) -> Tensor:
