@@ -31,9 +31,9 @@ def main() -> None:
         _complain(str(error))
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # The reader of our output has gone (`ti-fx inspect ... | head`): nobody is left to tell.
+        # The reader of our output has gone (`ti-fx inspect ... | head`): nobody is left to tell. typer exits so, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _complain(

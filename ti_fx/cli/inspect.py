@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from ti_fx.analysis import StoredWeight
     from ti_fx.cli._loading import Loaded
+    from ti_fx.pipeline import Pass
+    from ti_fx.recipe import Recipe
     from ti_fx.view import Step
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -93,11 +95,13 @@ def inspect(
         return
     from ti_fx import find_attention, fork, text
     from ti_fx.cli._loading import load_graph
+    from ti_fx.cli._ordering import parsed
     from ti_fx.cli._recipe import chosen_recipe
 
+    chosen = None if recipe is None else chosen_recipe(recipe)
+    asked = [parsed(written) for written in diff or ()]
     loaded = load_graph(model)
     gm = loaded.graph
-    chosen = None if recipe is None else chosen_recipe(recipe)
     captured = fork(gm)
     wants_text = dump or diff or ask
     if not find_attention(gm) and not (wants_text or svg or html or graph):
@@ -105,8 +109,9 @@ def inspect(
             f"{loaded.name} has no attention block: no softmax whose result is multiplied with values that "
             "depend on the input; see its graph with --dump"
         )
-    steps, first_shown = _run_passes(gm, chosen, diff or [], layer, stack)
+    steps, first_shown = _run_passes(gm, chosen, asked, layer, stack)
     shown = steps[first_shown:] if diff else []
+    answer = _answer(gm, ask) if ask else None
     written = _write_files(gm, steps, shown, svg, html, graph, layer, stack)
     if as_json:
         facts = _facts(loaded, captured, chosen)
@@ -114,7 +119,7 @@ def inspect(
             {**asdict(step.report), "diff": text.diff(step.before, step.after)} for step in steps
         ]
         facts["dump"] = text.dump(gm) if dump else None
-        facts["answer"] = _answer(gm, ask) if ask else None
+        facts["answer"] = answer
         print(json.dumps(facts, indent=1))
     else:
         if not wants_text:
@@ -122,8 +127,8 @@ def inspect(
         _print_diffs(steps[:first_shown] if diff else [], shown)
         if dump:
             output.graph_text(text.dump(gm))
-        if ask:
-            _print_answer(_answer(gm, ask))
+        if answer:
+            _print_answer(answer)
         for path in written:
             output.say(f"wrote {path}")
 
@@ -132,13 +137,12 @@ inspect.__doc__ = f"{inspect.__doc__}\n\n{_EXAMPLES}"
 
 
 def _run_passes(
-    gm: GraphModule, recipe: Any, written: list[str], layer: int, stack: int
+    gm: GraphModule, recipe: Recipe | None, asked: list[Pass], layer: int, stack: int
 ) -> tuple[list[Step], int]:
     """Run the recipe's passes, then those asked for, each after what it needs; return also where those begin."""
-    from ti_fx.cli._ordering import needed_before, parsed, prepare_passes
+    from ti_fx.cli._ordering import needed_before, prepare_passes
     from ti_fx.view import follow
 
-    asked = [parsed(text) for text in written]
     steps = follow(gm, *prepare_passes(recipe), layer=layer, stack=stack) if recipe else []
     first: int | None = None
     for one in asked:
@@ -148,7 +152,7 @@ def _run_passes(
     return steps, first or 0
 
 
-def _facts(loaded: Loaded, gm: GraphModule, recipe: Any) -> dict[str, Any]:
+def _facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> dict[str, Any]:
     from ti_fx import capture_report, find_attention
     from ti_fx.analysis import stored_weights
 
@@ -176,7 +180,7 @@ def _facts(loaded: Loaded, gm: GraphModule, recipe: Any) -> dict[str, Any]:
     }
 
 
-def _print_facts(loaded: Loaded, gm: GraphModule, recipe: Any) -> None:
+def _print_facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> None:
     from ti_fx.analysis import stored_weights
 
     facts = _facts(loaded, gm, recipe)
