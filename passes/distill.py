@@ -40,7 +40,8 @@ class Distill(Pass):
         logits: weight; None: 1 where the model returns logits, else 0.
         layer_outputs, scores, attention_outputs, task: weights; 0 leaves the term out.
         variant: which value ``attention_outputs`` compares.
-        mask_padding: leave padding tokens out of the means; needs an attention mask among the inputs.
+        mask_padding: leave padding tokens out of the means; needs an attention mask among the inputs. Each stack is
+            masked by its own; one without a mask among the inputs is not masked.
     """
 
     logits: float | None = None
@@ -67,9 +68,10 @@ class Distill(Pass):
             for site in sites:
                 if site.scores is None:
                     raise PreconditionError(
-                        f"distill can't see the scores of {site.where} (%{site.context.name}); run decompose-attention first"
+                        f"distill can't see the scores of {site.where} (%{site.context.name}); "
+                        "run decompose-attention first"
                     )
-        if self.mask_padding and padding_mask(gm, sites) is None:
+        if self.mask_padding and not any(_masks(gm, sites).values()):
             raise PreconditionError("distill{mask_padding=true} finds no attention mask among the inputs")
         if not any(pairs for _, pairs, _ in self._terms(gm)):
             raise PreconditionError("distill has no term left: give at least one weight above 0")
@@ -80,16 +82,22 @@ class Distill(Pass):
         output = gm.graph.output_node()
         outputs = output.args[0]
         teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
-        mask = padding_mask(gm, find_attention(gm)) if self.mask_padding else None
+        masks = _masks(gm, find_attention(gm)) if self.mask_padding else {}
+        flat: dict[Node, Node] = {}
         each: dict[str, Node] = {}
         weights: list[float] = []
         for name, nodes, weight in self._terms(gm):
             if not nodes:
                 continue
-            parts = [
-                call(output, _FUNCTIONS[name], (node, teacher[node], mask), f"loss_{name}_{index}", "loss")
-                for index, node in enumerate(nodes)
-            ]
+            parts = []
+            for index, (node, stack) in enumerate(nodes):
+                mask = masks.get(stack)
+                if mask is not None and name == "attention_outputs" and node.meta["val"].dim() == 2:
+                    if mask not in flat:  # a projection over (batch · tokens, width)
+                        flat[mask] = call(output, _FLATTEN, (mask,), f"{mask.name}_flat", "loss")
+                    mask = flat[mask]
+                arguments = (node, teacher[node], mask)
+                parts.append(call(output, _FUNCTIONS[name], arguments, f"loss_{name}_{index}", "loss"))
             each[name] = call(output, losses.total, (parts,), f"loss_{name}", "loss")
             weights.append(weight)
         total = call(output, losses.weighted, (list(each.values()), weights), "loss", "loss")
@@ -102,20 +110,27 @@ class Distill(Pass):
         if not (isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}):
             raise PostconditionError("distill did not add its losses to the output")
 
-    def _terms(self, gm: GraphModule) -> Iterable[tuple[str, list[Node], float]]:
+    def _terms(self, gm: GraphModule) -> Iterable[tuple[str, list[tuple[Node, int]], float]]:
+        """Yield each term's name, the student nodes it compares with the stack each belongs to, and its weight."""
         teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
         sites = find_attention(gm)
-        weights = {
-            "logits": (1.0 if self.logits is None else self.logits, _logits(gm)),
-            "layer_outputs": (self.layer_outputs, layer_outputs(gm, sites)),
-            "scores": (self.scores, [site.scores for site in sites]),
-            "attention_outputs": (self.attention_outputs, self._attention_outputs(gm, sites)),
+        towers = _towers(sites)
+        last = max(towers, default=0)
+        layers = {node: stack for stack, tower in towers.items() for node in layer_outputs(gm, tower)}
+        weights: dict[str, tuple[float, list[tuple[Node | None, int]]]] = {
+            "logits": (1.0 if self.logits is None else self.logits, [(node, last) for node in _logits(gm)]),
+            "layer_outputs": (self.layer_outputs, [*layers.items()]),
+            "scores": (self.scores, [(site.scores, site.stack) for site in sites]),
+            "attention_outputs": (
+                self.attention_outputs,
+                [(self._attention_output(gm, site), site.stack) for site in sites],
+            ),
         }
         for name, (weight, nodes) in weights.items():
-            yield name, [node for node in nodes if node in teacher] if weight else [], weight
+            yield name, [(node, stack) for node, stack in nodes if node in teacher] if weight else [], weight
 
-    def _attention_outputs(self, gm: GraphModule, sites: list[AttentionSite]) -> list[Node | None]:
-        return [site.output if self.variant == "paper" else block_output(gm, site) for site in sites]
+    def _attention_output(self, gm: GraphModule, site: AttentionSite) -> Node | None:
+        return site.output if self.variant == "paper" else block_output(gm, site)
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -124,6 +139,21 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "scores": losses.scores_error,
     "attention_outputs": losses.mean_squared_error,
 }
+
+
+_FLATTEN = torch.ops.aten.flatten.using_ints
+
+
+def _towers(sites: list[AttentionSite]) -> dict[int, list[AttentionSite]]:
+    towers: dict[int, list[AttentionSite]] = {}
+    for site in sites:
+        towers.setdefault(site.stack, []).append(site)
+    return towers
+
+
+def _masks(gm: GraphModule, sites: list[AttentionSite]) -> dict[int, Node | None]:
+    """Return each stack's own padding mask: the one that its first block reads (a decoder's is not the encoder's)."""
+    return {stack: padding_mask(gm, tower[:1]) for stack, tower in _towers(sites).items()}
 
 
 def remove(gm: GraphModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from ti_fx import encodings, numerics, roles
 from ti_fx.errors import PostconditionError, PreconditionError
@@ -82,7 +83,7 @@ class Ternarize(Pass):
 
 
 def _quantise(weight: Node, granularity: Granularity, clip: float) -> None:
-    options = {"granularity": granularity, "clip": clip}
+    options: dict[str, Argument] = {"granularity": granularity, "clip": clip}
     for user in weight.users:
         if user.target is numerics.ternary:
             user.kwargs = options

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import ti_fx
-from ti_fx import numerics, roles
+from ti_fx import losses, numerics, roles
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -394,9 +394,9 @@ def test_quantiser_statistics_are_in_float32_under_bfloat16_autocast(name: str) 
             assert_same(value, quantised_by_hand(read, "int8-tensor"))
             dtypes.add(value.dtype)
     assert torch.bfloat16 in dtypes
-    losses = [node for node in gm.graph.nodes if roles.role(node) == "loss"]
-    assert losses
-    assert all(recorder.values[node.name].dtype == torch.float32 for node in losses)
+    compared = [node for node in gm.graph.nodes if roles.role(node) == "loss"]
+    assert compared
+    assert all(recorder.values[node.name].dtype == torch.float32 for node in compared)
 
 
 def test_a_bfloat16_weight_has_float32_statistics() -> None:
@@ -433,3 +433,23 @@ def test_quantising_only_the_looked_up_rows_changes_no_value_and_no_gradient(nam
         assert (gradient is None) == (other is None), key
         if gradient is not None and other is not None:
             assert torch.equal(gradient, other), key
+
+
+def test_each_stack_is_masked_by_its_own_padding() -> None:
+    """Padding is left out by the mask of the token's own stack, also where a projection flattens the tokens."""
+    _, gm = captured("t5")
+    ti_fx.Pipeline(DuplicateTeacher(), Ternarize(), Distill(mask_padding=True))(gm)
+    masks = {node.name: node.args[2] for node in gm.graph.nodes if node.target is losses.scores_error}
+    # two encoder blocks, then two decoder layers of two blocks; the decoder has no mask among the inputs
+    assert [str(mask) for mask in masks.values()] == ["attention_mask"] * 2 + ["None"] * 4
+    _, gm = captured("gpt2")
+    ti_fx.Pipeline(DuplicateTeacher(), Ternarize(), Distill(mask_padding=True, variant="paper"))(gm)
+    recorder = Recorder(gm.eval(), batch("gpt2"))
+    kept = batch("gpt2")["attention_mask"].flatten() == 1
+    teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
+    expected = torch.zeros(())
+    for site in ti_fx.find_attention(gm):
+        assert site.output is not None
+        difference = recorder.values[site.output.name] - recorder.values[teacher[site.output].name]
+        expected += difference[kept].square().mean()
+    torch.testing.assert_close(recorder.result["losses"]["attention_outputs"], expected)

@@ -37,15 +37,15 @@ def mean_squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None = N
     """Mean of the squared difference over all entries, or over the entries of tokens that ``mask`` keeps.
 
     Args:
-        student: any shape; ``(batch, tokens, ...)`` if masked.
+        student: any shape; if masked, the mask's dimensions and then the features.
         teacher: the same shape.
-        mask: None, or ``(batch, tokens)``.
+        mask: None, or ``(batch, tokens)``, or ``(batch * tokens,)``; values without features are not masked.
     """
     student, teacher = _wide(student), _wide(teacher)
-    if mask is None or student.dim() < 3:
+    if mask is None or student.dim() <= mask.dim():
         return torch.nn.functional.mse_loss(student, teacher)
     each = torch.nn.functional.mse_loss(student, teacher, reduction="none")
-    return _mean(each.flatten(2).mean(-1), mask)
+    return _mean(each.flatten(mask.dim()).mean(-1), mask)
 
 
 def scores_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
