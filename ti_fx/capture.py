@@ -7,13 +7,10 @@ torch.export gives training-level ATen; what stands in the way of editing and tr
 from __future__ import annotations
 
 import inspect
-import random
-import re
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +21,8 @@ from ti_fx import normalise
 from ti_fx.errors import CaptureError, InputError
 from ti_fx.graph import aten_name, constant_size, mode, state
 from ti_fx.metadata import guard_count, refresh
+from ti_fx.tracing import BATCH, Dynamic, export, traceable
 
-Dynamic = Literal["auto", "batch", "none"]
-
-BATCH = "batch"
 RELATIVE_TOLERANCE = (
     1e-5  # captured against source, of the largest entry: eager attention sums in another order
 )
@@ -99,9 +94,9 @@ def capture(
     tensors, constants = _bind(model, example)
     traced = {name: _at_least_two(value) for name, value in tensors.items()} if dynamic != "none" else tensors
     with ExitStack() as stack:
-        attention = stack.enter_context(_traceable(model))
+        attention = stack.enter_context(traceable(model))
         stack.enter_context(mode(model, True))
-        exported, static = _export(model, traced, constants, dynamic)
+        exported, static = export(model, traced, constants, dynamic)
         gm = normalise.to_plain(exported, model, list(tensors))
         dims, names = _dims(gm, list(tensors))
         refresh(gm, gm.graph.nodes)  # torch.export's strides of views are not always what evaluating gives
@@ -166,172 +161,6 @@ def _bind(
 def _at_least_two(value: Tensor) -> Tensor:
     """Repeat the batch when there is one row: torch.export takes a size of 1 for a constant."""
     return torch.cat([value, value]) if value.dim() and value.shape[0] == 1 else value
-
-
-@contextmanager
-def _traceable(model: nn.Module) -> Iterator[str | None]:
-    """Eager attention for the trace (the map must be in the graph), restored afterwards."""
-    switch = getattr(model, "set_attn_implementation", None)
-    if switch is None:
-        yield None
-        return
-    configs = {
-        id(config): config
-        for part in model.modules()
-        if (config := getattr(part, "config", None)) is not None
-    }
-    before = [(config, getattr(config, "_attn_implementation_internal", None)) for config in configs.values()]
-    try:
-        switch("eager")
-        yield model.config._attn_implementation  # type: ignore[union-attr]
-    finally:
-        for config, value in before:
-            if hasattr(config, "_attn_implementation_internal"):
-                config._attn_implementation_internal = value
-
-
-def _dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[str, Any], dict[str, str]]:
-    if dynamic == "none":
-        return {name: None for name in tensors}, {}
-    batch = next((value.shape[0] for value in tensors.values() if value.dim()), 0)
-    named = torch.export.Dim(BATCH)
-    shapes: dict[str, Any] = {}
-    static: dict[str, str] = {}
-    for name, value in tensors.items():
-        dims: dict[int, Any] = {}
-        for index, size in enumerate(value.shape):
-            if index == 0 and size == batch and batch > 1:
-                dims[index] = named
-            elif dynamic == "auto" and size > 1:
-                dims[index] = torch.export.Dim.AUTO
-            elif dynamic == "auto":
-                static[f"{name}.{index}"] = f"the example's size is {size}; give an example of at least 2"
-        shapes[name] = dims or None
-    return shapes, static
-
-
-def _export(
-    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
-) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
-    shapes, static = _dynamic_shapes(tensors, dynamic)
-    arguments = {**tensors, **constants}
-    wanted: dict[str, Any] = {**shapes, **dict.fromkeys(constants)}
-    with _python_randomness(model):
-        try:
-            return _trace(model, arguments, wanted), static
-        except Exception as error:
-            if dynamic != "auto" or not _is_about_shapes(error):
-                raise _capture_error(model, error) from error
-            reason = _first_line(error)
-        # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic, and say so.
-        wanted, _ = _dynamic_shapes(tensors, "batch")
-        try:
-            exported = _trace(model, arguments, {**wanted, **dict.fromkeys(constants)})
-        except Exception as error:
-            raise _capture_error(model, error) from error
-        for name, value in tensors.items():
-            for index in range(1, value.dim()):
-                static[f"{name}.{index}"] = reason
-        return exported, static
-
-
-def _trace(
-    model: nn.Module, arguments: dict[str, Any], shapes: dict[str, Any]
-) -> torch.export.ExportedProgram:
-    with torch.random.fork_rng(devices=[]):
-        return torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=False)
-
-
-def _is_about_shapes(error: Exception) -> bool:
-    return bool(re.search(r"[Cc]onstraint|dynamic_shapes|specializ", str(error)))
-
-
-def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
-    if isinstance(error, CaptureError):
-        return error
-    where = _user_line(error)
-    return CaptureError(
-        f"{type(model).__name__} can't be captured{f' ({where})' if where else ''}: {_first_line(error)}; "
-        "control flow that depends on tensor values has no place in one graph: make it a tensor operation"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].strip() if text else type(error).__name__
-
-
-def _user_line(error: BaseException) -> str:
-    """Return ``file:line`` of the innermost frame that is the model's own code, as far as the traceback tells."""
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        if not re.search(r"[/\\](torch|ti_fx)[/\\]", frame.filename) and not frame.filename.startswith("<"):
-            return f"{frame.filename}:{frame.lineno}"
-    return ""
-
-
-_RANDOM_FUNCTIONS = (
-    "random",
-    "uniform",
-    "randint",
-    "choice",
-    "choices",
-    "sample",
-    "shuffle",
-    "gauss",
-    "randrange",
-)
-_NUMPY_FUNCTIONS = (
-    "rand",
-    "random",
-    "uniform",
-    "randint",
-    "choice",
-    "permutation",
-    "normal",
-    "randn",
-    "shuffle",
-)
-
-
-@contextmanager
-def _python_randomness(model: nn.Module) -> Iterator[None]:
-    """Raise if the model decides anything by Python's or NumPy's random numbers: the trace would bake one outcome."""
-    import numpy
-
-    found: list[str] = []
-
-    def recording(function: Any) -> Any:
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            frames = traceback.extract_stack()[:-1]
-            frame = next(
-                (f for f in reversed(frames) if not re.search(r"[/\\](torch|numpy|random\.py)", f.filename)),
-                None,
-            )
-            if frame is not None and "ti_fx" not in frame.filename:
-                found.append(f"{frame.filename}:{frame.lineno}")
-            return function(*args, **kwargs)
-
-        return recorded
-
-    patched: list[tuple[Any, str, Any]] = []
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    for module, names in ((random, _RANDOM_FUNCTIONS), (numpy.random, _NUMPY_FUNCTIONS)):
-        for name in names:
-            patched.append((module, name, getattr(module, name)))
-            setattr(module, name, recording(getattr(module, name)))
-    try:
-        yield
-    finally:
-        for module, name, function in patched:
-            setattr(module, name, function)
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
-    if found:
-        raise CaptureError(
-            f"{type(model).__name__} draws random numbers in Python ({found[0]}), which a trace would freeze into one "
-            "outcome; turn that off (layerdrop=0, apply_spec_augment=False, ...) or draw them with torch"
-        )
 
 
 def _dims(gm: GraphModule, inputs: list[str]) -> tuple[dict[str, tuple[str | int, ...]], dict[str, str]]:

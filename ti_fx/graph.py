@@ -149,6 +149,7 @@ def fork(gm: GraphModule) -> GraphModule:
     twin.meta = {**gm.meta, STATE: dict(state(gm))}
     twin._forward_pre_hooks = gm._forward_pre_hooks.copy()
     twin._forward_pre_hooks_with_kwargs = gm._forward_pre_hooks_with_kwargs.copy()
+    twin._deepcopy_hooks = list(gm._deepcopy_hooks)
     twin.training = gm.training
     twin.graph = graph
     return twin

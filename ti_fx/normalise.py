@@ -63,8 +63,14 @@ def to_plain(exported: torch.export.ExportedProgram, model: nn.Module, inputs: l
     prune(gm)
     gm.graph.lint()
     gm.recompile()
-    gm.register_forward_pre_hook(_validate, with_kwargs=True)
+    validate_inputs(gm)
     return gm
+
+
+def validate_inputs(gm: GraphModule) -> None:
+    """Refuse inputs that the graph was not captured for, in the graph and in every deep copy of it."""
+    gm.register_forward_pre_hook(_validate, with_kwargs=True)
+    gm._register_deepcopy_hook(validate_inputs)
 
 
 def _plain_signature(source: GraphModule, name: str) -> GraphModule:
@@ -265,8 +271,11 @@ def _validate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     placeholders = module.graph.find_nodes(op="placeholder")
     names = [str(node.target) for node in placeholders]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if len(args) > len(names) or set(given) != set(names):
+    if set(given) != set(names):
         raise InputError(f"the graph takes the inputs {', '.join(names)}; got {', '.join(given) or 'none'}")
+    if len(args) + len(kwargs) > len(names):
+        raise InputError(f"the graph takes the inputs {', '.join(names)}; some are given twice")
+    device = next((parameter.device for parameter in module.parameters()), None)
     sizes: dict[str, tuple[int, str]] = {}
     for node in placeholders:
         expected, value, name = node.meta["val"], given[str(node.target)], str(node.target)
@@ -274,6 +283,8 @@ def _validate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             raise InputError(f"input {name!r} is a {type(value).__name__}; give a tensor")
         if value.dtype != expected.dtype:
             raise InputError(f"input {name!r} is {value.dtype}; the graph was captured with {expected.dtype}")
+        if device is not None and value.device != device:
+            raise InputError(f"input {name!r} is on {value.device}; the graph is on {device}")
         if value.dim() != expected.dim():
             raise InputError(f"input {name!r} has {value.dim()} dimensions; the graph takes {expected.dim()}")
         for index, (size, wanted) in enumerate(zip(value.shape, expected.shape, strict=True)):
@@ -282,6 +293,8 @@ def _validate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _validate_size(name: str, index: int, size: int, wanted: Any, sizes: dict[str, tuple[int, str]]) -> None:
     constant = constant_size(wanted)
+    if size == 0 and constant != 0:
+        raise InputError(f"input {name!r} has size 0 in dimension {index}; give at least 1")
     if constant is not None:
         if size != constant:
             raise InputError(

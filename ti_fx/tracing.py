@@ -1,0 +1,234 @@
+"""torch.export of a model as users have it: what is dynamic, what would be baked, and whose fault a failure is."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import random
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ti_fx.errors import CaptureError, InputError, TiFxError
+
+Dynamic = Literal["auto", "batch", "none"]
+
+BATCH = "batch"
+
+
+@contextmanager
+def traceable(model: nn.Module) -> Iterator[str | None]:
+    """Eager attention for the trace (the map must be in the graph), restored afterwards."""
+    switch = getattr(model, "set_attn_implementation", None)
+    if switch is None:
+        yield None
+        return
+    configs = {
+        id(config): config
+        for part in model.modules()
+        if (config := getattr(part, "config", None)) is not None
+    }
+    before = [(config, getattr(config, "_attn_implementation_internal", None)) for config in configs.values()]
+    try:
+        switch("eager")
+        yield model.config._attn_implementation  # type: ignore[union-attr]
+    finally:
+        for config, value in before:
+            if hasattr(config, "_attn_implementation_internal"):
+                config._attn_implementation_internal = value
+
+
+def _dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[str, Any], dict[str, str]]:
+    if dynamic == "none":
+        return dict.fromkeys(tensors), {}
+    batch = next((value.shape[0] for value in tensors.values() if value.dim()), 0)
+    named = torch.export.Dim(BATCH)
+    shapes: dict[str, Any] = {}
+    static: dict[str, str] = {}
+    for name, value in tensors.items():
+        dims: dict[int, Any] = {}
+        for index, size in enumerate(value.shape):
+            if index == 0 and size == batch and batch > 1:
+                dims[index] = named
+            elif dynamic == "auto" and size > 1:
+                dims[index] = torch.export.Dim.AUTO
+            elif dynamic == "auto":
+                static[f"{name}.{index}"] = f"the example's size is {size}; give an example of at least 2"
+        shapes[name] = dims or None
+    return shapes, static
+
+
+def export(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """Return the exported program and why a dimension is not dynamic, by ``input.dimension``.
+
+    Raises:
+        InputError: the model itself fails on the example.
+        CaptureError: it can't be traced, or draws random numbers in Python; names the source line where known.
+    """
+    shapes, static = _dynamic_shapes(tensors, dynamic)
+    with _python_randomness(model):
+        try:
+            return _trace(model, tensors, constants, shapes), static
+        except Exception as error:
+            if dynamic != "auto" or not _is_about_shapes(error):
+                raise _capture_error(model, error, tensors, constants) from error
+            reason = _first_line(error)
+        # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic, and say so.
+        shapes, _ = _dynamic_shapes(tensors, "batch")
+        try:
+            exported = _trace(model, tensors, constants, shapes)
+        except Exception as error:
+            raise _capture_error(model, error, tensors, constants) from error
+        for name, value in tensors.items():
+            for index in range(1, value.dim()):
+                static[f"{name}.{index}"] = reason
+        return exported, static
+
+
+def _trace(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], shapes: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    printed = io.StringIO()  # torch prints the half-made graph of a failed trace
+    with (
+        _keywords_only(model, list(tensors), constants),
+        torch.random.fork_rng(devices=[]),
+        redirect_stderr(printed),
+    ):
+        exported = torch.export.export(model, (), tensors, dynamic_shapes=shapes, strict=False)
+    sys.stderr.write(printed.getvalue())
+    return exported
+
+
+@contextmanager
+def _keywords_only(model: nn.Module, inputs: list[str], constants: dict[str, Any]) -> Iterator[None]:
+    """Give ``forward`` the signature that the graph will have: torch.export can't name what ``**kwargs`` takes."""
+    forward = model.forward
+
+    def bound(**tensors: Tensor) -> Any:
+        return forward(**tensors, **constants)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    bound.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in inputs])  # type: ignore[attr-defined]
+    own = model.__dict__.get("forward")
+    model.forward = bound
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def _is_about_shapes(error: Exception) -> bool:
+    return bool(re.search(r"[Cc]onstraint|dynamic_shapes|specializ", str(error)))
+
+
+def _capture_error(
+    model: nn.Module, error: Exception, tensors: dict[str, Tensor], constants: dict[str, Any]
+) -> TiFxError:
+    """Return what to tell the user: the example does not fit the model, or the model does not fit one graph."""
+    if isinstance(error, TiFxError):
+        return error
+    name = type(model).__name__
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(**tensors, **constants)
+    except Exception as own:
+        return InputError(
+            f"{name} fails on the example{_at(own)}: {_first_line(own)}; give inputs that it takes"
+        )
+    advice = "make it a tensor operation, or leave that part out of the model"
+    if "data-dependent" in str(error):
+        advice = f"control flow that depends on tensor values has no place in one graph: {advice}"
+    return CaptureError(f"{name} can't be captured{_at(error)}: {_first_line(error)}; {advice}")
+
+
+def _at(error: BaseException) -> str:
+    where = _user_line(error)
+    return f" ({where})" if where else ""
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].strip() if text else type(error).__name__
+
+
+def _user_line(error: BaseException) -> str:
+    """Return ``file:line`` of the innermost frame that is the model's own code, as far as the traceback tells."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not re.search(r"[/\\](torch|ti_fx)[/\\]", frame.filename) and not frame.filename.startswith("<"):
+            return f"{frame.filename}:{frame.lineno}"
+    return ""
+
+
+_RANDOM_FUNCTIONS = (
+    "random",
+    "uniform",
+    "randint",
+    "choice",
+    "choices",
+    "sample",
+    "shuffle",
+    "gauss",
+    "randrange",
+)
+_NUMPY_FUNCTIONS = (
+    "rand",
+    "random",
+    "uniform",
+    "randint",
+    "choice",
+    "permutation",
+    "normal",
+    "randn",
+    "shuffle",
+)
+
+
+@contextmanager
+def _python_randomness(model: nn.Module) -> Iterator[None]:
+    """Raise if the model decides anything by Python's or NumPy's random numbers: the trace would bake one outcome."""
+    import numpy
+
+    found: list[str] = []
+
+    def recording(function: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            frames = traceback.extract_stack()[:-1]
+            frame = next(
+                (f for f in reversed(frames) if not re.search(r"[/\\](torch|numpy|random\.py)", f.filename)),
+                None,
+            )
+            if frame is not None and "ti_fx" not in frame.filename:
+                found.append(f"{frame.filename}:{frame.lineno}")
+            return function(*args, **kwargs)
+
+        return recorded
+
+    patched: list[tuple[Any, str, Any]] = []
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    for module, names in ((random, _RANDOM_FUNCTIONS), (numpy.random, _NUMPY_FUNCTIONS)):
+        for name in names:
+            patched.append((module, name, getattr(module, name)))
+            setattr(module, name, recording(getattr(module, name)))
+    try:
+        yield
+    finally:
+        for module, name, function in patched:
+            setattr(module, name, function)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+    if found:
+        raise CaptureError(
+            f"{type(model).__name__} draws random numbers in Python ({found[0]}), which a trace would freeze into one "
+            "outcome; turn that off (layerdrop=0, apply_spec_augment=False, ...) or draw them with torch"
+        )
