@@ -108,7 +108,8 @@ def find_attention(gm: GraphModule) -> list[AttentionSite]:
 def layer_outputs(gm: GraphModule, sites: list[AttentionSite]) -> list[Node]:
     """Return the residual stream entering each self-attention layer and leaving the last, per stack, in order.
 
-    That is the embeddings' output and every layer's output: ``X_0 .. X_L`` of the paper. Nodes of the student.
+    That is the embeddings' output (before dropout, which a teacher has not) and every layer's output (before a final
+    norm, which belongs to no layer): ``X_0 .. X_L`` of the paper. Nodes of the student.
     """
     prepared = any(roles.is_teacher(node) for node in gm.graph.nodes)
     finder = _Finder(gm, "teacher" if prepared else "student")
@@ -118,7 +119,9 @@ def layer_outputs(gm: GraphModule, sites: list[AttentionSite]) -> list[Node]:
     for stack in sorted({site.stack for site in sites}):
         tower = [site for site in sites if site.stack == stack]
         first = {site.layer: site for site in reversed(tower)}
-        found += [site.stream for _, site in sorted(first.items()) if site.stream is not None]
+        found += [
+            finder.before_dropout(site.stream) for _, site in sorted(first.items()) if site.stream is not None
+        ]
         last = tower[-1].residual
         if last is not None:
             leaving = finder.layer_end(teacher.get(last, last))
@@ -330,6 +333,11 @@ class _Finder:
         assert ours is not None
         return right if ours is left else left
 
+    def before_dropout(self, node: Node) -> Node:
+        while self.is_dropout(node):
+            (node,) = node.all_input_nodes
+        return node
+
     def stream_after(self, residual: Node) -> Node:
         """Return the norm after an add where every reader of the add is that one norm, else the add."""
         users = self.users(residual)
@@ -343,7 +351,10 @@ class _Finder:
         """Return the residual stream leaving the layer of a block: past the feed-forward add, and its norm if any."""
         middle = self.stream_after(residual)
         end = self.next_stream_add(middle)
-        return middle if end is None else self.stream_after(end)
+        if end is None:
+            return middle
+        # in a pre-norm tower a norm that alone reads the last add is the model's final norm, not the layer's
+        return end if middle is residual else self.stream_after(end)
 
     def next_stream_add(self, node: Node) -> Node | None:
         """Return the next add that reads the stream itself (through dropout and shape ops) on one side."""
