@@ -62,7 +62,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--tiny", action="store_true", help="a few steps only")
 parser.add_argument("--out", type=Path, default=Path("runs/bring_your_own"))
 options = parser.parse_args()
-teacher_steps, student_steps, intervention_steps = (20, 12, 6) if options.tiny else (400, 600, 60)
+teacher_steps, student_steps, intervention_steps = (20, 12, 6) if options.tiny else (800, 600, 60)
 torch.manual_seed(0)
 
 images, labels = map(torch.tensor, load_digits(return_X_y=True))

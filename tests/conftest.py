@@ -1,3 +1,3 @@
-"""What every test may use: the tiny models and the golden texts."""
+"""What every test may use: the tiny models, a trained classifier and the golden texts."""
 
-pytest_plugins = ["golden_text", "models"]
+pytest_plugins = ["golden_text", "models", "classifier"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ti_fx.errors import InputError
@@ -34,13 +34,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
-        _sync_folder(target.parent)
     except OSError as error:
         raise InputError(
             f"can't write {target}: {error.strerror or error}; free some space or choose another folder"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # the new file is there and whole; some file systems can't sync a folder
+        _sync_folder(target.parent)
 
 
 def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> None:

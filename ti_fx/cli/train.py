@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
+import os
 import time
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -113,7 +113,7 @@ def train(
         chosen = replace(chosen, steps=steps)
     run = _Run(chosen, training, held_out, batch_size, learning_rate, seed, compile.value, length)
     run.check_steps()
-    _make_folder(out)
+    _check_writable(out)
     run.train(teacher, tokenizer, out, resume)
 
 
@@ -247,16 +247,13 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise InputError(f"{out} holds a run already; --resume goes on with it, another --out begins anew")
 
 
-def _make_folder(out: Path) -> None:
-    """Find out now, not after training, whether the folder can be written to."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"can't write to {out}: {error.strerror or error}; choose a folder you can write to"
-        ) from error
+def _check_writable(out: Path) -> None:
+    """Find out now, not after training, whether the folder can be made and written to; nothing is made yet."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"can't write to {out}: {there} is a file; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"can't write to {out}: {there} is read-only; choose a folder you can write to")
 
 
 def _classifier(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

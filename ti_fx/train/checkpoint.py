@@ -125,12 +125,53 @@ def finished_folder(
             os.replace(temporary, target)
         barrier()
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"can't write checkpoint {target}: {error}; free some space or choose another folder"
-        ) from error
+        if owner and (outer / "old").exists():
+            os.replace(outer / "old", target)
+        raise _cant_write(target, error) from error
     finally:
         if owner:
             shutil.rmtree(outer, ignore_errors=True)
+
+
+@contextmanager
+def finished_files(target: Path) -> Iterator[Path]:
+    """Yield a folder to write to; on success its files replace those in ``target``, else ``target`` stays as it is.
+
+    Other files in ``target`` are left alone. The facts leave first and come last, so that a run killed in between
+    leaves a folder that is seen to be unfinished.
+
+    Raises:
+        InputError: nothing can be written there, or the disk is full.
+    """
+    outer = target / ".saving"
+    new, old = outer / "new", outer / "old"
+    placed: list[Path] = []
+    try:
+        shutil.rmtree(outer, ignore_errors=True)
+        new.mkdir(parents=True)
+        old.mkdir()
+        yield new
+        _sync(new)
+        names = sorted((path.name for path in new.iterdir()), key=lambda name: name != FACTS)
+        for name in names:
+            if (target / name).exists():
+                os.replace(target / name, old / name)
+        for name in reversed(names):
+            os.replace(new / name, target / name)
+            placed.append(target / name)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        for path in placed:
+            path.unlink()
+        for path in sorted(old.glob("*"), key=lambda path: path.name == FACTS):
+            os.replace(path, target / path.name)
+        raise _cant_write(target, error) from error
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
+
+
+def _cant_write(target: Path, error: Exception) -> InputError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"can't write checkpoint {target}: {reason}; free some space or choose another folder")
 
 
 def _sync(folder: Path) -> None:

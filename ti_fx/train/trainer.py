@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import itertools
-import os
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.data.data_collator import default_data_collator
-from transformers.utils.generic import find_labels
+from transformers import Trainer, TrainingArguments
 
 from ti_fx.capture import capture
 from ti_fx.errors import CheckpointError, DataError, InputError
 from ti_fx.graph import state
 from ti_fx.recipe import Recipe
-from ti_fx.train import checkpoint, schedule
+from ti_fx.train import checkpoint, rows, schedule
 from ti_fx.train.model import Compile, TernaryModel
 
 AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation (benchmarks/train_step.py)
-LABELS = ("labels", "label", "label_ids")
 
 
 class TernaryTrainer(Trainer):
@@ -75,8 +69,12 @@ class TernaryTrainer(Trainer):
             raise InputError("torch_compile would compile the wrapper; use TernaryTrainer(compile='on')")
         self.recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
         self.source = model
-        label_names = list(args.label_names) if args.label_names is not None else _label_names(model, options)
-        options["data_collator"] = options.get("data_collator") or _collator(options.get("processing_class"))
+        label_names = (
+            list(args.label_names) if args.label_names is not None else rows.label_names(model, options)
+        )
+        options["data_collator"] = options.get("data_collator") or rows.collator(
+            options.get("processing_class")
+        )
         prepared, self.example = self._prepare(model, teacher, example, args, label_names, options)
         if args.max_steps <= 0 and self.recipe.steps is not None:
             args.max_steps = self.recipe.steps
@@ -111,7 +109,7 @@ class TernaryTrainer(Trainer):
         options: dict[str, Any],
     ) -> tuple[GraphModule, dict[str, Tensor]]:
         if example is None:
-            example = _first_rows(model, options, label_names, args.remove_unused_columns)
+            example = rows.first_rows(model, options, label_names, args.remove_unused_columns)
         example = {name: _move(value, args.device) for name, value in example.items()}
         if isinstance(model, GraphModule):
             gm = model
@@ -226,13 +224,13 @@ class TernaryTrainer(Trainer):
         return result
 
     def _add_distillation(self, features: dict[str, Tensor]) -> None:
-        rows = len(next(iter(features.values())))
+        count = len(next(iter(features.values())))
         with self.accelerator.autocast():
             result = self.model.distillation(features)
         everything = {"": result["loss"], **{f"_{name}": value for name, value in result["losses"].items()}}
         for name, value in everything.items():
-            self._eval_sums[name] = self._eval_sums.get(name, 0.0) + rows * float(value)
-        self._eval_rows += rows
+            self._eval_sums[name] = self._eval_sums.get(name, 0.0) + count * float(value)
+        self._eval_rows += count
 
     def student(self) -> GraphModule:
         """Return the stripped student, in eval mode, on the trained tensors: ready for ``Pack`` and ``to_onnx``."""
@@ -283,7 +281,8 @@ class TernaryTrainer(Trainer):
         return str(self.args.output_dir)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*self.model.inputs, *self.label_names, *LABELS]
+        columns: Any = [*self.model.inputs, *self.label_names, *rows.LABELS]
+        self._signature_columns = columns
 
     def train(
         self,
@@ -308,7 +307,9 @@ class TernaryTrainer(Trainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoint.restore(self.model, resume_from_checkpoint, checkpoint.read_facts(resume_from_checkpoint))
+        facts = checkpoint.read_facts(resume_from_checkpoint)
+        checkpoint.restore(self.model, resume_from_checkpoint, facts)
+        self.model.compile_at(facts["position"].get("compiled", {}))
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         with checkpoint.readable(checkpoint_folder):
@@ -342,7 +343,11 @@ class TernaryTrainer(Trainer):
             self.model,
             example=self.example,
             source=checkpoint.source_facts(self.source),
-            position={"step": self.state.global_step, "phase": self.model.phase.name},
+            position={
+                "step": self.state.global_step,
+                "phase": self.model.phase.name,
+                "compiled": self.model.compiled_shapes(),
+            },
             weights=gathered,
         )
 
@@ -352,12 +357,8 @@ class TernaryTrainer(Trainer):
         if _internal_call or not self.args.should_save:
             super().save_model(str(target), _internal_call=True)
             return
-        target.mkdir(parents=True, exist_ok=True)
-        with checkpoint.finished_folder(target / ".saving") as temporary:
+        with checkpoint.finished_files(target) as temporary:
             super().save_model(str(temporary), _internal_call=True)
-        for path in sorted((target / ".saving").iterdir(), key=lambda path: path.name == checkpoint.FACTS):
-            os.replace(path, target / path.name)
-        (target / ".saving").rmdir()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save into a temporary folder and rename it, so that a checkpoint is whole or not there."""
@@ -402,70 +403,6 @@ def _compile(wanted: str, args: TrainingArguments, recipe: Recipe) -> Compile:
     if args.device.type != "cpu":
         return "on"
     return "on" if args.max_steps >= AUTO_COMPILE_STEPS * len(recipe.phases()) else "off"
-
-
-def _collator(processing_class: Any) -> Callable[[list[Any]], Any]:
-    if isinstance(processing_class, PreTrainedTokenizerBase):
-        return DataCollatorWithPadding(processing_class)
-    return default_data_collator
-
-
-def _label_names(model: nn.Module, options: dict[str, Any]) -> list[str]:
-    found: list[str] = []
-    if not isinstance(model, GraphModule):
-        found = find_labels(type(model))  # type: ignore[no-untyped-call]
-    row = next(iter(_rows(options, 1)), None)
-    if row is None:
-        return found or ["labels"]
-    columns = list(row) if isinstance(row, Mapping) else []
-    present = [name for name in found if name in columns]
-    if present:
-        return present
-    return ["labels"] if any(name in columns for name in LABELS) else []
-
-
-def _rows(options: Mapping[str, Any], count: int) -> list[Any]:
-    """Return the first rows of the training data, or of the evaluation data (the first of several)."""
-    for name in ("train_dataset", "eval_dataset"):
-        dataset = options.get(name)
-        if isinstance(dataset, Mapping):
-            dataset = next(iter(dataset.values()), None)
-        if dataset is None:
-            continue
-        if isinstance(dataset, Sized):
-            return [dataset[index] for index in range(min(count, len(dataset)))]  # type: ignore[index]
-        return list(itertools.islice(dataset, count))
-    return []
-
-
-def _first_rows(
-    model: nn.Module, options: Mapping[str, Any], label_names: Sequence[str], remove_unused: bool | None
-) -> dict[str, Any]:
-    """Collate the first two rows and keep what the model's forward takes.
-
-    As Trainer does, the collator is spared columns that the model doesn't take (texts, identifiers), unless
-    TrainingArguments say ``remove_unused_columns=False``.
-    """
-    if options.get("train_dataset") is None and options.get("eval_dataset") is None:
-        raise DataError("there is no data to capture the model with; pass train_dataset= or example=")
-    rows = _rows(options, 2)
-    if not rows:
-        raise DataError("train_dataset has 0 rows; give at least 1")
-    if isinstance(model, GraphModule):
-        names = [str(node.target) for node in model.graph.find_nodes(op="placeholder")]
-    else:
-        names = list(inspect.signature(model.forward).parameters)
-    columns = ", ".join(map(str, rows[0])) if isinstance(rows[0], Mapping) else type(rows[0]).__name__
-    if remove_unused and isinstance(rows[0], Mapping):
-        wanted = {*names, *label_names, *LABELS}
-        rows = [{name: row[name] for name in row if name in wanted} for row in rows]
-        if not any(rows):
-            raise DataError(f"no column of the data ({columns}) is an input of {type(model).__name__}")
-    batch = options["data_collator"](rows)
-    kept = {name: batch[name] for name in names if name in batch and name not in label_names}
-    if not kept:
-        raise DataError(f"no column of the data ({columns}) is an input of {type(model).__name__}")
-    return kept
 
 
 def _move(value: Any, device: torch.device) -> Any:
