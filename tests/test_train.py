@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import PlainTransformer, bert_model, seeded
-from tiny_training import LENGTH, At, arguments, batch, different, rows, trainer, weights
+from tiny_training import LENGTH, At, arguments, batch, different, history, rows, trainer, weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class Run:
         )
         self.trainer.train()
         self.logs = self.trainer.state.log_history
-        self.steps = [entry for entry in self.logs if "loss" in entry]
+        self.steps = history(self.trainer)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_evaluation_is_the_stripped_student_bit_for_bit_whatever_the_phase(run: 
     before = run.trainer.model.phase
     for phase in run.trainer.recipe.phases():
         run.trainer.model.enter(phase)
-        predicted = run.trainer.predict(rows(4))
+        predicted: Any = run.trainer.predict(rows(4))
         assert torch.equal(torch.from_numpy(predicted.predictions), expected)
         assert predicted.label_ids.tolist() == [0, 1, 2, 0]
     run.trainer.model.enter(before)
@@ -182,7 +182,7 @@ def test_evaluation_is_the_stripped_student_bit_for_bit_whatever_the_phase(run: 
 
 
 def test_prediction_needs_no_labels(run: Run) -> None:
-    predicted = run.trainer.predict(rows(4, labels=False))
+    predicted: Any = run.trainer.predict(rows(4, labels=False))
     assert predicted.label_ids is None
     assert predicted.predictions.shape == (4, 3)
 
@@ -343,7 +343,8 @@ def test_bf16_autocast_trains_and_evaluates(tmp_path: Path) -> None:
     assert {value.dtype for value in made.model.parameters() if value.requires_grad} == {torch.float32}
     metrics = made.evaluate()
     assert math.isfinite(metrics["eval_distillation"])
-    assert made.predict(rows(4)).predictions.dtype == "float32"
+    predictions: Any = made.predict(rows(4)).predictions
+    assert predictions.dtype == "float32"
 
 
 # --- the task's own loss --------------------------------------------------------------------------------------------
@@ -371,15 +372,15 @@ def test_the_tasks_own_loss_joins_with_its_weight(given: bool, tmp_path: Path) -
 
 
 def test_a_label_out_of_range_is_refused_in_one_line(tmp_path: Path) -> None:
-    bad = [{**row, "labels": 7} for row in rows(4)]
+    dataset: Any = [{**row, "labels": 7} for row in rows(4)]
     made = trainer(
-        tmp_path, Recipe("task", distill=Distill(task=0.5)), model=bert_model(layers=1), train_dataset=bad
+        tmp_path, Recipe("task", distill=Distill(task=0.5)), model=bert_model(layers=1), train_dataset=dataset
     )
     with pytest.raises(DataError, match="label") as caught:
         made.train()
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="label"):
-        made.evaluate(bad)
+        made.evaluate(dataset)
 
 
 def test_a_task_loss_that_nobody_can_compute_is_refused(tmp_path: Path) -> None:
@@ -477,7 +478,7 @@ def test_a_teacher_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_regression_model_trains_on_its_own_loss(tmp_path: Path) -> None:
-    data = [{**row, "labels": float(row["labels"]) / 2} for row in rows()]
+    data: Any = [{**row, "labels": float(row["labels"]) / 2} for row in rows()]
     made = trainer(
         tmp_path,
         Recipe("regression", distill=Distill(task=1.0)),
@@ -520,12 +521,14 @@ def test_every_phases_graph_follows_a_change_of_type(tmp_path: Path) -> None:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = {"[PAD]": 0, "[UNK]": 1, **{f"w{index}": index for index in range(2, 1100)}}
-    return PreTrainedTokenizerFast(
+    made: Any = PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast = made(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="[UNK]")), pad_token="[PAD]", unk_token="[UNK]"
     )
+    return tokenizer
 
 
-def ragged() -> list[dict[str, Any]]:
+def ragged() -> Any:
     """Rows as a tokenizer leaves them, not padded, with columns that the model doesn't take."""
     return [
         {
@@ -590,7 +593,8 @@ def test_a_trainer_of_an_example_alone_evaluates(tmp_path: Path) -> None:
     made = trainer(
         tmp_path, PLAIN, model=bert_model(layers=1), train_dataset=None, eval_dataset=None, example=batch(2)
     )
-    assert made.predict(rows(5)).predictions.shape == (5, 3)
+    predictions: Any = made.predict(rows(5)).predictions
+    assert predictions.shape == (5, 3)
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------

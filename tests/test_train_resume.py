@@ -16,7 +16,7 @@ import pytest
 import torch
 from models import bert_model, gpt2_model
 from safetensors.torch import load_file, save_file
-from tiny_training import At, batch, different, rows, trainer, weights
+from tiny_training import At, batch, different, history, rows, trainer, weights
 from torch import Tensor
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
@@ -73,7 +73,7 @@ def test_a_checkpoint_holds_the_students_tensors_only(whole: Whole) -> None:
     trained = [value for value in whole.trainer.model.parameters() if value.requires_grad]
     assert len(optimizer["state"]) == len(trained)
     facts = json.loads((whole.last / "ti_fx.json").read_text())
-    assert facts["position"] == {"step": STEPS, "phase": "quantise"}
+    assert facts["position"] == {"step": STEPS, "phase": "quantise", "compiled": {}}
     assert list(facts["phases"]) == ["output", "context", "map", "quantise"]
     assert facts["recipe"] == whole.trainer.recipe.to_dict()
 
@@ -94,14 +94,15 @@ def test_a_tied_model_is_saved_once_and_loads_back(tmp_path: Path) -> None:
     )
     saved.train()
     saved.save_model(str(tmp_path / "saved"))
-    found, report = GPT2LMHeadModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    loaded: Any = GPT2LMHeadModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    found, report = loaded
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     names = dict(found.state_dict())
     for name, value in weights(saved).items():
         assert torch.equal(names[name], value), name
-    loaded = ti_fx.load(tmp_path / "saved")
-    assert torch.equal(loaded(**batch()).logits, saved.student()(**batch()).logits)
+    student = ti_fx.load(tmp_path / "saved")
+    assert torch.equal(student(**batch()).logits, saved.student()(**batch()).logits)
 
 
 def test_a_loaded_student_equals_the_trained_one_without_a_teacher(whole: Whole) -> None:
@@ -265,7 +266,7 @@ def test_training_resumed_from_any_step_ends_bit_equal(step: int, whole: Whole, 
     resumed = made(tmp_path)
     resumed.train(resume_from_checkpoint=str(whole.folder / f"checkpoint-{step}"))
     assert different(weights(resumed), whole.weights) == []
-    tail = [entry["phase"] for entry in resumed.state.log_history if "phase" in entry]
+    tail = [entry["phase"] for entry in history(resumed)]
     assert tail == ["output", "context", *["map"] * 4, "quantise", "quantise"]
 
 

@@ -16,8 +16,8 @@ from ti_fx.train import TernaryTrainer
 LENGTH = 8
 
 
-def rows(count: int = 48, *, padded: bool = True, labels: bool = True) -> list[dict[str, Any]]:
-    """Rows of random tokens with labels 0, 1, 2; padded rows have 5 to 8 real tokens."""
+def rows(count: int = 48, *, padded: bool = True, labels: bool = True) -> Any:
+    """A list of rows of random tokens with labels 0, 1, 2; padded rows have 5 to 8 real tokens."""
     generator = torch.Generator().manual_seed(3)
     made: list[dict[str, Any]] = []
     for index in range(count):
@@ -71,6 +71,11 @@ def trainer(
         arguments(folder, **(arguments_options or {})),
         **{**settings, **options},
     )
+
+
+def history(made: TernaryTrainer) -> list[dict[str, Any]]:
+    """What was logged at each step; Trainer's own type knows numbers only, and phases have names."""
+    return [dict(entry) for entry in made.state.log_history if "loss" in entry]
 
 
 def weights(made: TernaryTrainer) -> dict[str, Tensor]:

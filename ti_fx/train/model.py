@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from ti_fx import text
@@ -20,44 +17,10 @@ from ti_fx.graph import erase_dead, fork, input_names, state
 from ti_fx.passes.strip import strip_nodes
 from ti_fx.pipeline import Pipeline
 from ti_fx.recipe import Phase, Recipe
+from ti_fx.train.compile import CompileRecord, Runner, Shapes
 from ti_fx.verify import TEACHER
 
 Compile = Literal["on", "off"]
-
-
-@dataclass
-class CompileRecord:
-    """What compiling one graph cost.
-
-    Attributes:
-        graphs: graphs that dynamo compiled for it. seconds: wall time of the calls that compiled. calls: all calls.
-    """
-
-    graphs: int = 0
-    seconds: float = 0.0
-    calls: int = 0
-
-
-class _Runner:
-    """One graph, compiled or not, with the count of what compiling cost."""
-
-    def __init__(self, gm: GraphModule, compiled: bool) -> None:
-        self.gm = gm
-        self.record = CompileRecord()
-        self.call: Callable[..., Any] = torch.compile(gm, fullgraph=True, dynamic=True) if compiled else gm
-        self.compiled = compiled
-
-    def __call__(self, **inputs: Tensor) -> Any:
-        self.record.calls += 1
-        if not self.compiled:
-            return self.call(**inputs)
-        before, start = counters["stats"]["unique_graphs"], time.perf_counter()
-        result = self.call(**inputs)
-        made = counters["stats"]["unique_graphs"] - before
-        if made:
-            self.record.graphs += made
-            self.record.seconds += time.perf_counter() - start
-        return result
 
 
 class TernaryModel(nn.Module):
@@ -124,6 +87,14 @@ class TernaryModel(nn.Module):
         """Return what compiling cost, by phase name."""
         return {name: runner.record for name, runner in self._graphs.phases.items()}
 
+    def compiled_shapes(self) -> dict[str, list[Shapes]]:
+        """Return the shapes of the inputs that each phase's graphs were compiled at, in order."""
+        return {name: runner.shapes for name, runner in self._graphs.phases.items() if runner.shapes}
+
+    def compile_at(self, shapes: Mapping[str, list[Shapes]]) -> None:
+        """Compile each phase at these shapes first, as an earlier run did, so that its code has the same bits."""
+        self._graphs.first_shapes = dict(shapes)
+
     def phase_digests(self) -> dict[str, str]:
         """Return the SHA-256 of each phase's dump, by phase name."""
         return self._graphs.digests()
@@ -152,11 +123,14 @@ class _Graphs:
         self.recipe = recipe
         self.compiled = compiled
         self.current = recipe.phases()[0]
-        self.phases: dict[str, _Runner] = {}
+        self.phases: dict[str, Runner] = {}
+        self.first_shapes: dict[str, list[Shapes]] = {}
 
-    def phase(self, phase: Phase) -> _Runner:
+    def phase(self, phase: Phase) -> Runner:
         if phase.name not in self.phases:
-            self.phases[phase.name] = _Runner(self._fork(phase), self.compiled)
+            self.phases[phase.name] = Runner(
+                self._fork(phase), self.compiled, self.first_shapes.get(phase.name, [])
+            )
         return self.phases[phase.name]
 
     def _fork(self, phase: Phase) -> GraphModule:
