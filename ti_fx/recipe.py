@@ -33,7 +33,7 @@ from ti_fx.passes import (
     Ternarize,
 )
 from ti_fx.passes.distill import TERMS
-from ti_fx.pipeline import Pipeline, Report
+from ti_fx.pipeline import Pass, Pipeline, Report
 from ti_fx.sites import POINTS
 
 FORMAT = 1
@@ -136,6 +136,16 @@ class Recipe:
         """Return the phases, in order."""
         return self.schedule
 
+    def passes(self, *, teacher: nn.Module | None = None) -> tuple[Pass, ...]:
+        """Return the passes that :meth:`prepare` runs, in order; ``teacher`` as there."""
+        return (
+            DecomposeAttention(),
+            DuplicateTeacher(teacher),
+            self.ternarize,
+            self.activations,
+            self.distill,
+        )
+
     def prepare(self, gm: GraphModule, *, teacher: nn.Module | None = None) -> Report:
         """Rewrite a captured graph into student, teacher and losses, without an intervention yet.
 
@@ -143,9 +153,7 @@ class Recipe:
             gm: from ``ti_fx.capture``.
             teacher: a module to take the teacher's values from; None: the student's own values now.
         """
-        report = Pipeline(
-            DecomposeAttention(), DuplicateTeacher(teacher), self.ternarize, self.activations, self.distill
-        )(gm)
+        report = Pipeline(*self.passes(teacher=teacher))(gm)
         state(gm)["recipe"] = self.to_dict()
         return report
 

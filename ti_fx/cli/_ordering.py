@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch.fx import GraphModule
 
 from ti_fx import numerics, roles
@@ -19,9 +17,6 @@ from ti_fx.passes import (
 )
 from ti_fx.passes.decompose_attention import fused
 from ti_fx.pipeline import Pass
-
-if TYPE_CHECKING:
-    from ti_fx.recipe import Recipe
 
 # What each pass needs, in the order to run them.
 _NEEDS: dict[type[Pass], tuple[type[Pass], ...]] = {
@@ -44,18 +39,6 @@ def parsed(written: str) -> Pass:
 def needed_before(gm: GraphModule, one: Pass) -> list[Pass]:
     """Return the passes, with default options, that ``one`` needs and that have not run on ``gm``."""
     return [kind() for kind in _NEEDS.get(type(one), ()) if not _has_run(gm, kind)]
-
-
-def prepare_passes(recipe: Recipe) -> list[Pass]:
-    """Return the passes that a recipe prepares a graph with, and its first phase's intervention."""
-    return [
-        DecomposeAttention(),
-        DuplicateTeacher(),
-        recipe.ternarize,
-        recipe.activations,
-        recipe.distill,
-        recipe.phases()[0].intervene,
-    ]
 
 
 def _has_run(gm: GraphModule, kind: type[Pass]) -> bool:

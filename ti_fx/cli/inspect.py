@@ -140,10 +140,12 @@ def _run_passes(
     gm: GraphModule, recipe: Recipe | None, asked: list[Pass], layer: int, stack: int
 ) -> tuple[list[Step], int]:
     """Run the recipe's passes, then those asked for, each after what it needs; return also where those begin."""
-    from ti_fx.cli._ordering import needed_before, prepare_passes
+    from ti_fx.cli._ordering import needed_before
     from ti_fx.view import follow
 
-    steps = follow(gm, *prepare_passes(recipe), layer=layer, stack=stack) if recipe else []
+    steps = (
+        follow(gm, *recipe.passes(), recipe.phases()[0].intervene, layer=layer, stack=stack) if recipe else []
+    )
     first: int | None = None
     for one in asked:
         steps += follow(gm, *needed_before(gm, one), layer=layer, stack=stack)

@@ -12,18 +12,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ti_fx.analysis import layer_errors
 from ti_fx.capture import capture
+from ti_fx.demo import students
 from ti_fx.demo.data import Questions
 from ti_fx.demo.teacher import quiet_loading
-from ti_fx.passes import (
-    DecomposeAttention,
-    Distill,
-    DuplicateTeacher,
-    Intervene,
-    Pack,
-    QuantizeActivations,
-    Strip,
-    Ternarize,
-)
+from ti_fx.passes import Pack, Strip
 from ti_fx.train import load
 from ti_fx.view import follow
 from ti_fx.view.report import (
@@ -211,20 +203,9 @@ def write_page(results: dict[str, Any], path: Path, checkpoint: Path, teacher: P
     layers = sorted({row.layer for row in errors})
     points = list(dict.fromkeys(row.point for row in errors))
     found = {(row.point, row.layer): row.relative_error for row in errors}
-    steps = follow(
-        reference,
-        DecomposeAttention(),
-        DuplicateTeacher(),
-        Ternarize(),
-        QuantizeActivations(),
-        Distill(),
-        Intervene("output"),
-        Intervene("context"),
-        Intervene("map"),
-        Intervene(),
-        Strip(),
-        Pack(),
-    )
+    recipe = students.recipe("ti-g")
+    interventions = [phase.intervene for phase in recipe.phases()]
+    steps = follow(reference, *recipe.passes(), *interventions, Strip(), Pack())
     sections: list[Section] = [
         *tables(results),
         _curve(results, "eval_accuracy", "Validation accuracy", "accuracy"),

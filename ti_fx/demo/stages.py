@@ -71,13 +71,13 @@ class Stages:
 
 
 def code_hash(part: str) -> str:
-    """Return a hash of one part's Python files: a subpackage or module by its dotted name, ``core`` for ti_fx itself."""
+    """Return a hash of the Python files of a subpackage or module (dotted name), or of ti_fx itself (``core``)."""
     root = Path(ti_fx.__file__).parent
     path = root.joinpath(*part.split("."))
     if part == "core":
-        files = root.glob("*.py")
+        files = list(root.glob("*.py"))
     else:
-        files = path.rglob("*.py") if path.is_dir() else iter([path.with_suffix(".py")])
+        files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
     content = hashlib.sha256()
     for path in sorted(files):
         content.update(path.name.encode() + b"\0" + path.read_bytes())
