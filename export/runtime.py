@@ -75,7 +75,7 @@ class Runtime:
             inputs: one array or tensor per input of the file; other entries that are not arrays are refused, too.
 
         Raises:
-            InputError: a name, dtype or shape is not the file's.
+            InputError: a name, dtype or shape is not the file's, or is more than the model takes.
         """
         if set(inputs) != set(self.inputs):
             raise InputError(
@@ -83,7 +83,13 @@ class Runtime:
             )
         feed = {name: self._array(name, value) for name, value in inputs.items()}
         self._check_sizes(feed)
-        return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
+        try:
+            return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
+        except Exception as error:  # ONNX Runtime's errors share no base class but Exception
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"ONNX Runtime can't run these inputs: {reason}; are they longer than the model takes?"
+            ) from error
 
     def _array(self, name: str, value: Any) -> NDArray[Any]:
         array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)

@@ -212,7 +212,7 @@ def _check(
             expected = model(**tensors, **constants)
             _restore(model, buffers)
             torch.manual_seed(0)
-            actual = gm(**tensors)
+            actual = _run(gm, tensors, type(model).__name__)
             _restore(model, buffers)
         checked[name] = _difference(expected, actual)
         if not checked[name] <= _tolerance(expected):
@@ -222,6 +222,19 @@ def _check(
                 "model's config (layerdrop, drop_path, masking)"
             )
     return checked
+
+
+def _run(gm: GraphModule, tensors: dict[str, Tensor], name: str) -> Any:
+    try:
+        return gm(**tensors)
+    except (
+        Exception
+    ) as error:  # whatever an operation raises on sizes that only this example's values let pass
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CaptureError(
+            f"the captured graph of {name} fails on the example, where the model does not: {reason}; check that the "
+            "inputs' sizes fit each other"
+        ) from error
 
 
 def _restore(model: nn.Module, buffers: dict[str, Tensor]) -> None:
