@@ -57,6 +57,7 @@ class TeacherSettings:
     batch_size: int = 32
     warmup: float = 0.1
     weight_decay: float = 0.01
+    label_smoothing: float = 0.1
     max_length: int = MAX_LENGTH
     max_steps: int | None = None
 
@@ -198,6 +199,7 @@ def _training_arguments(settings: TeacherSettings, seed: int, scratch: str) -> T
         warmup_steps=settings.warmup,
         lr_scheduler_type="linear",
         weight_decay=settings.weight_decay,
+        label_smoothing_factor=settings.label_smoothing,
         seed=seed,
         # Questions have 13 tokens on average but up to 41: batches of one length waste little padding.
         train_sampling_strategy="group_by_length",
