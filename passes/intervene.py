@@ -62,6 +62,10 @@ class Intervene(Pass):
                 f"{self} selects none of the graph's {len(find_attention(gm))} attention blocks; "
                 "print ti_fx.find_attention(gm)"
             )
+        if missing := set(self.layers or ()) - {site.layer for site in sites}:
+            raise SelectionError(
+                f"{self}: no selected block has layer {min(missing)}; print ti_fx.find_attention(gm)"
+            )
         for site in sites if self.at is not None else ():
             if site.map is None:
                 raise PreconditionError(

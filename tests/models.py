@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -51,56 +51,67 @@ class Tiny:
 
 
 def bert_model(layers: int = 2, **options: Any) -> BertForSequenceClassification:
-    settings: dict[str, Any] = dict(
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=32,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=32,
-        num_labels=3,
-    )
+    settings: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 32,
+        "num_labels": 3,
+    }
     return seeded(lambda: BertForSequenceClassification(BertConfig(**{**settings, **options})))
 
 
 def gpt2_model(**options: Any) -> GPT2LMHeadModel:
-    settings: dict[str, Any] = dict(
-        n_embd=16, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=32, use_cache=False
-    )
+    settings: dict[str, Any] = {
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "vocab_size": VOCABULARY,
+        "n_positions": 32,
+        "use_cache": False,
+    }
     return seeded(lambda: GPT2LMHeadModel(GPT2Config(**{**settings, **options})))
 
 
 def t5_model(**options: Any) -> T5ForConditionalGeneration:
-    settings: dict[str, Any] = dict(
-        d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=VOCABULARY, use_cache=False
-    )
+    settings: dict[str, Any] = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "vocab_size": VOCABULARY,
+        "use_cache": False,
+    }
     return seeded(lambda: T5ForConditionalGeneration(T5Config(**{**settings, **options})))
 
 
 def vit_model(**options: Any) -> ViTForImageClassification:
-    settings: dict[str, Any] = dict(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-    )
+    settings: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 8,
+        "patch_size": 4,
+        "num_labels": 3,
+    }
     return seeded(lambda: ViTForImageClassification(ViTConfig(**{**settings, **options})))
 
 
 def llama_model(**options: Any) -> LlamaForCausalLM:
-    settings: dict[str, Any] = dict(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=32,
-        use_cache=False,
-    )
+    settings: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 32,
+        "use_cache": False,
+    }
     return seeded(lambda: LlamaForCausalLM(LlamaConfig(**{**settings, **options})))
 
 
@@ -181,8 +192,20 @@ def text_example(batch: int = 3, length: int = 7) -> dict[str, Tensor]:
     return {"input_ids": tokens(batch, length), "attention_mask": mask}
 
 
+_CAPTURED: list[Tiny] = []
+
+
 def _tiny(name: str, model: nn.Module, example: dict[str, Tensor]) -> Tiny:
-    return Tiny(name, model, example, ti_fx.capture(model, example))
+    _CAPTURED.append(Tiny(name, model, example, ti_fx.capture(model, example)))
+    return _CAPTURED[-1]
+
+
+@pytest.fixture(autouse=True)
+def _modes() -> Iterator[None]:
+    """Put the models back in training mode: a fork's ``eval()`` shows in every graph that shares its leaves."""
+    yield
+    for tiny in _CAPTURED:
+        tiny.graph.train()
 
 
 def _features(*shape: int) -> Tensor:

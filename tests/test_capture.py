@@ -69,11 +69,9 @@ def test_the_graph_equals_the_model(tiny: Tiny, training: bool) -> None:
     torch.manual_seed(3)
     actual = gm(**tiny.example)
     same(expected, actual)
-    tiny.graph.train(tiny.model.training)
     if training and tiny.name not in ("llama", "vit"):  # these have no dropout by default
         torch.manual_seed(4)
         assert not torch.equal(leaves(gm.train()(**tiny.example))[0], leaves(actual)[0])
-        tiny.graph.train(tiny.model.training)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 7), (4, 1), (2, 2), (5, 12)])
@@ -86,7 +84,6 @@ def test_other_sizes(name: str, batch: int, length: int, request: pytest.Fixture
         example["decoder_input_ids"] = tokens(batch, length + 2)
     model, gm = eager(tiny.model).eval(), ti_fx.fork(tiny.graph).eval()
     same(model(**example, **keywords(tiny)), gm(**example))
-    tiny.graph.train(tiny.model.training)
 
 
 def test_other_batches_of_images(vit: Tiny) -> None:
@@ -292,7 +289,7 @@ def test_the_report(bert: Tiny) -> None:
     assert report.parameters == sum(parameter.numel() for parameter in bert.model.parameters())
     assert report.checked == {"eval": 0.0, "train": 0.0}
     assert "input_ids: [batch, sequence]" in str(report)
-    with pytest.raises(InputError, match="ti_fx.capture"):
+    with pytest.raises(InputError, match=r"ti_fx\.capture"):
         ti_fx.capture_report(torch.fx.symbolic_trace(nn.Linear(2, 2)))
 
 
@@ -357,6 +354,7 @@ def line_of(text: str) -> int:
 
 
 X = {"x": torch.ones(3, 4)}
+FAILS = ["fails on the example", "modeling_bert.py"]
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, type[TiFxError], list[str]]] = {
     "data-dependent control flow": (
         DataDependent, X, CaptureError, [f"test_capture.py:{line_of('if y.sum() > 0:')}"],
@@ -380,9 +378,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, type[TiFxError], list[str
     "a missing input": (DataDependent, {}, InputError, ["DataDependent.forward(x)", "'x'"]),
     "no tensor": (DataDependent, {"x": 1}, InputError, ["no tensor"]),
     "another device": (DataDependent, {"x": torch.ones(3, 4, device="meta")}, InputError, ["cpu", "meta"]),
-    "a wrong shape": (lambda: bert_model(1), {"input_ids": torch.zeros(2, 3, 4, 5, dtype=torch.int64)}, InputError, ["fails on the example", "modeling_bert.py"]),
-    "a wrong dtype": (lambda: bert_model(1), {"input_ids": torch.zeros(2, 3)}, InputError, ["fails on the example", "modeling_bert.py"]),
-    "a sequence too long": (lambda: bert_model(1), text_example(2, 64), InputError, ["fails on the example", "modeling_bert.py"]),
+    "a wrong shape": (lambda: bert_model(1), {"input_ids": torch.zeros(2, 3, 4, 5, dtype=torch.int64)}, InputError, FAILS),
+    "a wrong dtype": (lambda: bert_model(1), {"input_ids": torch.zeros(2, 3)}, InputError, FAILS),
+    "a sequence too long": (lambda: bert_model(1), text_example(2, 64), InputError, FAILS),
     "no module": (lambda: object(), X, InputError, ["nn.Module"]),  # type: ignore[dict-item, return-value]
 }  # fmt: skip
 
@@ -410,7 +408,7 @@ def test_an_unknown_option_is_refused() -> None:
 
 GOOD = text_example()
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "a missing input": ({"input_ids": GOOD["input_ids"]}, ["takes the inputs input_ids, attention_mask", "got input_ids"]),
+    "a missing input": ({"input_ids": GOOD["input_ids"]}, ["takes the inputs input_ids, attention_mask"]),
     "an unknown input": ({**GOOD, "labels": tokens()}, ["got input_ids, attention_mask, labels"]),
     "a wrong dtype": ({**GOOD, "input_ids": GOOD["input_ids"].float()}, ["'input_ids' is torch.float32", "int64"]),
     "a wrong rank": ({**GOOD, "input_ids": GOOD["input_ids"][0]}, ["'input_ids' has 1 dimensions", "takes 2"]),

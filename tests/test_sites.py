@@ -276,7 +276,6 @@ def test_decomposed_attention_is_the_fused_one(plain: Tiny) -> None:
     torch.testing.assert_close(gm.eval()(**plain.example), expected, rtol=0, atol=1e-6)
     everything_masked = {**plain.example, "keep": torch.zeros(3, 7, dtype=torch.int64)}
     assert gm(**everything_masked).isfinite().all()
-    plain.graph.train()
 
 
 @pytest.mark.parametrize(

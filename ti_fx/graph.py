@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from ti_fx import roles
+from ti_fx.errors import VerificationError
 
 STATE = "ti_fx"
 
@@ -159,7 +160,7 @@ def sort(graph: Graph) -> None:
     """Put nodes in topological order, keeping the written order wherever it is legal.
 
     Raises:
-        ValueError: the graph has a cycle.
+        VerificationError: the graph has a cycle.
     """
     position = {node: index for index, node in enumerate(graph.nodes)}
     if all(position[source] < position[node] for node in graph.nodes for source in node.all_input_nodes):
@@ -179,7 +180,8 @@ def sort(graph: Graph) -> None:
             if not waiting[user]:
                 heapq.heappush(ready, position[user])
     if done != len(nodes):
-        raise ValueError("the graph has a cycle")
+        stuck = ", ".join(f"%{node.name}" for node in nodes if waiting[node])
+        raise VerificationError(f"topological order: a cycle goes through some of {stuck[:200]}")
 
 
 def ancestors(seeds: Iterable[Node], stop: Callable[[Node], bool] = lambda node: False) -> set[Node]:

@@ -6,6 +6,8 @@ module follows ``train()`` and ``eval()`` as any nn.Module does. Dropout itself 
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -87,11 +89,11 @@ class BatchNorm(nn.Module):
 
 
 class Frozen(nn.Module):
-    """A leaf of the teacher: always in eval mode, whatever ``train()`` says."""
+    """A copy of a leaf for the teacher: always in eval mode, whatever ``train()`` says."""
 
     def __init__(self, leaf: nn.Module) -> None:
         super().__init__()
-        self.leaf = leaf.eval()
+        self.leaf = copy.deepcopy(leaf).eval()
 
     def train(self, mode: bool = True) -> Frozen:
         """Stay in eval mode."""

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from ti_fx.errors import VerificationError
 from ti_fx.graph import tensor
 
 
@@ -118,6 +119,9 @@ def refresh(gm: GraphModule, changed: Iterable[Node]) -> list[Node]:
     """Recompute ``meta["val"]`` of changed nodes and of their users until shape, dtype, device and stride settle.
 
     Returns the nodes that were evaluated, in graph order.
+
+    Raises:
+        VerificationError: a node does not take its inputs' shapes or dtypes; names the node.
     """
     dirty = set(changed)
     evaluator = Evaluator(gm)
@@ -126,7 +130,13 @@ def refresh(gm: GraphModule, changed: Iterable[Node]) -> list[Node]:
         if node not in dirty and "val" in node.meta:
             continue
         before = evaluator.signature(node) if "val" in node.meta else None
-        node.meta["val"] = evaluator.value(node)
+        try:
+            node.meta["val"] = evaluator.value(node)
+        except Exception as error:
+            raise VerificationError(
+                f"meta present and consistent: %{node.name} can't be computed from its inputs: "
+                f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            ) from error
         evaluated.append(node)
         if evaluator.signature(node) != before:
             dirty.update(node.users)
