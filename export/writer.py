@@ -32,7 +32,7 @@ from ti_fx.export.student import (
     require_packed,
     with_encoding,
 )
-from ti_fx.files import atomic_path, atomic_write
+from ti_fx.files import atomic_path, atomic_write, reported
 from ti_fx.graph import mode, state
 
 OLDEST_OPSET = 18  # the oldest that torch.onnx writes
@@ -96,7 +96,8 @@ def to_onnx(
     with tempfile.TemporaryDirectory() as folder:
         for part in (config, tokenizer):
             if part is not None:
-                part.save_pretrained(folder)
+                with reported(folder):
+                    part.save_pretrained(folder)
         with atomic_path(path) as temporary:
             temporary.write_bytes(_serialised(model))
             content = packed.open_file(temporary)

@@ -60,11 +60,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     known = [*SPECIAL, "how", "many", "much", "who", "where", "is", "and"]
     words = known + [f"w{index}" for index in range(VOCABULARY - len(known))]
     made = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    made.pre_tokenizer = Whitespace()  # type: ignore[assignment]
-    made.post_processor = TemplateProcessing(  # type: ignore[assignment]
+    made.pre_tokenizer = Whitespace()
+    made.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     )
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ti_fx.errors import InputError
 
 
@@ -42,6 +44,25 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
     with suppress(OSError):  # the new file is there and whole; some file systems can't sync a folder
         _sync_folder(target.parent)
+
+
+@contextmanager
+def reported(target: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn whatever a library raises when it can't write into one line.
+
+    Raises:
+        InputError: names ``target``.
+    """
+    try:
+        yield
+    except Exception as error:
+        # torch raises RuntimeError, safetensors its own error, and tokenizers a bare Exception.
+        if not (isinstance(error, OSError | RuntimeError | SafetensorError) or type(error) is Exception):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"can't write {target}: {reason}; free some space or choose another folder"
+        ) from error
 
 
 def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> None:

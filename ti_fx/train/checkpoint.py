@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ti_fx.capture import capture
-from ti_fx.errors import CheckpointError, InputError, RecipeError
-from ti_fx.files import atomic_path, atomic_write
+from ti_fx.errors import CheckpointError, RecipeError
+from ti_fx.files import atomic_path, atomic_write, reported
 from ti_fx.passes import Strip
 from ti_fx.pipeline import Pipeline
 from ti_fx.recipe import Recipe
@@ -110,24 +110,25 @@ def finished_folder(
         InputError: nothing can be written there, or the disk is full.
     """
     outer = target.with_name(f".{target.name}.tmp")
-    temporary = outer / target.name
+    temporary, old = outer / target.name, outer / "old"
     try:
-        if owner:
-            shutil.rmtree(outer, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        barrier()
-        yield temporary
-        barrier()
-        if owner:
-            _sync(temporary)
-            if target.exists():
-                os.replace(target, outer / "old")
-            os.replace(temporary, target)
-        barrier()
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        if owner and (outer / "old").exists():
-            os.replace(outer / "old", target)
-        raise _cant_write(target, error) from error
+        with reported(target):
+            if owner:
+                shutil.rmtree(outer, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            barrier()
+            yield temporary
+            barrier()
+            if owner:
+                _sync(temporary)
+                if target.exists():
+                    os.replace(target, old)
+                os.replace(temporary, target)
+            barrier()
+    except BaseException:
+        if owner and old.exists() and not target.exists():
+            os.replace(old, target)
+        raise
     finally:
         if owner:
             shutil.rmtree(outer, ignore_errors=True)
@@ -147,31 +148,27 @@ def finished_files(target: Path) -> Iterator[Path]:
     new, old = outer / "new", outer / "old"
     placed: list[Path] = []
     try:
-        shutil.rmtree(outer, ignore_errors=True)
-        new.mkdir(parents=True)
-        old.mkdir()
-        yield new
-        _sync(new)
-        names = sorted((path.name for path in new.iterdir()), key=lambda name: name != FACTS)
-        for name in names:
-            if (target / name).exists():
-                os.replace(target / name, old / name)
-        for name in reversed(names):
-            os.replace(new / name, target / name)
-            placed.append(target / name)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        with reported(target):
+            shutil.rmtree(outer, ignore_errors=True)
+            new.mkdir(parents=True)
+            old.mkdir()
+            yield new
+            _sync(new)
+            names = sorted((path.name for path in new.iterdir()), key=lambda name: name != FACTS)
+            for name in names:
+                if (target / name).exists():
+                    os.replace(target / name, old / name)
+            for name in reversed(names):
+                os.replace(new / name, target / name)
+                placed.append(target / name)
+    except BaseException:
         for path in placed:
             path.unlink()
         for path in sorted(old.glob("*"), key=lambda path: path.name == FACTS):
             os.replace(path, target / path.name)
-        raise _cant_write(target, error) from error
+        raise
     finally:
         shutil.rmtree(outer, ignore_errors=True)
-
-
-def _cant_write(target: Path, error: Exception) -> InputError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return InputError(f"can't write checkpoint {target}: {reason}; free some space or choose another folder")
 
 
 def _sync(folder: Path) -> None:
