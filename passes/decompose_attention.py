@@ -27,7 +27,7 @@ class DecomposeAttention(Pass):
     after:   %kt = transpose(%k, -2, -1)          1. GQA: keys and values are repeated for their query heads
              %products = matmul(%q, %kt)          2. scale: 1 / sqrt(head size) unless given
              %scaled = mul(%products, scale)
-             %scores = add(%scaled, %mask)        3. masks: added; boolean ones fill with the lowest number; causal ones are built
+             %scores = add(%scaled, %mask)        3. masks: added; boolean ones fill the lowest number in
              %map = softmax(%scores, -1)
              %dropped = Dropout{p}(%map)          4. dropout, in training only
              %context = matmul(%dropped, %v)
@@ -75,7 +75,9 @@ def _decompose(gm: GraphModule, node: Node) -> None:
         return made
 
     query, key, value, *rest = node.args
-    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+    assert isinstance(query, Node)
+    assert isinstance(key, Node)
+    assert isinstance(value, Node)
     if leaf.enable_gqa:
         repeats = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
         key = insert(aten.repeat_interleave.self_int, (key, int(repeats), -3), "key")

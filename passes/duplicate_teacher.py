@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ti_fx import encodings, leaves, numerics, roles
+from ti_fx.dataflow import is_ours
 from ti_fx.errors import InputError, PostconditionError, PreconditionError
 from ti_fx.graph import place, register, tensor
 from ti_fx.pipeline import Pass
-from ti_fx.sites import is_ours
 from ti_fx.verify import TEACHER, is_dropout
 
 

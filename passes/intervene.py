@@ -114,7 +114,8 @@ class Intervene(Pass):
         parts = DETACHED[self.at]
         if site.kind == "cross" and self.keep_encoder_gradient:
             parts = tuple(part for part in parts if part == "query")
-        wanted = dict.fromkeys(node for part in parts if (node := getattr(site, part)) is not None)
+        found: list[Node | None] = [getattr(site, part) for part in parts]
+        wanted = dict.fromkeys(node for node in found if node is not None)
         readers = [
             _split(gm, site, node, tap) if node is site.value and "value" not in parts else node
             for node in wanted

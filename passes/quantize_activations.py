@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from ti_fx import numerics, roles
+from ti_fx.dataflow import is_ours, projection_weight
 from ti_fx.encodings import ENCODINGS, get_encoding
 from ti_fx.errors import PostconditionError, PreconditionError, SelectionError
 from ti_fx.graph import aten_name, call, erase, state
 from ti_fx.pipeline import Pass
 from ti_fx.selection import projections, skipped
-from ti_fx.sites import find_attention, is_ours, projection_weight
+from ti_fx.sites import find_attention
 
 _FAKE_QUANTS = frozenset(encoding.fake_quant for encoding in ENCODINGS.values() if encoding.fake_quant)
 

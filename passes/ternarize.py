@@ -8,12 +8,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
 from ti_fx import encodings, numerics, roles
+from ti_fx.dataflow import projection_weight
 from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.graph import aten_name, call, erase
 from ti_fx.numerics import Granularity
 from ti_fx.pipeline import Pass
 from ti_fx.selection import heads, projections, skipped, table, word_embeddings
-from ti_fx.sites import projection_weight
 
 
 @dataclass(frozen=True)

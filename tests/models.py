@@ -128,7 +128,7 @@ class PlainBlock(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(size, 2 * size), nn.GELU(), nn.Linear(2 * size, size))
 
     def split(self, value: Tensor) -> Tensor:
-        return value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return torch.unflatten(value, -1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         normed = self.before(x)
@@ -140,7 +140,8 @@ class PlainBlock(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         x = x + self.o(context.transpose(1, 2).flatten(2))
-        return x + self.feed_forward(self.middle(x))
+        after: Tensor = x + self.feed_forward(self.middle(x))
+        return after
 
 
 class PlainTransformer(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor
 from ti_fx import numerics
 from ti_fx.encodings import ENCODINGS
 
+GRANULARITIES: tuple[numerics.Granularity, ...] = ("tensor", "row")
 FAKE_QUANTS = [encoding.fake_quant for encoding in ENCODINGS.values() if encoding.fake_quant is not None]
 Array = NDArray[numpy.float32]
 
@@ -26,7 +27,8 @@ def numpy_ternary(weight: NDArray[numpy.float64], clip: float) -> NDArray[numpy.
     threshold = 0.7 * numpy.abs(weight).mean()
     above = numpy.abs(weight) > threshold
     scale = numpy.abs(weight)[above].mean() if above.any() else 0.0
-    return numpy.sign(weight) * above * scale
+    result: NDArray[numpy.float64] = numpy.sign(weight) * above * scale
+    return result
 
 
 @pytest.mark.parametrize("clip", [2.5, 0.5])
@@ -54,7 +56,7 @@ def test_codes_times_scale_is_the_ternary_weight(granularity: Literal["tensor", 
     codes, scale = numerics.ternary_codes(weight, granularity)
     assert codes.dtype == torch.int8
     assert codes.shape == weight.shape
-    assert set(codes.unique().tolist()) == {-1, 0, 1}
+    assert set(codes.flatten().tolist()) == {-1, 0, 1}
     assert scale.shape == (() if granularity == "tensor" else (8, 1, 1))
     assert torch.equal(codes * scale, numerics.ternary(weight, granularity))
 
@@ -64,8 +66,8 @@ def test_codes_times_scale_is_the_ternary_weight(granularity: Literal["tensor", 
 )
 def test_constant_weights(weight: Tensor) -> None:
     expected = weight.clamp(-2.5, 2.5)
-    for granularity in ("tensor", "row"):
-        assert torch.equal(numerics.ternary(weight, granularity), expected)  # type: ignore[arg-type]
+    for granularity in GRANULARITIES:
+        assert torch.equal(numerics.ternary(weight, granularity), expected)
 
 
 def test_an_unknown_granularity_is_refused() -> None:
@@ -76,8 +78,9 @@ def test_an_unknown_granularity_is_refused() -> None:
 def test_the_ternary_gradient_is_straight_through_inside_the_clip_and_zero_outside() -> None:
     weight = torch.tensor([[-4.0, -2.5, -1.0, 0.0], [0.1, 2.4999, 2.5, 3.0]], requires_grad=True)
     gradient = torch.arange(1.0, 9.0).view(2, 4)
-    for granularity in ("tensor", "row"):
-        (actual,) = torch.autograd.grad((numerics.ternary(weight, granularity) * gradient).sum(), weight)  # type: ignore[arg-type]
+    for granularity in GRANULARITIES:
+        ternary = numerics.ternary(weight, granularity)
+        (actual,) = torch.autograd.grad((ternary * gradient).sum(), weight)
         assert actual.tolist() == [[0, 0, 3, 4], [5, 6, 0, 0]]
 
 
@@ -100,7 +103,7 @@ def dynamic_quantize_linear() -> Callable[[Array], Array]:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return lambda x: session.run(["y"], {"x": x})[0]  # type: ignore[no-any-return]
+    return lambda x: session.run(["y"], {"x": x})[0]
 
 
 def random_values(kind: str) -> Array:
@@ -191,7 +194,7 @@ def test_compiled_equals_eager(function: Callable[[Tensor], Tensor]) -> None:
         expected, actual = function(left), compiled(right)
         assert torch.equal(actual, expected)
         expected.square().sum().backward()  # type: ignore[no-untyped-call]
-        actual.square().sum().backward()
+        actual.square().sum().backward()  # type: ignore[no-untyped-call]
         assert left.grad is not None
         assert right.grad is not None
         assert torch.equal(left.grad, right.grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,8 @@ aten = torch.ops.aten
 
 
 def node_of(gm: GraphModule, target: object, role: str = "student") -> Node:
-    return next(node for node in gm.graph.nodes if node.target is target and roles.role(node) == role)
+    nodes: Iterable[Node] = gm.graph.nodes
+    return next(node for node in nodes if node.target is target and roles.role(node) == role)
 
 
 # ---- passes of other people

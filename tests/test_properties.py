@@ -76,7 +76,7 @@ def test_a_pass_run_twice_changes_nothing_the_second_time(ready: GraphModule) ->
         if getattr(one, "at", None) not in (None, *points(ready)):
             continue
         fork = ti_fx.fork(ready)
-        first, second = Pipeline(one, one)(fork).passes
+        _, second = Pipeline(one, one)(fork).passes
         assert (second.added, second.removed, second.rewired) == (0, 0, 0), one
 
 
@@ -170,7 +170,7 @@ def test_the_teacher_comes_first(one: Pass, bert: Tiny) -> None:
         with pytest.raises(PreconditionError, match="duplicate-teacher needs the full-precision graph"):
             run(bert.graph, one, DuplicateTeacher())
     else:
-        with pytest.raises(PreconditionError, match="run (duplicate-teacher|ternarize) first"):
+        with pytest.raises(PreconditionError, match=r"run (duplicate-teacher|ternarize) first"):
             run(bert.graph, one)
 
 
@@ -224,7 +224,8 @@ from models import bert_model, gpt2_model, text_example
 from ti_fx.passes import *
 for make in (bert_model, gpt2_model):
     gm = ti_fx.capture(make(), text_example())
-    ti_fx.Pipeline(DuplicateTeacher(), Ternarize(), QuantizeActivations(attention=True), Distill(), Intervene("map"))(gm)
+    passes = DuplicateTeacher(), Ternarize(), QuantizeActivations(attention=True), Distill(), Intervene("map")
+    ti_fx.Pipeline(*passes)(gm)
     print(ti_fx.dump(gm))
     print(*ti_fx.find_attention(gm), sep="\\n")
 """

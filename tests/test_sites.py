@@ -19,6 +19,7 @@ from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward as gp
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_attention
 
 import ti_fx
+from ti_fx.dataflow import projection_weight
 from ti_fx.graph import register, tensor
 from ti_fx.passes import (
     DecomposeAttention,
@@ -28,7 +29,7 @@ from ti_fx.passes import (
     QuantizeActivations,
     Ternarize,
 )
-from ti_fx.sites import AttentionSite, layer_outputs, projection_weight
+from ti_fx.sites import AttentionSite, layer_outputs
 
 # Stack, layer and kind of each block, as the configurations in models.py say.
 EXPECTED = {
@@ -81,7 +82,7 @@ def test_projections_are_the_models_own(tiny: Tiny) -> None:
 
 def shape(node: Node | None) -> tuple[str, ...]:
     assert node is not None
-    text = ti_fx.text.type_text(node.meta["val"], node.graph.owning_module.meta["ti_fx"]["dims"])  # type: ignore[union-attr, attr-defined]
+    text = ti_fx.text.type_text(node.meta["val"], node.graph.owning_module.meta["ti_fx"]["dims"])  # type: ignore[union-attr]
     return tuple(text.partition("[")[2].rstrip("]").split(", "))
 
 

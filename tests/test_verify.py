@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -32,7 +32,8 @@ def gm(prepared_bert: GraphModule) -> GraphModule:
 
 
 def first(gm: GraphModule, wanted: Callable[[Node], bool]) -> Node:
-    return next(node for node in gm.graph.nodes if wanted(node))
+    nodes: Iterable[Node] = gm.graph.nodes
+    return next(node for node in nodes if wanted(node))
 
 
 def named(gm: GraphModule, name: str) -> Node:

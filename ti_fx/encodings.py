@@ -89,7 +89,7 @@ def unpack_codes(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def unpack_ternary(packed: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return the ternary weight from packed codes: ``(codes * scale).to(dtype)``, equal to the training value bit for bit.
+    """Return the ternary weight from packed codes, ``(codes * scale).to(dtype)``: the training value bit for bit.
 
     Args:
         packed: uint8 from :func:`pack_codes`.

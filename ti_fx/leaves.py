@@ -41,7 +41,7 @@ class ScaledDotProductAttention(nn.Module):
 
 
 def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
-    """Add an attention mask that broadcasts to ``scores``; where a boolean one is False, scores become the lowest number.
+    """Add an attention mask that broadcasts to ``scores``; where a boolean one is False, scores are the lowest number.
 
     That is zero after softmax, as -inf is, and a row with everything masked is the mean of V, not NaN.
     """

@@ -84,7 +84,7 @@ def _plain_signature(source: GraphModule, name: str) -> GraphModule:
         if node.op in ("placeholder", "output") or node.target == "_guards_fn":
             continue
         copies[node] = graph.node_copy(node, lambda argument: copies[argument])
-    flat = torch.fx.node.map_arg(source.graph.output_node().args[0], lambda node: copies[node])
+    flat: Any = torch.fx.node.map_arg(source.graph.output_node().args[0], lambda node: copies[node])
     output = graph.output(structure.build(graph, info.out_spec, flat))
     root = nn.Module()
     root._modules, root._parameters, root._buffers = source._modules, source._parameters, source._buffers
@@ -124,7 +124,7 @@ def _inline(graph: Graph, caller: Node, inner: Graph, arguments: list[Any]) -> N
         for node in inner.nodes:
             if node.op not in ("placeholder", "output"):
                 values[node] = graph.node_copy(node, lambda argument: values[argument])
-    results = torch.fx.node.map_arg(inner.output_node().args[0], lambda node: values[node])
+    results: Any = torch.fx.node.map_arg(inner.output_node().args[0], lambda node: values[node])
     for user in list(caller.users):
         if user.target is not operator.getitem:
             raise CaptureError(f"node {user.name} reads the whole result of sub-graph {caller.name}")
@@ -218,10 +218,10 @@ def _share_model_tensors(gm: GraphModule, model: nn.Module) -> None:
             tied.setdefault(first[id(value)], []).append(name)
     state(gm)["tied"] = tied
     for node in gm.graph.find_nodes(op="get_attr"):
-        value = by_name.get(node.target)
-        if value is not None:
-            node.target = first[id(value)]
-            register(gm, node.target, value, is_persistent(model, node.target))
+        own = by_name.get(node.target)
+        if own is not None:
+            node.target = first[id(own)]
+            register(gm, node.target, own, is_persistent(model, node.target))
         elif isinstance(tensor(gm, node.target), nn.Parameter):
             raise CaptureError(f"the graph reads a parameter {node.target} that the model does not name")
 

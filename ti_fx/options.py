@@ -1,6 +1,6 @@
 """Options as text: a frozen dataclass's fields, written so that they parse back. Used by passes, recipes and the CLI.
 
-``name{key=value key=value}``, default values left out; None is ``none``, tuples are ``1,2``, text with blanks is quoted.
+``name{key=value key=value}``, default values left out; None is ``none``, tuples are ``1,2``, odd text is quoted.
 """
 
 from __future__ import annotations

@@ -9,15 +9,29 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ti_fx import encodings, numerics, roles
+from ti_fx.dataflow import projection_weight
 from ti_fx.errors import SelectionError, did_you_mean
 from ti_fx.graph import aten_name, tensor
-from ti_fx.sites import projection_weight
 from ti_fx.structure import named_leaves
 
 _INDEX_OPS = frozenset(
-    "view reshape slice select unsqueeze squeeze expand to _to_copy clone contiguous where masked_fill".split()
+    [
+        "view",
+        "reshape",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "to",
+        "_to_copy",
+        "clone",
+        "contiguous",
+        "where",
+        "masked_fill",
+    ]
 )
-_LINEAR = frozenset("linear addmm mm matmul".split())
+_LINEAR = frozenset(["linear", "addmm", "mm", "matmul"])
 
 
 def projections(gm: GraphModule) -> list[Node]:

@@ -7,37 +7,18 @@ student through the twins.
 
 from __future__ import annotations
 
-import operator
 from collections import deque
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from torch import nn
 from torch.fx import GraphModule, Node
 
-from ti_fx import encodings, leaves, numerics, roles
+from ti_fx import leaves, roles
+from ti_fx.dataflow import ELEMENTWISE, NORM, Walk, operands, projection_input, rank, source_of
 from ti_fx.graph import aten_name
 
 Point = str
 POINTS: tuple[Point, ...] = ("map", "context", "output")
-
-_SHAPE = frozenset(
-    """view reshape _unsafe_view transpose t permute contiguous clone expand expand_as unsqueeze squeeze flatten
-    unflatten slice select split split_with_sizes chunk unbind narrow repeat repeat_interleave alias view_as
-    movedim roll pad constant_pad_nd index_select""".split()
-)
-_CAST = frozenset("to _to_copy type_as".split())
-_ELEMENTWISE = frozenset(
-    "mul div add sub neg tanh where masked_fill clamp maximum minimum nan_to_num rsub cat".split()
-)
-_NORM = frozenset("layer_norm rms_norm group_norm pow mean rsqrt".split())
-_MATMUL = frozenset("matmul bmm mm einsum baddbmm".split())
-_PROJECTION = frozenset("linear addmm mm matmul conv1d conv2d convolution".split())
-_QUANTISERS = frozenset(
-    encoding.fake_quant for encoding in encodings.ENCODINGS.values() if encoding.fake_quant
-)
 
 
 @dataclass(frozen=True)
@@ -96,13 +77,15 @@ def find_attention(gm: GraphModule) -> list[AttentionSite]:
     if not prepared:
         return sites
     student = roles.twins(gm.graph)
-    return [
-        replace(
-            site,
-            **{name: student.get(node, node) for name, node in vars(site).items() if isinstance(node, Node)},
-        )
-        for site in sites
-    ]
+    return [_mapped(site, student) for site in sites]
+
+
+def _mapped(site: AttentionSite, student: dict[Node, Node]) -> AttentionSite:
+    """Return the site with each node replaced by its student twin."""
+    nodes: dict[str, Any] = {
+        name: student.get(node, node) for name, node in vars(site).items() if isinstance(node, Node)
+    }
+    return replace(site, **nodes)
 
 
 def layer_outputs(gm: GraphModule, sites: list[AttentionSite]) -> list[Node]:
@@ -141,95 +124,8 @@ def block_output(gm: GraphModule, site: AttentionSite) -> Node | None:
     return student.get(after, after)
 
 
-def projection_weight(node: Node) -> Node | None:
-    """Return the get_attr node of the weight that a projection reads, through its quantiser if it has one."""
-    position = {"linear": 1, "addmm": 2, "mm": 1, "matmul": 1, "conv1d": 1, "conv2d": 1, "convolution": 1}
-    index = position.get(aten_name(node))
-    argument = node.args[index] if index is not None and index < len(node.args) else None
-    while isinstance(argument, Node) and argument.op != "get_attr":
-        transparent = argument.target in (numerics.ternary, encodings.unpack_ternary) or aten_name(
-            argument
-        ) in (
-            "t",
-            "transpose",
-            "to",
-            "_to_copy",
-        )
-        argument = argument.args[0] if transparent else None
-    return argument if isinstance(argument, Node) else None
-
-
-def projection_input(node: Node) -> Node:
-    """Return the activation that a projection reads."""
-    argument = node.args[1 if aten_name(node) == "addmm" else 0]
-    assert isinstance(argument, Node)
-    return argument
-
-
-def is_ours(node: Node) -> bool:
-    """Whether a node is an activation quantiser or a detach that a pass inserted."""
-    return node.op == "call_function" and (node.target in _QUANTISERS or node.target is numerics.detach)
-
-
-def source_of(node: Node) -> Node:
-    """Return what a pass's quantisers and detaches stand before: the node itself, or what they were inserted after."""
-    while is_ours(node):
-        (argument,) = node.all_input_nodes
-        node = argument
-    return node
-
-
-class _Finder:
-    """One walk over the nodes of one role; every search stops at the neighbouring block, so the cost is linear."""
-
-    def __init__(self, gm: GraphModule, role: roles.Role) -> None:
-        self.gm = gm
-        self.role = role
-        self.active = self._depends_on_input()
-
-    def _depends_on_input(self) -> set[Node]:
-        active: set[Node] = set()
-        for node in self.gm.graph.nodes:
-            if roles.role(node) not in (self.role, "shared"):
-                continue
-            value = node.meta.get("val")
-            if isinstance(value, torch.SymInt | int):
-                continue
-            if node.op == "placeholder" or any(source in active for source in node.all_input_nodes):
-                active.add(node)
-        return active
-
-    def users(self, node: Node) -> list[Node]:
-        return [user for user in node.users if roles.role(user) == self.role and user.op != "output"]
-
-    def is_dropout(self, node: Node) -> bool:
-        return node.op == "call_module" and isinstance(self.gm.get_submodule(node.target), nn.Dropout)
-
-    def is_fused(self, node: Node) -> bool:
-        if node.op != "call_module":
-            return False
-        module = self.gm.get_submodule(node.target)
-        module = module.leaf if isinstance(module, leaves.Frozen) else module
-        return isinstance(module, leaves.ScaledDotProductAttention)
-
-    def is_transparent(self, node: Node) -> bool:
-        return (
-            aten_name(node) in _SHAPE | _CAST
-            or node.target is operator.getitem
-            or is_ours(node)
-            or self.is_dropout(node)
-        )
-
-    def is_projection(self, node: Node) -> bool:
-        return aten_name(node) in _PROJECTION and projection_weight(node) is not None
-
-    def is_activation_product(self, node: Node) -> bool:
-        operands = _operands(node)
-        return (
-            aten_name(node) in _MATMUL
-            and len(operands) == 2
-            and all(item in self.active for item in operands)
-        )
+class _Finder(Walk):
+    """The attention blocks of one role."""
 
     def sites(self) -> list[AttentionSite]:
         found = []
@@ -256,20 +152,20 @@ class _Finder:
             return None
         scores = node.args[0]
         assert isinstance(scores, Node)
-        left, right = _operands(context)
+        left, right = operands(context)
         from_map = self.reaches_back(left, node)
         value = self.projection(right if from_map else left)
         products = self.backward(
             scores,
             self.is_activation_product,
             lambda part: (
-                self.is_transparent(part) or aten_name(part) in _ELEMENTWISE or part.target is leaves.add_mask
+                self.is_transparent(part) or aten_name(part) in ELEMENTWISE or part.target is leaves.add_mask
             ),
         )
         if not products:
             return None
         value_source = None if value is None else source_of(projection_input(value))
-        pairs = [tuple(self.projection(operand) for operand in _operands(product)) for product in products]
+        pairs = [tuple(self.projection(operand) for operand in operands(product)) for product in products]
         matching = [
             (query, key)
             for query, key in pairs
@@ -308,23 +204,18 @@ class _Finder:
         roots = {self.root(source) for source in sources}
         return "self" if len(roots) == 1 else "cross"
 
-    def root(self, node: Node) -> Node:
-        while self.is_transparent(node) or aten_name(node) in _NORM:
-            node = node.all_input_nodes[0]
-        return node
-
     def is_after_output(self, user: Node) -> bool:
-        if self.is_transparent(user) or aten_name(user) in _NORM:
+        if self.is_transparent(user) or aten_name(user) in NORM:
             return True
         return aten_name(user) in ("mul", "add", "div") and not self.is_residual_add(user)
 
     def is_residual_add(self, node: Node) -> bool:
-        operands = [item for item in node.args[:2] if isinstance(item, Node)]
+        terms = [item for item in node.args[:2] if isinstance(item, Node)]
         return (
             aten_name(node) == "add"
-            and len(operands) == 2
-            and all(item in self.active for item in operands)
-            and all(_rank(item) == _rank(node) for item in operands)
+            and len(terms) == 2
+            and all(item in self.active for item in terms)
+            and all(rank(item) == rank(node) for item in terms)
         )
 
     def other_operand(self, add: Node, output: Node) -> Node | None:
@@ -372,70 +263,13 @@ class _Finder:
                     queue.append(user)
         return None
 
-    def projection(self, operand: Node) -> Node | None:
-        found = self.backward(
-            operand,
-            self.is_projection,
-            lambda part: self.is_transparent(part) or aten_name(part) in _ELEMENTWISE | _NORM,
-            only_first=True,
-        )
-        return found[0] if found else None
-
-    def forward(
-        self, start: Node, wanted: Callable[[Node], bool], through: Callable[[Node], bool], last: bool = False
-    ) -> Node | None:
-        """Breadth-first over users; ``last`` returns the node before the one that was wanted."""
-        queue, seen = deque([start]), {start}
-        while queue:
-            node = queue.popleft()
-            for user in self.users(node):
-                if user in seen:
-                    continue
-                seen.add(user)
-                if wanted(user):
-                    return node if last else user
-                if through(user):
-                    queue.append(user)
-        return None
-
-    def backward(
-        self,
-        start: Node,
-        wanted: Callable[[Node], bool],
-        through: Callable[[Node], bool],
-        only_first: bool = False,
-    ) -> list[Node]:
-        queue, seen, found = deque([start]), {start}, []
-        while queue:
-            node = queue.popleft()
-            if wanted(node):
-                found.append(node)
-                if only_first:
-                    break
-            elif node in self.active and through(node):
-                for source in node.all_input_nodes:
-                    if source not in seen:
-                        seen.add(source)
-                        queue.append(source)
-        return found
-
-    def reaches_back(self, start: Node, wanted: Node) -> bool:
-        return bool(
-            self.backward(
-                start,
-                lambda node: node is wanted,
-                lambda node: self.is_transparent(node) or aten_name(node) in ("mul", "add"),
-                only_first=True,
-            )
-        )
-
 
 def _number(finder: _Finder, sites: list[AttentionSite]) -> list[AttentionSite]:
     """Give each site its stack and layer: a site continues the tower whose residual its own stream comes from."""
     owner: dict[Node, int] = {}
     heights: list[int] = []
     numbered: list[AttentionSite] = []
-    residuals = {site.residual for site in sites if site.residual is not None}
+    residuals: set[Node | None] = {site.residual for site in sites if site.residual is not None}
     for site in sites:
         start = site.stream if site.stream is not None else site.query
         stack = _tower(finder, start, residuals, owner)
@@ -465,16 +299,3 @@ def _tower(
                 seen.add(source)
                 queue.append(source)
     return None
-
-
-def _operands(node: Node) -> tuple[Node, ...]:
-    """Return the two factors of a matrix product (baddbmm's first argument is added, not multiplied)."""
-    arguments: Iterable[object] = node.args[1:3] if aten_name(node) == "baddbmm" else node.args[:2]
-    if aten_name(node) == "einsum":
-        arguments = node.args[1] if isinstance(node.args[1], tuple | list) else ()
-    return tuple(argument for argument in arguments if isinstance(argument, Node))
-
-
-def _rank(node: Node) -> int:
-    value = node.meta.get("val")
-    return value.dim() if isinstance(value, torch.Tensor) else -1

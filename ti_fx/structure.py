@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,12 +37,16 @@ def _build(graph: Graph, spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
         return kind(children)
     if kind in (dict, OrderedDict):
         return dict(zip(spec.context, children, strict=True))
+    fields: Any = None
     if issubclass(kind, Mapping) and dataclasses.is_dataclass(kind):
-        keywords = dict(zip(spec.context, children, strict=True))
-        return graph.create_node("call_function", kind, (), keywords, name="outputs")
-    if pytree.is_namedtuple_class(kind) or spec.type is pytree.namedtuple:
-        kind = spec.context if spec.type is pytree.namedtuple else kind
-        keywords = dict(zip(kind._fields, children, strict=True))
+        fields = spec.context
+    elif pytree.is_namedtuple_class(kind):
+        fields = kind._fields
+    elif kind is namedtuple:  # how older TreeSpecs write any named tuple
+        kind = spec.context
+        fields = kind._fields
+    if fields is not None:
+        keywords = dict(zip(fields, children, strict=True))
         return graph.create_node("call_function", kind, (), keywords, name="outputs")
     raise CaptureError(
         f"the model returns a {kind.__module__}.{kind.__qualname__}, which has no place in a graph; "

@@ -86,7 +86,7 @@ def operation(gm: GraphModule, node: Node) -> str:
     if node.op == "get_attr":
         return str(node.target)
     if node.op == "call_module":
-        module = gm.get_submodule(node.target)
+        module = gm.get_submodule(str(node.target))
         return f"{type(module).__name__}{{{module.extra_repr().replace(', inplace=False', '')}}}"
     if isinstance(node.target, torch._ops.OpOverload):
         name = node.target._schema.name.partition("::")[2]

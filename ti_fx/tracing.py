@@ -30,18 +30,17 @@ def traceable(model: nn.Module) -> Iterator[str | None]:
         yield None
         return
     configs = {
-        id(config): config
-        for part in model.modules()
-        if (config := getattr(part, "config", None)) is not None
+        id(found): found for part in model.modules() if (found := getattr(part, "config", None)) is not None
     }
-    before = [(config, getattr(config, "_attn_implementation_internal", None)) for config in configs.values()]
+    before = [(found, getattr(found, "_attn_implementation_internal", None)) for found in configs.values()]
     try:
         switch("eager")
-        yield model.config._attn_implementation  # type: ignore[union-attr]
+        config: Any = model.config
+        yield str(config._attn_implementation)
     finally:
-        for config, value in before:
-            if hasattr(config, "_attn_implementation_internal"):
-                config._attn_implementation_internal = value
+        for found, value in before:
+            if hasattr(found, "_attn_implementation_internal"):
+                found._attn_implementation_internal = value
 
 
 def _dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[str, Any], dict[str, str]]:

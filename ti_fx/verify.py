@@ -10,10 +10,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ti_fx import leaves, numerics, roles
+from ti_fx.dataflow import is_ours
 from ti_fx.errors import VerificationError
 from ti_fx.graph import aten_name, state, tensor
 from ti_fx.metadata import guard_count, inconsistencies
-from ti_fx.sites import is_ours
 
 TEACHER = "teacher"  # the submodule that holds the teacher's frozen tensors
 
@@ -138,7 +138,7 @@ def _same_twins(gm: GraphModule) -> Iterator[str]:
 
 def is_dropout(gm: GraphModule, node: Node) -> bool:
     """Whether the node is a dropout leaf, which the teacher has no copy of."""
-    return node.op == "call_module" and isinstance(gm.get_submodule(node.target), nn.Dropout)
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Dropout)
 
 
 def _frozen(gm: GraphModule) -> Iterator[str]:
@@ -148,7 +148,7 @@ def _frozen(gm: GraphModule) -> Iterator[str]:
         if node.op == "get_attr" and tensor(gm, node.target).requires_grad:
             yield f"{node.target} requires a gradient; the teacher is frozen"
         if node.op == "call_module" and not isinstance(
-            gm.get_submodule(node.target), leaves.Frozen | nn.Dropout
+            gm.get_submodule(str(node.target)), leaves.Frozen | nn.Dropout
         ):
             yield f"teacher %{node.name} calls {node.target}, which follows train(); the teacher stays in eval mode"
 
