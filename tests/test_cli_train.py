@@ -91,6 +91,7 @@ def test_check_accepts_its_own_file_and_refuses_another(
     assert ran.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_another_encoding_is_exported_only_on_request(tmp_path: Path, checkpoint: Path) -> None:
     out = tmp_path / "student.onnx"
     ran = ti_fx_command("export", checkpoint, "--out", out, "--encoding", "int8-token")
