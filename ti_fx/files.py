@@ -47,11 +47,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def reported(target: str | os.PathLike[str]) -> Iterator[None]:
+def reported(target: str) -> Iterator[None]:
     """Turn whatever a library raises when it can't write into one line.
 
     Raises:
-        InputError: names ``target``.
+        InputError: names ``target``, what was to be written and where.
     """
     try:
         yield

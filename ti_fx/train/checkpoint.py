@@ -112,7 +112,7 @@ def finished_folder(
     outer = target.with_name(f".{target.name}.tmp")
     temporary, old = outer / target.name, outer / "old"
     try:
-        with reported(target):
+        with reported(f"checkpoint {target}"):
             if owner:
                 shutil.rmtree(outer, ignore_errors=True)
                 temporary.mkdir(parents=True)
@@ -148,7 +148,7 @@ def finished_files(target: Path) -> Iterator[Path]:
     new, old = outer / "new", outer / "old"
     placed: list[Path] = []
     try:
-        with reported(target):
+        with reported(f"checkpoint {target}"):
             shutil.rmtree(outer, ignore_errors=True)
             new.mkdir(parents=True)
             old.mkdir()
