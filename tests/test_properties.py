@@ -222,8 +222,8 @@ SCRIPT = """
 import torch, ti_fx, sys
 from models import bert_model, gpt2_model, text_example
 from ti_fx.passes import *
-for make in (bert_model, gpt2_model):
-    gm = ti_fx.capture(make(), text_example())
+for model in (bert_model(1), gpt2_model(n_layer=1)):
+    gm = ti_fx.capture(model, text_example())
     passes = DuplicateTeacher(), Ternarize(), QuantizeActivations(attention=True), Distill(), Intervene("map")
     ti_fx.Pipeline(*passes)(gm)
     print(ti_fx.dump(gm))
