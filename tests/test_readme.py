@@ -29,14 +29,15 @@ def test_the_code_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tokenizer = kind(str(tmp_path / "vocab.txt"))
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=1100,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=3,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 1100,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "num_labels": 3,
+    }
+    config = BertConfig(**sizes)
     BertForSequenceClassification(config).save_pretrained(folder)
     rows = [{**tokenizer("any text and another one"), "labels": index % 3} for index in range(8)]
     names: dict[str, Any] = {"folder": folder, "train_dataset": rows, "eval_dataset": rows}
