@@ -70,7 +70,7 @@ def onnx_call(path: Path, threads: int | None = None) -> Call:
     names = [value.name for value in run.get_inputs()]
 
     def call(batch: Mapping[str, Tensor]) -> Logits:
-        (logits,) = run.run(["logits"], {name: batch[name].numpy() for name in names})
+        (logits,) = run.run(None, {name: batch[name].numpy() for name in names})
         return np.asarray(logits, dtype=np.float32)
 
     return call
