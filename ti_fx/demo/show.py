@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ NAMES = {
 
 def print_table(results: dict[str, Any]) -> None:
     """Print the results as one table a topic."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     for table in tables(results):
         shown = RichTable(title=table.title, caption=table.note or None, title_justify="left")
         for index, column in enumerate(table.columns):
