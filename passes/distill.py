@@ -35,9 +35,9 @@ class Distill(Pass):
     5. ``task``: the model's own loss on labels; its weight is recorded, and the trainer adds it
 
     Sources: TernaryBERT, section 3.2; Teacher Intervention, section 4. The published weights are all 1, without task.
-    The defaults of ``variant`` and ``mask_padding`` are the published code's, because measuring them showed no difference:
-    TI-G on the demo's task, 180 steps, one seed, validation accuracy 91.8% as published, 92.2% with ``paper``, 92.2%
-    with ``mask_padding``; one standard error is 1.2 points.
+    The defaults of ``variant`` and ``mask_padding`` are the published code's, because measuring showed no difference:
+    TI-G on the demo's task, 180 steps, one seed, has a validation accuracy of 91.8% as published, 92.2% with
+    ``paper``, and 92.2% with ``mask_padding``; one standard error is 1.2 points.
 
     Attributes:
         logits: weight; None: 1 where the model returns logits, else 0.
