@@ -157,9 +157,14 @@ def run_graph(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
     """Run the graph in eval mode without gradients; outputs by exported name.
 
     Raises:
-        InputError: the graph was not captured for these inputs.
+        InputError: the graph was not captured for these inputs, or an id is beyond its table.
     """
     flat, leaves = flat_outputs(gm)
-    with mode(flat, False), torch.no_grad():
-        values = flat(**inputs)
+    try:
+        with mode(flat, False), torch.no_grad():
+            values = flat(**inputs)
+    except IndexError as error:
+        raise InputError(
+            f"the example holds an id beyond its table ({error}); give ids that the model knows"
+        ) from error
     return dict(zip(leaves, values, strict=True))

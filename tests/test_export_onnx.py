@@ -258,6 +258,14 @@ def test_a_file_that_disagrees_is_not_kept(
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the previous file"]
 
 
+def test_an_id_beyond_its_table_is_refused(student: GraphModule, tmp_path: Path) -> None:
+    example = bert_example()
+    example["input_ids"][0, 0] = 10**6
+    with pytest.raises(InputError, match="an id beyond its table"):
+        to_onnx(student, tmp_path / "student.onnx", example)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_paths_that_cannot_be_written_are_refused(layers: GraphModule, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder"):
         to_onnx(layers, tmp_path, layers_example())

@@ -1,4 +1,4 @@
-"""The README's code runs as printed, its links lead somewhere, and its table is the demo's."""
+"""The README's code runs as printed, and its links lead somewhere."""
 
 from __future__ import annotations
 
