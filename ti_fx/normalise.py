@@ -85,11 +85,10 @@ def _plain_signature(source: GraphModule, name: str) -> GraphModule:
             continue
         copies[node] = graph.node_copy(node, lambda argument: copies[argument])
     flat: Any = torch.fx.node.map_arg(source.graph.output_node().args[0], lambda node: copies[node])
-    output = graph.output(structure.build(graph, info.out_spec, flat))
+    graph.output(structure.build(graph, info.out_spec, flat))
     root = nn.Module()
     root._modules, root._parameters, root._buffers = source._modules, source._parameters, source._buffers
     gm = GraphModule(root, graph, class_name=name)
-    del output
     for node in gm.graph.nodes:
         if structure.is_container(node):
             node.meta["val"] = node.target(

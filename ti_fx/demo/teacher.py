@@ -6,8 +6,6 @@ differences under a point are chance: it has 537 questions.
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -37,6 +34,7 @@ from transformers.utils import logging
 
 from ti_fx.demo.data import MAX_LENGTH, Questions, Row, TokenizedQuestions, tokenized
 from ti_fx.errors import InputError, MissingExtra
+from ti_fx.train.checkpoint import finished_folder
 
 try:
     from sklearn.metrics import accuracy_score, f1_score
@@ -124,7 +122,7 @@ def fine_tune(
             id2label=dict(enumerate(data.label_names)),
             label2id={name: label for label, name in enumerate(data.label_names)},
         )
-    with _replacing_folder(out) as temporary, tempfile.TemporaryDirectory() as scratch:
+    with finished_folder(out) as temporary, tempfile.TemporaryDirectory() as scratch:
         trainer = _question_trainer(
             model, tokenizer, _training_arguments(settings, seed, scratch), train, validation
         )
@@ -242,28 +240,3 @@ def quiet_loading() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _replacing_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``out``; on success it becomes ``out``, else it goes and ``out`` stays."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    except OSError as error:
-        raise InputError(
-            f"can't write {out}: {error.strerror or error}; choose a folder you can write to"
-        ) from error
-    new, old = staging / "new", staging / "old"
-    try:
-        new.mkdir()
-        yield new
-        if out.exists():
-            os.replace(out, old)
-        os.replace(new, out)
-    except (OSError, SafetensorError) as error:
-        if old.exists():
-            os.replace(old, out)
-        raise InputError(f"can't write {out}: {error}; free some space or choose another folder") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
