@@ -13,7 +13,7 @@ from ti_fx import losses, roles
 from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.graph import ancestors, aten_name, call, erase, state
 from ti_fx.pipeline import Pass
-from ti_fx.sites import AttentionSite, block_output, find_attention, layer_outputs
+from ti_fx.sites import AttentionSite, block_outputs, find_attention, streams
 from ti_fx.structure import named_leaves
 
 TERMS = ("logits", "layer_outputs", "scores", "attention_outputs")
@@ -119,21 +119,19 @@ class Distill(Pass):
         sites = find_attention(gm)
         towers = _towers(sites)
         last = max(towers, default=0)
-        layers = {node: stack for stack, tower in towers.items() for node in layer_outputs(gm, tower)}
+        layers = {node: stack for stack, nodes in streams(gm, sites).items() for node in nodes}
+        ends = [site.output for site in sites] if self.variant == "paper" else block_outputs(gm, sites)
         weights: dict[str, tuple[float, list[tuple[Node | None, int]]]] = {
             "logits": (1.0 if self.logits is None else self.logits, [(node, last) for node in _logits(gm)]),
             "layer_outputs": (self.layer_outputs, [*layers.items()]),
             "scores": (self.scores, [(site.scores, site.stack) for site in sites]),
             "attention_outputs": (
                 self.attention_outputs,
-                [(self._attention_output(gm, site), site.stack) for site in sites],
+                [(node, site.stack) for node, site in zip(ends, sites, strict=True)],
             ),
         }
         for name, (weight, nodes) in weights.items():
             yield name, [(node, stack) for node, stack in nodes if node in teacher] if weight else [], weight
-
-    def _attention_output(self, gm: GraphModule, site: AttentionSite) -> Node | None:
-        return site.output if self.variant == "paper" else block_output(gm, site)
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -13,89 +13,55 @@ from torch.fx import GraphModule, Node
 from ti_fx import encodings, leaves, numerics, roles
 from ti_fx.graph import aten_name
 
-SHAPE = frozenset(
-    [
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "transpose",
-        "t",
-        "permute",
-        "contiguous",
-        "clone",
-        "expand",
-        "expand_as",
-        "unsqueeze",
-        "squeeze",
-        "flatten",
-        "unflatten",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "narrow",
-        "repeat",
-        "repeat_interleave",
-        "alias",
-        "view_as",
-        "movedim",
-        "roll",
-        "pad",
-        "constant_pad_nd",
-        "index_select",
-    ]
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+SHAPE = _names(
+    """view reshape _unsafe_view transpose t permute contiguous clone expand expand_as unsqueeze squeeze flatten
+    unflatten slice select split split_with_sizes chunk unbind narrow repeat repeat_interleave tile alias view_as
+    reshape_as movedim moveaxis swapaxes swapdims roll pad constant_pad_nd index_select index gather as_strided
+    unfold diagonal flip T mT detach lift_fresh_copy stack"""
 )
-CAST = frozenset(["to", "_to_copy", "type_as"])
-ELEMENTWISE = frozenset(
-    [
-        "mul",
-        "div",
-        "add",
-        "sub",
-        "neg",
-        "tanh",
-        "where",
-        "masked_fill",
-        "clamp",
-        "maximum",
-        "minimum",
-        "nan_to_num",
-        "rsub",
-        "cat",
-    ]
+CAST = _names("to _to_copy type_as float")
+ELEMENTWISE = _names(
+    """mul mul_ div div_ add add_ sub sub_ neg rsub cat concat tanh tanh_ where masked_fill masked_fill_ clamp clamp_
+    clamp_min clamp_max maximum minimum max min nan_to_num masked_scatter index_put index_put_ scatter copy_
+    slice_scatter select_scatter exp exp_ log sigmoid relu softplus"""
 )
-NORM = frozenset(["layer_norm", "rms_norm", "group_norm", "pow", "mean", "rsqrt"])
-MATMUL = frozenset(["matmul", "bmm", "mm", "einsum", "baddbmm"])
-PROJECTION = frozenset(["linear", "addmm", "mm", "matmul", "conv1d", "conv2d", "convolution"])
+NORM = _names("layer_norm rms_norm group_norm pow mean rsqrt linalg_vector_norm norm native_layer_norm instance_norm")
+POOL = _names("max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool2d interpolate upsample_nearest2d amax")
+MATMUL = _names("matmul bmm mm einsum baddbmm")
+CONVOLUTION = _names("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d")
+PROJECTION = _names("linear addmm") | MATMUL | CONVOLUTION
+SOFTMAX = _names("softmax _softmax _safe_softmax")
+# What a walk towards a projection must not follow: rotary tables, look-ups, another attention's map.
+_ENDS = _names("cos sin embedding arange cumsum topk argmax sort polar outer") | SOFTMAX
 _QUANTISERS = frozenset(
     encoding.fake_quant for encoding in encodings.ENCODINGS.values() if encoding.fake_quant
 )
+# How a quantised or packed weight is read: the value is the weight's.
+_READS = (numerics.ternary, encodings.unpack_ternary)
 
 
 def projection_weight(node: Node) -> Node | None:
     """Return the get_attr node of the weight that a projection reads, through its quantiser if it has one."""
-    position = {"linear": 1, "addmm": 2, "mm": 1, "matmul": 1, "conv1d": 1, "conv2d": 1, "convolution": 1}
-    index = position.get(aten_name(node))
-    argument = node.args[index] if index is not None and index < len(node.args) else None
+    name = aten_name(node)
+    argument = None
+    if name in PROJECTION:
+        index = 2 if name in ("addmm", "baddbmm") else 1
+        factors = operands(node)
+        argument = factors[-1] if name == "einsum" else node.args[index] if index < len(node.args) else None
     while isinstance(argument, Node) and argument.op != "get_attr":
-        transparent = argument.target in (numerics.ternary, encodings.unpack_ternary) or aten_name(
-            argument
-        ) in (
-            "t",
-            "transpose",
-            "to",
-            "_to_copy",
-        )
+        transparent = argument.target in _READS or aten_name(argument) in CAST | {"t", "transpose", "T", "permute"}
         argument = argument.args[0] if transparent else None
     return argument if isinstance(argument, Node) else None
 
 
 def projection_input(node: Node) -> Node:
     """Return the activation that a projection reads."""
-    argument = node.args[1 if aten_name(node) == "addmm" else 0]
-    assert isinstance(argument, Node)
+    argument = operands(node)[0]
     return argument
 
 
@@ -112,101 +78,129 @@ def source_of(node: Node) -> Node:
     return node
 
 
+def is_float(node: Node) -> bool:
+    """Whether the node's value is a floating-point tensor, or several values of which the first is."""
+    value = node.meta.get("val")
+    while isinstance(value, tuple | list) and value:
+        value = value[0]
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 class Walk:
-    """One walk over the nodes of one role; every search stops at the neighbouring block, so the cost is linear."""
+    """Walks over the nodes of one role; every search stops at the neighbouring block, so the cost is linear.
+
+    Attributes:
+        position: each node's place in the graph.
+        active: what depends on an input. stored: what is made from stored tensors alone. bare: stored tensors that
+            are only moved or cast (a weight; the learned queries of a pooling layer), and nothing computed from them.
+    """
 
     def __init__(self, gm: GraphModule, role: roles.Role) -> None:
         self.gm = gm
         self.role = role
-        self.active = self._depends_on_input()
+        self.position: dict[Node, int] = {}
+        self.active: set[Node] = set()
+        self.stored: set[Node] = set()
+        self.bare: set[Node] = set()
+        for position, node in enumerate(gm.graph.nodes):
+            self.position[node] = position
+            if roles.role(node) in (role, "shared") and not _is_size(node):
+                self._classify(node)
 
-    def _depends_on_input(self) -> set[Node]:
-        active: set[Node] = set()
-        for node in self.gm.graph.nodes:
-            if roles.role(node) not in (self.role, "shared"):
-                continue
-            value = node.meta.get("val")
-            if isinstance(value, torch.SymInt | int):
-                continue
-            if node.op == "placeholder" or any(source in active for source in node.all_input_nodes):
-                active.add(node)
-        return active
+    def _classify(self, node: Node) -> None:
+        sources = node.all_input_nodes
+        if node.op == "placeholder" or any(source in self.active for source in sources):
+            self.active.add(node)
+        elif node.op == "get_attr" or any(source in self.stored for source in sources):
+            self.stored.add(node)
+            if node.op == "get_attr" or (self.is_view(node) and sources[0] in self.bare):
+                self.bare.add(node)
 
     def users(self, node: Node) -> list[Node]:
         """Return the node's readers of this role."""
         return [user for user in node.users if roles.role(user) == self.role and user.op != "output"]
 
+    def module(self, node: Node) -> nn.Module | None:
+        """Return the leaf module that a node calls, past the teacher's wrapper."""
+        if node.op != "call_module":
+            return None
+        module = self.gm.get_submodule(str(node.target))
+        return module.leaf if isinstance(module, leaves.Frozen) else module
+
     def is_dropout(self, node: Node) -> bool:
         """Whether the node is dropout."""
-        return node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), nn.Dropout)
+        return isinstance(self.module(node), nn.Dropout)
 
     def is_fused(self, node: Node) -> bool:
         """Whether the node is fused attention."""
-        if node.op != "call_module":
-            return False
-        module = self.gm.get_submodule(str(node.target))
-        module = module.leaf if isinstance(module, leaves.Frozen) else module
-        return isinstance(module, leaves.ScaledDotProductAttention)
+        return isinstance(self.module(node), leaves.ScaledDotProductAttention)
+
+    def is_view(self, node: Node) -> bool:
+        """Whether the node moves or casts values and computes none."""
+        return aten_name(node) in SHAPE | CAST or node.target is operator.getitem or node.target in _READS
 
     def is_transparent(self, node: Node) -> bool:
         """Whether the node only moves or casts values, drops some out, or was inserted by a pass."""
-        return (
-            aten_name(node) in SHAPE | CAST
-            or node.target is operator.getitem
-            or is_ours(node)
-            or self.is_dropout(node)
-        )
+        return self.is_view(node) or is_ours(node) or self.is_dropout(node)
+
+    def is_norm(self, node: Node) -> bool:
+        """Whether the node is a norm, or a part of one that is written out."""
+        return aten_name(node) in NORM or isinstance(self.module(node), leaves.BatchNorm)
+
+    def is_elementwise(self, node: Node) -> bool:
+        """Whether the node computes each entry from the same entry of its inputs."""
+        return aten_name(node) in ELEMENTWISE or node.target is leaves.add_mask
 
     def is_projection(self, node: Node) -> bool:
-        """Whether the node multiplies by a stored weight."""
-        return aten_name(node) in PROJECTION and projection_weight(node) is not None
+        """Whether the node multiplies by a stored weight, or by one made from stored tensors (weight norm)."""
+        if aten_name(node) not in PROJECTION:
+            return False
+        factors = operands(node)
+        return len(factors) == 2 and factors[1] in self.stored
 
     def is_activation_product(self, node: Node) -> bool:
-        """Whether the node multiplies two activations."""
+        """Whether the node multiplies two activations; one of them may be computed from stored tensors alone."""
         factors = operands(node)
         return (
-            aten_name(node) in MATMUL and len(factors) == 2 and all(item in self.active for item in factors)
+            aten_name(node) in MATMUL
+            and node in self.active
+            and len(factors) == 2
+            and all(is_float(item) and item not in self.bare for item in factors)
         )
 
-    def root(self, node: Node) -> Node:
-        """Return what a node is made from, past norms and shape ops."""
-        while self.is_transparent(node) or aten_name(node) in NORM:
-            node = node.all_input_nodes[0]
-        return node
+    def is_query_product(self, node: Node) -> bool:
+        """Whether the node multiplies stored queries, as they are, by an activation."""
+        factors = operands(node)
+        return aten_name(node) in MATMUL and len(factors) == 2 and factors[0] in self.bare and factors[1] in self.active
 
-    def projection(self, operand: Node) -> Node | None:
-        """Return the nearest projection upstream of an operand of an attention product."""
-        found = self.backward(
-            operand,
-            self.is_projection,
-            lambda part: self.is_transparent(part) or aten_name(part) in ELEMENTWISE | NORM,
-            only_first=True,
+    def is_sum(self, node: Node) -> bool:
+        """Whether the node adds two activations of one rank: a residual add, or a sum of branches."""
+        terms = [item for item in node.args[:2] if isinstance(item, Node)]
+        return (
+            aten_name(node) in ("add", "add_")
+            and len(terms) == 2
+            and all(item in self.active and rank(item) == rank(node) for item in terms)
         )
-        return found[0] if found else None
 
     def forward(
-        self, start: Node, wanted: Callable[[Node], bool], through: Callable[[Node], bool], last: bool = False
-    ) -> Node | None:
-        """Breadth-first over users; ``last`` returns the node before the one that was wanted."""
-        queue, seen = deque([start]), {start}
+        self, start: Node, wanted: Callable[[Node], bool], through: Callable[[Node], bool]
+    ) -> list[Node]:
+        """Breadth-first over users: the path from ``start`` to the nearest node that is wanted, [] if there is none."""
+        queue, before = deque([start]), {start: start}
         while queue:
             node = queue.popleft()
             for user in self.users(node):
-                if user in seen:
+                if user in before:
                     continue
-                seen.add(user)
+                before[user] = node
                 if wanted(user):
-                    return node if last else user
+                    return _path(user, before)
                 if through(user):
                     queue.append(user)
-        return None
+        return []
 
     def backward(
-        self,
-        start: Node,
-        wanted: Callable[[Node], bool],
-        through: Callable[[Node], bool],
-        only_first: bool = False,
+        self, start: Node, wanted: Callable[[Node], bool], through: Callable[[Node], bool]
     ) -> list[Node]:
         """Breadth-first over inputs: the nodes that are wanted, nearest first."""
         queue, seen, found = deque([start]), {start}, []
@@ -214,32 +208,82 @@ class Walk:
             node = queue.popleft()
             if wanted(node):
                 found.append(node)
-                if only_first:
-                    break
-            elif node in self.active and through(node):
-                for source in node.all_input_nodes:
-                    if source not in seen:
-                        seen.add(source)
-                        queue.append(source)
+            elif through(node):
+                fresh = [source for source in node.all_input_nodes if source not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)
         return found
 
-    def reaches_back(self, start: Node, wanted: Node) -> bool:
-        """Whether ``wanted`` is upstream of ``start``, with nothing but shape ops and scaling between."""
+    def reaches(self, ancestor: Node, node: Node, stop: Callable[[Node], bool] = lambda node: False) -> bool:
+        """Whether ``node`` depends on ``ancestor``; a node for which ``stop`` holds is not passed.
+
+        Looks at what lies between the two in the graph's order, so the cost is that of the distance.
+        """
+        first = self.position[ancestor]
         return bool(
             self.backward(
-                start,
-                lambda node: node is wanted,
-                lambda node: self.is_transparent(node) or aten_name(node) in ("mul", "add"),
-                only_first=True,
+                node,
+                lambda part: part is ancestor,
+                lambda part: self.position[part] > first and (part is node or not stop(part)),
             )
         )
 
+    def projection(self, operand: Node, product: Node) -> Node | None:
+        """Return the projection that makes an operand of an attention product, None if it is not projected.
+
+        The nearest one upstream from which nothing but attention is computed: what goes on to another projection is
+        a part of a longer chain (low-rank projections), or another block.
+        """
+        candidates = self.backward(
+            operand,
+            self.is_projection,
+            lambda part: (
+                is_float(part)
+                and part not in self.bare
+                and aten_name(part) not in _ENDS
+                and not self.is_activation_product(part)
+            ),
+        )
+        return next((node for node in candidates if not self._feeds_projection(node, product)), None)
+
+    def _feeds_projection(self, start: Node, product: Node) -> bool:
+        last = self.position[product]
+        # a product with a stored table (relative positions) is a part of the scores
+        return bool(
+            self.forward(
+                start,
+                lambda user: self.is_projection(user) and aten_name(user) not in MATMUL,
+                lambda user: self.position[user] < last and not self.is_activation_product(user),
+            )
+        )
+
+    def root(self, node: Node) -> Node:
+        """Return what a node is made from, past norms, pooling and shape ops."""
+        while self.is_transparent(node) or self.is_norm(node) or aten_name(node) in POOL:
+            node = node.all_input_nodes[0]
+        return node
+
+
+def _path(end: Node, before: dict[Node, Node]) -> list[Node]:
+    path = [end]
+    while before[path[-1]] is not path[-1]:
+        path.append(before[path[-1]])
+    return path[::-1]
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt | int)
+
 
 def operands(node: Node) -> tuple[Node, ...]:
-    """Return the two factors of a matrix product (baddbmm's first argument is added, not multiplied)."""
-    arguments: Iterable[object] = node.args[1:3] if aten_name(node) == "baddbmm" else node.args[:2]
-    if aten_name(node) == "einsum":
+    """Return the two factors of a matrix product, in the order written; of an einsum, a stored one last."""
+    name = aten_name(node)
+    # what baddbmm and addmm take first is added, not multiplied
+    arguments: Iterable[object] = node.args[1:3] if name in ("baddbmm", "addmm") else node.args[:2]
+    if name == "einsum":
         arguments = node.args[1] if isinstance(node.args[1], tuple | list) else ()
+        if len(node.args[1]) == 2 and isinstance(node.args[1][0], Node) and node.args[1][0].op == "get_attr":
+            arguments = node.args[1][::-1]
     return tuple(argument for argument in arguments if isinstance(argument, Node))
 
 

@@ -7,14 +7,13 @@ student through the twins.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch.fx import GraphModule, Node
 
-from ti_fx import leaves, roles
-from ti_fx.dataflow import ELEMENTWISE, NORM, Walk, operands, projection_input, rank, source_of
+from ti_fx import roles
+from ti_fx.dataflow import SOFTMAX, Walk, is_float, operands, projection_input, source_of
 from ti_fx.graph import aten_name
 
 Point = str
@@ -71,13 +70,8 @@ def find_attention(gm: GraphModule) -> list[AttentionSite]:
 
     On a prepared graph the sites hold the student's nodes.
     """
-    prepared = any(roles.is_teacher(node) for node in gm.graph.nodes)
-    finder = _Finder(gm, "teacher" if prepared else "student")
-    sites = _number(finder, finder.sites())
-    if not prepared:
-        return sites
-    student = roles.twins(gm.graph)
-    return [_mapped(site, student) for site in sites]
+    finder, student, _ = _view(gm)
+    return [_mapped(site, student) for site in _number(finder, finder.sites())]
 
 
 def _mapped(site: AttentionSite, student: dict[Node, Node]) -> AttentionSite:
@@ -89,50 +83,62 @@ def _mapped(site: AttentionSite, student: dict[Node, Node]) -> AttentionSite:
 
 
 def layer_outputs(gm: GraphModule, sites: list[AttentionSite]) -> list[Node]:
-    """Return the residual stream entering each self-attention layer and leaving the last, per stack, in order.
+    """Return the layer outputs of every stack, one stack after the other; see :func:`streams`."""
+    return list(dict.fromkeys(node for stream in streams(gm, sites).values() for node in stream))
+
+
+def streams(gm: GraphModule, sites: list[AttentionSite]) -> dict[int, list[Node]]:
+    """Return, per stack, the residual stream entering each layer and leaving the last, in order.
 
     That is the embeddings' output (before dropout, which a teacher has not) and every layer's output (before a final
     norm, which belongs to no layer): ``X_0 .. X_L`` of the paper. Nodes of the student.
     """
-    prepared = any(roles.is_teacher(node) for node in gm.graph.nodes)
-    finder = _Finder(gm, "teacher" if prepared else "student")
-    student = roles.twins(gm.graph)
-    teacher = {node: twin for twin, node in student.items()}
-    found: list[Node] = []
+    finder, student, teacher = _view(gm)
+    found: dict[int, list[Node]] = {}
     for stack in sorted({site.stack for site in sites}):
         tower = [site for site in sites if site.stack == stack]
         first = {site.layer: site for site in reversed(tower)}
-        found += [
+        nodes = [
             finder.before_dropout(site.stream) for _, site in sorted(first.items()) if site.stream is not None
         ]
         last = tower[-1].residual
         if last is not None:
             leaving = finder.layer_end(teacher.get(last, last))
-            found.append(student.get(leaving, leaving))
-    return list(dict.fromkeys(found))
+            nodes.append(student.get(leaving, leaving))
+        found[stack] = list(dict.fromkeys(nodes))
+    return found
 
 
-def block_output(gm: GraphModule, site: AttentionSite) -> Node | None:
-    """Return the residual stream after the attention block: past the norm where the block is post-norm."""
-    if site.residual is None:
-        return None
+def block_outputs(gm: GraphModule, sites: list[AttentionSite]) -> list[Node | None]:
+    """Return, per site, the residual stream after the block: past the norm where the block is post-norm, or None."""
+    finder, student, teacher = _view(gm)
+    found: list[Node | None] = []
+    for site in sites:
+        if site.residual is None:
+            found.append(None)
+            continue
+        after = finder.stream_after(teacher.get(site.residual, site.residual))
+        found.append(student.get(after, after))
+    return found
+
+
+def _view(gm: GraphModule) -> tuple[_Finder, dict[Node, Node], dict[Node, Node]]:
+    """Return a walk over the subgraph that is never rewired, its nodes' student twins, and the reverse."""
     prepared = any(roles.is_teacher(node) for node in gm.graph.nodes)
-    finder = _Finder(gm, "teacher" if prepared else "student")
     student = roles.twins(gm.graph)
-    teacher = {node: twin for twin, node in student.items()}
-    after = finder.stream_after(teacher.get(site.residual, site.residual))
-    return student.get(after, after)
+    return _Finder(gm, "teacher" if prepared else "student"), student, {b: a for a, b in student.items()}
 
 
 class _Finder(Walk):
     """The attention blocks of one role."""
 
     def sites(self) -> list[AttentionSite]:
+        """Return the blocks in graph order, not numbered yet."""
         found = []
-        for node in list(self.gm.graph.nodes):
+        for node in self.position:
             if roles.role(node) != self.role:
                 continue
-            if aten_name(node) in ("softmax", "_softmax"):
+            if aten_name(node) in SOFTMAX:
                 site = self.from_softmax(node)
             elif self.is_fused(node):
                 site = self.from_fused(node)
@@ -143,39 +149,70 @@ class _Finder(Walk):
         return found
 
     def from_softmax(self, node: Node) -> AttentionSite | None:
-        context = self.forward(
-            node,
-            self.is_activation_product,
-            lambda user: self.is_transparent(user) or aten_name(user) in ("mul", "add"),
-        )
-        if context is None:
-            return None
+        """Return the block of a softmax, None if no product of activations is before or no value behind it."""
         scores = node.args[0]
         assert isinstance(scores, Node)
-        left, right = operands(context)
-        from_map = self.reaches_back(left, node)
-        value = self.projection(right if from_map else left)
-        products = self.backward(
-            scores,
-            self.is_activation_product,
-            lambda part: (
-                self.is_transparent(part) or aten_name(part) in ELEMENTWISE or part.target is leaves.add_mask
-            ),
-        )
-        if not products:
+        products = self.products(scores)
+        path = self.to_context(node) if products else []
+        if not path:
             return None
-        value_source = None if value is None else source_of(projection_input(value))
-        pairs = [tuple(self.projection(operand) for operand in operands(product)) for product in products]
+        context, last = path[-1], path[-2]
+        value_operand = next((part for part in operands(context) if part is not last), last)
+        value = self.projection(value_operand, context)
+        value_source = self.source(value, value_operand)
+        pairs = [tuple(self.projection(part, product) for part in operands(product)) for product in products]
         matching = [
-            (query, key)
-            for query, key in pairs
-            if key is not None and source_of(projection_input(key)) is value_source
+            index
+            for index, (product, (_, key)) in enumerate(zip(products, pairs, strict=True))
+            if self.source(key, operands(product)[1]) is value_source
         ]
-        query, key = (matching or pairs)[0]
+        if not matching and all(self.is_query_product(product) for product in products):
+            return None  # stored weights on the left, and another source on the right: a router, no queries
+        query, key = pairs[(matching or [0])[0]]
         return self.complete(query, key, value, scores, node, context)
 
+    def products(self, scores: Node) -> list[Node]:
+        """Return the products of activations that are added up in the scores, nearest first."""
+
+        def wanted(node: Node) -> bool:
+            return self.is_activation_product(node) or self.is_query_product(node)
+
+        def through(node: Node) -> bool:
+            return (
+                node in self.active
+                and is_float(node)
+                and not self.is_projection(node)
+                and not self.is_norm(node)
+                and aten_name(node) not in SOFTMAX
+            )
+
+        found = self.backward(scores, wanted, through)
+        if found:
+            return found
+        # talking heads: one linear across the heads lies between
+        mixing = self.backward(scores, self.is_projection, through)
+        return [part for node in mixing[:1] for part in self.backward(operands(node)[0], wanted, through)]
+
+    def to_context(self, node: Node) -> list[Node]:
+        """Return the path from a map to the product with its values, [] if there is none."""
+
+        def through(user: Node) -> bool:
+            return self.is_transparent(user) or (self.is_elementwise(user) and not self.is_sum(user))
+
+        path = self.forward(node, self.is_activation_product, through)
+        if path:
+            return path
+        mixing = self.forward(node, self.is_projection, through)
+        behind = self.forward(mixing[-1], self.is_activation_product, through) if mixing else []
+        return mixing + behind[1:] if behind else []
+
+    def source(self, projection: Node | None, operand: Node) -> Node:
+        """Return what an operand of an attention product is projected from."""
+        return source_of(projection_input(projection)) if projection is not None else self.root(operand)
+
     def from_fused(self, node: Node) -> AttentionSite:
-        query, key, value = (self.projection(operand) for operand in node.all_input_nodes[:3])
+        """Return the block of a fused attention node."""
+        query, key, value = (self.projection(operand, node) for operand in node.all_input_nodes[:3])
         return self.complete(query, key, value, None, None, node)
 
     def complete(
@@ -187,44 +224,64 @@ class _Finder(Walk):
         map_: Node | None,
         context: Node,
     ) -> AttentionSite:
-        output = self.forward(
-            context, self.is_projection, lambda user: self.is_transparent(user) or aten_name(user) == "mul"
-        )
-        residual = stream = None
-        if output is not None:
-            residual = self.forward(output, self.is_residual_add, self.is_after_output)
-        if residual is not None and output is not None:
-            stream = self.other_operand(residual, output)
-        sources = {source_of(projection_input(part)) for part in (query, key) if part is not None}
-        kind: Literal["self", "cross"] = "self" if len(sources) == 1 or stream is None else self.kind(sources)
+        """Add what lies behind the context, and the kind."""
+        output, residual, stream = self.behind(context)
+        start = stream if stream is not None else None if query is None else projection_input(query)
+        kind: Literal["self", "cross"] = "self"
+        if key is not None and query is not key:
+            kind = self.kind(start, query, key)
         return AttentionSite(0, 0, kind, query, key, value, scores, map_, context, output, residual, stream)
 
-    def kind(self, sources: set[Node]) -> Literal["self", "cross"]:
-        """Compare what Q and K are made from, past norms and shape ops."""
-        roots = {self.root(source) for source in sources}
-        return "self" if len(roots) == 1 else "cross"
+    def behind(self, context: Node) -> tuple[Node | None, Node | None, Node | None]:
+        """Return the output projection, the residual add and the stream that is added, as far as there are any."""
 
-    def is_after_output(self, user: Node) -> bool:
-        if self.is_transparent(user) or aten_name(user) in NORM:
-            return True
-        return aten_name(user) in ("mul", "add", "div") and not self.is_residual_add(user)
+        def is_end(user: Node) -> bool:
+            return self.is_projection(user) or self.is_residual(user, context)
 
-    def is_residual_add(self, node: Node) -> bool:
-        terms = [item for item in node.args[:2] if isinstance(item, Node)]
-        return (
-            aten_name(node) == "add"
-            and len(terms) == 2
-            and all(item in self.active for item in terms)
-            and all(rank(item) == rank(node) for item in terms)
+        def through(user: Node) -> bool:
+            return self.is_transparent(user) or self.is_norm(user) or self.is_elementwise(user)
+
+        path = self.forward(context, is_end, through)
+        if not path:
+            return None, None, None
+        output = path[-1] if self.is_projection(path[-1]) else None
+        if output is not None:
+            path = self.forward(output, lambda user: self.is_residual(user, context), through)
+            if not path:
+                return output, None, None
+        residual = path[-1]
+        left, right = (item for item in residual.args[:2] if isinstance(item, Node))
+        return output, residual, right if path[-2] is left else left
+
+    def is_residual(self, node: Node, context: Node) -> bool:
+        """Whether a node adds to what comes from ``context`` something that ``context`` was computed from."""
+        if not self.is_sum(node):
+            return False
+        terms = (item for item in node.args[:2] if isinstance(item, Node))
+        return any(
+            self.position[item] < self.position[context] and self.reaches(item, context) for item in terms
         )
 
-    def other_operand(self, add: Node, output: Node) -> Node | None:
-        left, right = (item for item in add.args[:2] if isinstance(item, Node))
-        ours = self.forward(output, lambda user: user is add, self.is_after_output, last=True)
-        assert ours is not None
-        return right if ours is left else left
+    def kind(self, start: Node | None, query: Node | None, key: Node) -> Literal["self", "cross"]:
+        """Self-attention's keys are computed from what its queries are, with no other attention between."""
+        sources = [projection_input(part) for part in (query, key) if part is not None]
+        roots = {self.root(source_of(source)) for source in sources}
+        if len(roots) == 1 and query is not None:
+            return "self"
+        if start is None:
+            return "cross"
+        stream = self.root(source_of(start))
+        if stream not in self.active:
+            return "cross"
+        found = self.reaches(stream, key, self.is_attention)
+        return "self" if found else "cross"
+
+    def is_attention(self, node: Node) -> bool:
+        """Whether a node mixes tokens by attention."""
+        return self.is_activation_product(node) or self.is_fused(node)
 
     def before_dropout(self, node: Node) -> Node:
+        """Return what a chain of dropouts reads."""
         while self.is_dropout(node):
             (node,) = node.all_input_nodes
         return node
@@ -249,53 +306,78 @@ class _Finder(Walk):
 
     def next_stream_add(self, node: Node) -> Node | None:
         """Return the next add that reads the stream itself (through dropout and shape ops) on one side."""
-        queue = deque([node])
-        seen: set[Node] = set()
-        while queue:
-            part = queue.popleft()
-            for user in self.users(part):
-                if user in seen:
-                    continue
-                seen.add(user)
-                if self.is_residual_add(user):
-                    return user
-                if self.is_transparent(user):
-                    queue.append(user)
-        return None
+        path = self.forward(node, self.is_sum, self.is_transparent)
+        return path[-1] if path else None
 
 
 def _number(finder: _Finder, sites: list[AttentionSite]) -> list[AttentionSite]:
-    """Give each site its stack and layer: a site continues the tower whose residual its own stream comes from."""
-    owner: dict[Node, int] = {}
-    heights: list[int] = []
+    """Give each site its stack and layer.
+
+    A site continues the tower whose block its residual stream comes from. A layer has one block of each kind: a second
+    one of a kind begins the next layer.
+    """
+    towers = _Towers(finder)
+    layers: list[int] = []
+    kinds: list[set[str]] = []
     numbered: list[AttentionSite] = []
-    residuals: set[Node | None] = {site.residual for site in sites if site.residual is not None}
     for site in sites:
-        start = site.stream if site.stream is not None else site.query
-        stack = _tower(finder, start, residuals, owner)
+        stack = towers.of(site)
         if stack is None:
-            stack = len(heights)
-            heights.append(-1)
-        if site.kind == "self" or heights[stack] < 0:
-            heights[stack] += 1
-        numbered.append(replace(site, stack=stack, layer=heights[stack]))
-        if site.residual is not None:
-            owner[site.residual] = stack
+            stack = len(layers)
+            layers.append(0)
+            kinds.append(set())
+        elif site.kind in kinds[stack]:
+            layers[stack] += 1
+            kinds[stack] = set()
+        kinds[stack].add(site.kind)
+        numbered.append(replace(site, stack=stack, layer=layers[stack]))
+        towers.add(site, stack)
     return numbered
 
 
-def _tower(
-    finder: _Finder, start: Node | None, residuals: set[Node | None], owner: dict[Node, int]
-) -> int | None:
-    if start is None:
-        return None
-    queue, seen = deque([start]), {start}
-    while queue:
-        node = queue.popleft()
-        if node in residuals:
-            return owner.get(node)
-        for source in node.all_input_nodes:
-            if source not in seen and source in finder.active:
-                seen.add(source)
-                queue.append(source)
-    return None
+class _Towers:
+    """Which tower's blocks have been numbered, by the node that a block leaves its result in."""
+
+    def __init__(self, finder: _Finder) -> None:
+        self.finder = finder
+        self.owner: dict[Node, int] = {}
+
+    def add(self, site: AttentionSite, stack: int) -> None:
+        self.owner[site.residual or site.output or site.context] = stack
+
+    def of(self, site: AttentionSite) -> int | None:
+        """Return the tower that a block's stream belongs to, None if it begins one."""
+        finder = self.finder
+        start = site.stream
+        if start is None and site.query is not None:
+            start = projection_input(site.query)
+        if start is None:
+            return None
+        # along the stream itself: what adds to it, normalises it or moves its values
+        near = finder.backward(
+            start,
+            lambda node: node in self.owner,
+            lambda node: (
+                node in finder.active
+                and is_float(node)
+                and (finder.is_transparent(node) or finder.is_norm(node) or finder.is_elementwise(node))
+            ),
+        )
+        stacks = {self.owner[node] for node in near}
+        if len(stacks) == 1:
+            return stacks.pop()
+        # through a projection between the stages of one tower; but not where another input comes in
+        ends = finder.backward(
+            start,
+            lambda node: node in self.owner or _brings_in(finder, node),
+            lambda node: node in finder.active and is_float(node),
+        )
+        stacks = {self.owner.get(node, -1) for node in ends}
+        return stacks.pop() if len(stacks) == 1 and -1 not in stacks else None
+
+
+def _brings_in(finder: _Finder, node: Node) -> bool:
+    """Whether a node is a floating-point input, or looks up an input's embeddings."""
+    if node.op == "placeholder":
+        return is_float(node)
+    return aten_name(node) == "embedding" and node in finder.active

@@ -15,7 +15,7 @@ from ti_fx.errors import InputError
 from ti_fx.graph import fork, mode
 from ti_fx.passes import Intervene
 from ti_fx.pipeline import Pipeline
-from ti_fx.sites import POINTS, find_attention, layer_outputs
+from ti_fx.sites import POINTS, find_attention, streams
 
 LAYER_OUTPUT = "layer output"
 
@@ -101,9 +101,8 @@ def _against_teacher(
 
 def _values(gm: GraphModule) -> Iterator[_Value]:
     sites = find_attention(gm)
-    for stack in sorted({site.stack for site in sites}):
+    for stack, stream in streams(gm, sites).items():
         tower = [site for site in sites if site.stack == stack]
-        stream = layer_outputs(gm, tower)
         for layer in sorted({site.layer for site in tower}):
             for site in (site for site in tower if site.layer == layer):
                 for point in POINTS:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from ti_fx import roles
-from ti_fx.sites import AttentionSite, block_output, find_attention, layer_outputs
+from ti_fx.sites import AttentionSite, block_outputs, find_attention, streams
 
 PARTS = ("query", "key", "value", "scores", "map", "context", "output", "residual")
 
@@ -78,14 +78,11 @@ def parts(sites: list[AttentionSite]) -> dict[Node, tuple[str, ...]]:
 
 def _block_ends(gm: GraphModule, sites: list[AttentionSite]) -> dict[Node, Place]:
     ends: dict[Node, Place] = {}
-    for stack in sorted({site.stack for site in sites}):
-        tower = [site for site in sites if site.stack == stack]
-        stream = layer_outputs(gm, tower)
+    for stack, stream in streams(gm, sites).items():
         for index, node in enumerate(stream):
             ends[node] = Place(stack, index - 1, "feed-forward") if index else BEFORE
-        for site in tower:
-            end = block_output(gm, site) or site.output or site.context
-            ends.setdefault(end, Place(stack, site.layer, site.kind))
+    for site, end in zip(sites, block_outputs(gm, sites), strict=True):
+        ends.setdefault(end or site.output or site.context, Place(site.stack, site.layer, site.kind))
     return ends
 
 
