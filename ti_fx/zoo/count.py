@@ -1,0 +1,355 @@
+"""Attention blocks counted while a model runs, from the tensors that its operators take and give.
+
+An attention block is a softmax of the product of two activations whose result multiplies a third. Nothing is known of
+modules or architectures: a dispatch mode sees every operator of a forward, whatever wrote it.
+
+A tensor is *free* if it comes from parameters, buffers and constants alone without a product (a table, its slices, a
+scaled copy); everything else is an activation. So a router ``softmax(x @ W)`` is not counted, and learned queries that
+pass a linear are.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ti_fx.zoo.examples import run
+from ti_fx.zoo.models import Entry
+
+Change = Callable[[Tensor], Tensor]
+
+_SOFTMAX = {"aten::_softmax", "aten::_safe_softmax", "aten::softmax"}
+_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::mv", "aten::dot", "aten::addbmm"}
+_FUSED = "scaled_dot_product"
+# These give a tensor of the same numbers in other places. Views are known by themselves.
+_MOVES = {
+    "aten::_reshape_copy",
+    "aten::_to_copy",
+    "aten::_unsafe_view",
+    "aten::as_strided",
+    "aten::cat",
+    "aten::clone",
+    "aten::constant_pad_nd",
+    "aten::copy",
+    "aten::copy_",
+    "aten::flip",
+    "aten::gather",
+    "aten::im2col",
+    "aten::index",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::index_select",
+    "aten::masked_fill",
+    "aten::masked_fill_",
+    "aten::masked_scatter",
+    "aten::repeat",
+    "aten::roll",
+    "aten::scatter",
+    "aten::scatter_",
+    "aten::select_scatter",
+    "aten::slice_scatter",
+    "aten::stack",
+    "aten::take_along_dim",
+    "aten::tril",
+    "aten::triu",
+    "aten::unfold_copy",
+}
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One softmax of the product of two activations.
+
+    Attributes:
+        index: its place among those of one forward, from zero.
+        op: ``aten::_softmax``, the fused operator, or ``exp/sum`` where the model writes it out.
+        module: path of the innermost module that was running.
+        source: file and line that called it.
+        shape: of the map (of the queries, for a fused operator).
+        has_value: whether the map multiplies a further activation; a contrastive or pooling softmax does not.
+    """
+
+    index: int
+    op: str
+    module: str
+    source: str
+    shape: tuple[int, ...]
+    has_value: bool
+
+
+@dataclass
+class _Facts:
+    """What is known of a tensor.
+
+    Attributes:
+        free: no input and no product in it.
+        scores: it comes from a product of two activations by elementwise operators and moves alone.
+        maps: softmaxes that it comes from in that way.
+        exponent: what the softmax that is written out began with, if this is its exponential.
+        total: the same, if this is the sum of that exponential, or its logarithm.
+        normalised: the logarithm of a softmax: scores less the logarithm of their total.
+    """
+
+    free: bool = False
+    scores: bool = False
+    maps: frozenset[int] = frozenset()
+    exponent: int | None = None
+    total: int | None = None
+    normalised: bool = False
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator; may change the result of one softmax."""
+
+    def __init__(self, model: nn.Module, index: int | None = None, change: Change | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model, self.index, self.change = model, index, change
+        self.calls: list[AttentionCall] = []
+        self.alive: list[Tensor] = []  # an id means something only as long as its tensor lives
+        self.facts: dict[int, _Facts] = {}
+        self.written: dict[int, _Facts] = {}  # by storage: what was written into a part of it
+        self.path: list[str] = []
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            self._set(tensor, _Facts(free=True))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = func._schema.name
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [self._get(tensor) for tensor in tensors]
+        result = func(*args, **kwargs)
+        if name in _SOFTMAX:
+            return self._softmax(name, result, given)
+        if _FUSED in name:
+            return self._fused(name, result, args, kwargs, given)
+        facts = self._joined(func, name, given)
+        if name in _PRODUCTS:
+            facts = self._product(given)
+        elif name == "aten::exp" and facts.normalised:
+            return self._softmax("exp/sum", result, given)
+        elif name == "aten::exp" and facts.scores:
+            facts = replace(facts, exponent=id(tensors[0]))
+        elif name == "aten::logsumexp" and given[0].scores:
+            facts = _Facts(total=id(tensors[0]))
+        elif name == "aten::sub" and len(given) == 2 and given[1].total == id(tensors[0]):
+            facts = replace(facts, normalised=True)
+        elif name in ("aten::sum", "aten::cumsum") and given[0].exponent is not None:
+            facts = _Facts(total=given[0].exponent)
+        elif (
+            name == "aten::div"
+            and len(given) == 2
+            and given[0].exponent is not None
+            and given[0].exponent == given[1].total
+        ):
+            return self._softmax("exp/sum", result, [replace(given[0], exponent=None)])
+        self._record(func, args, result, facts)
+        return result
+
+    def _joined(self, func: Any, name: str, given: list[_Facts]) -> _Facts:
+        """Return what an operator's result is, if the operator is no product."""
+        free = all(facts.free for facts in given)
+        keeps = func.is_view or name in _MOVES or torch.Tag.pointwise in func.tags
+        if not keeps:
+            return _Facts(free=free)
+        exponents = {facts.exponent for facts in given if facts.exponent is not None}
+        totals = {facts.total for facts in given if facts.total is not None}
+        return _Facts(
+            free=free,
+            scores=any(facts.scores for facts in given),
+            maps=frozenset().union(*(facts.maps for facts in given)),
+            exponent=exponents.pop() if len(exponents) == 1 and not totals else None,
+            total=totals.pop() if len(totals) == 1 and not exponents else None,
+        )
+
+    def _product(self, given: list[_Facts]) -> _Facts:
+        left, right = given[-2:]
+        for one, other in ((left, right), (right, left)):
+            if not other.free:
+                self._multiplied(one.maps)
+        return _Facts(scores=not (left.free or right.free) or any(facts.scores for facts in given[:-2]))
+
+    def _multiplied(self, maps: frozenset[int]) -> None:
+        for index in maps:
+            self.calls[index] = replace(self.calls[index], has_value=True)
+
+    def _softmax(self, op: str, result: Tensor, given: list[_Facts]) -> Tensor:
+        facts = _Facts(free=given[0].free)
+        if given[0].scores:
+            index = self._call(op, tuple(result.shape), has_value=False)
+            if index == self.index and self.change is not None:
+                result = self.change(result)
+            facts = _Facts(maps=frozenset((index,)))
+        self._set(result, facts)
+        return result
+
+    def _fused(
+        self, name: str, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[_Facts]
+    ) -> Any:
+        if not (given[0].free or given[1].free):
+            index = self._call(name, tuple(args[0].shape), has_value=True)
+            if index == self.index and self.change is not None:
+                context = _attention(self.change, *args, **kwargs)
+                result = (context, *result[1:]) if isinstance(result, tuple) else context
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._set(leaf, _Facts())
+        return result
+
+    def _call(self, op: str, shape: tuple[int, ...], has_value: bool) -> int:
+        index = len(self.calls)
+        module = self.path[-1] if self.path else ""
+        self.calls.append(AttentionCall(index, op, module, _source(), shape, has_value))
+        return index
+
+    def _record(self, func: Any, args: tuple[Any, ...], result: Any, facts: _Facts) -> None:
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._set(leaf, facts)
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            self.written[args[0].untyped_storage()._cdata] = facts
+
+    def _set(self, tensor: Tensor, facts: _Facts) -> None:
+        self.alive.append(tensor)
+        self.facts[id(tensor)] = facts
+
+    def _get(self, tensor: Tensor) -> _Facts:
+        facts = self.facts.get(id(tensor))
+        if facts is None:
+            self._set(tensor, facts := _Facts())
+        written = self.written.get(tensor.untyped_storage()._cdata)
+        if written is None:
+            return facts
+        return replace(
+            facts,
+            free=facts.free and written.free,
+            scores=facts.scores or written.scores,
+            maps=facts.maps | written.maps,
+        )
+
+
+def _attention(
+    change: Change,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *rest: Any,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """Return what the fused operator would with another map."""
+    causal = any(option is True for option in rest) or options.get("is_causal", False)
+    scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if attn_mask is not None:
+        scores = (
+            scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        )
+    return change(torch.softmax(scores, dim=-1)) @ value
+
+
+_LIBRARY = str(Path(torch.__file__).parent)
+_STANDARD = sysconfig.get_paths()["stdlib"]
+
+
+def _source() -> str:
+    """Return file and line of the innermost caller that is neither torch nor this module."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        inside = name == __file__ or name.startswith(_LIBRARY)
+        if not inside and not (name.startswith(_STANDARD) and "site-packages" not in name):
+            parts = Path(name).parts
+            start = parts.index("site-packages") + 1 if "site-packages" in parts else len(parts) - 1
+            return f"{'/'.join(parts[start:])}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "unknown"
+
+
+@contextmanager
+def _watched(watch: _Watch) -> Iterator[None]:
+    """Run a block under the mode, with the path of the running module known."""
+    registrations = []
+
+    def leave(*_: Any) -> None:
+        watch.path.pop()
+
+    for path, module in watch.model.named_modules():
+        registrations.append(module.register_forward_pre_hook(lambda *_, path=path: watch.path.append(path)))
+        registrations.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        with watch:
+            yield
+    finally:
+        for registration in registrations:
+            registration.remove()
+
+
+def attention_calls(model: nn.Module, example: Mapping[str, Tensor]) -> list[AttentionCall]:
+    """Return every softmax of a product of two activations in one forward, in the order in which they run."""
+    watch = _Watch(model)
+    with _watched(watch):
+        run(model, example)
+    return watch.calls
+
+
+@contextmanager
+def replaced(model: nn.Module, index: int, change: Change) -> Iterator[None]:
+    """Within the block, each forward's attention call of that index has ``change(map)`` for its map.
+
+    Args:
+        model: runs in the block, once.
+        index: ``AttentionCall.index``.
+        change: takes the map and returns a tensor of the same shape.
+    """
+    with _watched(_Watch(model, index, change)):
+        yield
+
+
+def uniform(attention_map: Tensor) -> Tensor:
+    """Return the same weight for every position that the map attends to."""
+    attended = (attention_map > 0).to(attention_map.dtype)
+    return attended / attended.sum(-1, keepdim=True).clamp(min=1)
+
+
+def uniform_effect(entry: Entry) -> list[float]:
+    """Return, for each attention block, how far a uniform map moves the outputs, as a part of their norm."""
+    outputs = _flat(run(entry.model, entry.example))
+    effects = []
+    for call in attention_calls(entry.model, entry.example):
+        if call.has_value:
+            with replaced(entry.model, call.index, uniform):
+                moved = _flat(run(entry.model, entry.example))
+            effects.append(_moved(outputs, moved))
+    return effects
+
+
+def _moved(outputs: list[Tensor], others: list[Tensor]) -> float:
+    """Return the largest relative change among the outputs."""
+    changes = []
+    for output, other in zip(outputs, others, strict=True):
+        if output.shape == other.shape and output.numel():
+            finite = torch.isfinite(output) & torch.isfinite(other) & (output.abs() < 1e30)
+            before, after = output[finite], other[finite]
+            changes.append(float((after - before).norm() / before.norm().clamp(min=1e-12)))
+    return max(changes, default=0.0)
+
+
+def _flat(outputs: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
