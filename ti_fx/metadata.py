@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -100,7 +101,8 @@ class Evaluator:
         return node.op, target, str(spec), parts
 
     def _evaluate(self, node: Node) -> Any:
-        with self.mode, torch.no_grad():
+        # the dispatcher that torch.export traces under: some operations take symbolic sizes only in Python
+        with enable_python_dispatcher(), self.mode, torch.no_grad():
             if node.op == "get_attr":
                 stored = tensor(self.gm, str(node.target))
                 return torch.empty_strided(

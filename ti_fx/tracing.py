@@ -24,7 +24,35 @@ BATCH = "batch"
 
 @contextmanager
 def traceable(model: nn.Module) -> Iterator[str | None]:
-    """Eager attention for the trace (the map must be in the graph), restored afterwards."""
+    """Attention as operations that a graph can hold, for the trace and the comparison; restored afterwards.
+
+    Yields the attention implementation of a transformers model, None for any other.
+    """
+    with _plain_torch_layers(), _eager_attention(model) as implementation:
+        yield implementation
+
+
+@contextmanager
+def _plain_torch_layers() -> Iterator[None]:
+    """torch.nn's transformer layers without what they decide by the mode or by values.
+
+    Their fast path computes nothing at padding (zeros come out), and only in eval mode. Whether a mask is causal is a
+    hint that only chooses a kernel, and without the hint they compare the mask's values.
+    """
+    layers: Any = torch.nn.modules.transformer
+    fast_path, detect = torch.backends.mha.get_fastpath_enabled(), layers._detect_is_causal_mask
+    torch.backends.mha.set_fastpath_enabled(False)
+    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        layers._detect_is_causal_mask = detect
+
+
+@contextmanager
+def _eager_attention(model: nn.Module) -> Iterator[str | None]:
+    """Eager attention in a transformers model: the map must be in the graph."""
     switch = getattr(model, "set_attn_implementation", None)
     if switch is None:
         yield None
