@@ -62,6 +62,12 @@ class ParityError(TiFxError):
     exit_code = 1
 
 
+class CoverageError(TiFxError):
+    """A model does not pass a stage of the zoo's chain; the message names the construct or the number."""
+
+    exit_code = 1
+
+
 class CheckpointError(TiFxError):
     """A checkpoint is damaged, incomplete or belongs to another model."""
 

@@ -5,7 +5,8 @@ modules or architectures: a dispatch mode sees every operator of a forward, what
 
 A tensor is *free* if it comes from parameters, buffers and constants alone without a product (a table, its slices, a
 scaled copy); everything else is an activation. So a router ``softmax(x @ W)`` is not counted, and learned queries that
-pass a linear are.
+pass a linear are. Stored queries that meet the keys as they are count, too: a batched product with the free tensor on
+its left.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ Change = Callable[[Tensor], Tensor]
 
 _SOFTMAX = {"aten::_softmax", "aten::_safe_softmax", "aten::softmax"}
 _PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::mv", "aten::dot", "aten::addbmm"}
+_BATCHED = {"aten::bmm", "aten::baddbmm"}
 _FUSED = "scaled_dot_product"
 # These give a tensor of the same numbers in other places. Views are known by themselves.
 _MOVES = {
@@ -137,7 +139,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._fused(name, result, args, kwargs, given)
         facts = self._joined(func, name, given)
         if name in _PRODUCTS:
-            facts = self._product(given)
+            facts = self._product(name, given)
         elif name == "aten::exp" and facts.normalised:
             return self._softmax("exp/sum", result, given)
         elif name == "aten::exp" and facts.scores:
@@ -174,12 +176,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             total=totals.pop() if len(totals) == 1 and not exponents else None,
         )
 
-    def _product(self, given: list[_Facts]) -> _Facts:
+    def _product(self, name: str, given: list[_Facts]) -> _Facts:
         left, right = given[-2:]
         for one, other in ((left, right), (right, left)):
             if not other.free:
                 self._multiplied(one.maps)
-        return _Facts(scores=not (left.free or right.free) or any(facts.scores for facts in given[:-2]))
+        queries = not left.free or name in _BATCHED
+        return _Facts(scores=(queries and not right.free) or any(facts.scores for facts in given[:-2]))
 
     def _multiplied(self, maps: frozenset[int]) -> None:
         for index in maps:
@@ -198,7 +201,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _fused(
         self, name: str, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[_Facts]
     ) -> Any:
-        if not (given[0].free or given[1].free):
+        if not given[1].free:
             index = self._call(name, tuple(args[0].shape), has_value=True)
             if index == self.index and self.change is not None:
                 context = _attention(self.change, *args, **kwargs)

@@ -147,3 +147,15 @@ def _table(task: str) -> Mapping[str, Any]:
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
+
+
+def entry_of(name: str, made: object) -> Entry:
+    """Return the entry of what a factory made: ``(model, example)`` or ``(model, example, other)``.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
+        raise DataError(f"{name}() must return (model, example) or (model, example, other), got {type(made).__name__}")
+    model, example, *others = made
+    return Entry(name, model.eval(), dict(example), dict(others[0] if others else example), "", type(model).__name__)

@@ -1,0 +1,367 @@
+"""The whole chain on one model, stage by stage, with what was measured at each and the reason where it ends."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from ti_fx import roles
+from ti_fx.capture import capture
+from ti_fx.errors import CoverageError, TiFxError
+from ti_fx.export import to_onnx
+from ti_fx.graph import fork, mode
+from ti_fx.passes import (
+    DecomposeAttention,
+    Distill,
+    DuplicateTeacher,
+    Intervene,
+    Pack,
+    QuantizeActivations,
+    Strip,
+    Ternarize,
+)
+from ti_fx.pipeline import Pipeline
+from ti_fx.sites import POINTS, AttentionSite, find_attention
+from ti_fx.structure import named_leaves
+from ti_fx.zoo.count import attention_calls, replaced, uniform
+from ti_fx.zoo.models import Entry
+
+STAGES = ("build", "count", "capture", "sites", "teacher", "prepare", "train", "pack", "export", "runtime")
+CAPTURED = 1e-5  # relative distance of the captured graph's outputs from the model's
+REPLACED = 1e-4  # the same with one block's map replaced in both, where differences are amplified
+QUANTISED = (
+    0.03  # median relative distance of ONNX Runtime's outputs from the packed student's, int8 activations
+)
+
+
+@dataclass
+class Outcome:
+    """How far a model came.
+
+    Attributes:
+        name, model_class, attention: which model.
+        stage: the last stage that was passed.
+        refused: the type and message of the error at the next one; both None after the last.
+        typed: whether that error is one that ti_fx raises on purpose.
+        blocks: attention blocks counted while the model ran. sites: those found in its graph.
+        numbers: what was measured, by name. seconds: by stage.
+        notes: what was left out, and why.
+    """
+
+    name: str
+    model_class: str = ""
+    attention: str = "eager"
+    stage: str = ""
+    refused: tuple[str, str] | None = None
+    typed: bool = True
+    blocks: int | None = None
+    sites: int | None = None
+    kinds: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the last stage was passed."""
+        return self.refused is None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the outcome as JSON values."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def run_chain(
+    name: str,
+    build: Callable[[], Entry],
+    folder: Path,
+    until: str = STAGES[-1],
+    started: Callable[[Outcome], None] = lambda outcome: None,
+) -> Outcome:
+    """Run the stages one after the other, up to the first that fails or to ``until``.
+
+    Args:
+        name: what to call the model.
+        build: makes it.
+        folder: for the ONNX files.
+        until: the last of ``STAGES`` to run.
+        started: called before each stage, and at the end.
+    """
+    outcome = Outcome(name)
+    chain = _Chain(build, folder, outcome)
+    for stage in STAGES[: STAGES.index(until) + 1]:
+        started(outcome)
+        begun = time.perf_counter()
+        try:
+            getattr(chain, stage)()
+        except Exception as error:
+            outcome.refused = (type(error).__name__, f"{stage}: {_line(error)}")
+            outcome.typed = isinstance(error, TiFxError)
+            break
+        finally:
+            outcome.seconds[stage] = round(time.perf_counter() - begun, 3)
+        outcome.stage = stage
+    started(outcome)
+    return outcome
+
+
+class _Chain:
+    """One method per stage, in the order of ``STAGES``."""
+
+    entry: Entry
+    expected: dict[str, Tensor]
+    gm: GraphModule
+    files: dict[str, tuple[Path, GraphModule]]
+
+    def __init__(self, build: Callable[[], Entry], folder: Path, outcome: Outcome) -> None:
+        self.make = build
+        self.folder = folder
+        self.outcome = outcome
+        self.files = {}
+
+    def build(self) -> None:
+        self.entry = self.make()
+        self.outcome.model_class = self.entry.model_class
+        self.outcome.attention = self.entry.attention
+
+    def count(self) -> None:
+        model = self.entry.model
+        self.expected = _tensors(_run(model, self.entry.other))
+        again = _tensors(_run(model, self.entry.other))
+        if distance(again, self.expected) > 0:
+            raise CoverageError(
+                f"{self.entry.model_class} returns other values when it runs again; turn its randomness off"
+            )
+        self.calls = [call for call in attention_calls(model, self.entry.example) if call.has_value]
+        self.outcome.blocks = len(self.calls)
+        if not self.calls:
+            raise CoverageError(f"{self.entry.model_class} calls no softmax on a product of two activations")
+
+    def capture(self) -> None:
+        self.gm = capture(self.entry.model, self.entry.example).eval()
+        found = distance(_tensors(_run(self.gm, self.entry.other)), self.expected)
+        self.outcome.numbers["captured"] = found
+        if not found <= CAPTURED:
+            raise CoverageError(
+                f"the captured graph differs from {self.entry.model_class} at another size (relative {found:.1e})"
+            )
+        Pipeline(DecomposeAttention())(self.gm)
+
+    def sites(self) -> None:
+        sites = find_attention(self.gm)
+        self.outcome.sites = len(sites)
+        for site in sites:
+            self.outcome.kinds[site.kind] = self.outcome.kinds.get(site.kind, 0) + 1
+        if len(sites) != len(self.calls):
+            raise CoverageError(self._miscounted(sites))
+        self.outcome.numbers["replaced"] = max(
+            self._replacing(site, call.index) for site, call in zip(sites, self.calls, strict=True)
+        )
+        if not self.outcome.numbers["replaced"] <= REPLACED:
+            raise CoverageError(
+                f"a uniform map changes the graph and the model differently (relative {self.outcome.numbers['replaced']:.1e})"
+            )
+
+    def _miscounted(self, sites: list[AttentionSite]) -> str:
+        text = f"{len(sites)} attention blocks found, {len(self.calls)} counted"
+        found = [_source_line(site.map) for site in sites]
+        for call in self.calls:
+            if call.source not in found:
+                return f"{text}; first missing: {call.op} in {call.module} ({call.source})"
+            found.remove(call.source)
+        return f"{text}; first too many: softmax in {found[0]}"
+
+    def _replacing(self, site: AttentionSite, index: int) -> float:
+        """Return how differently a uniform map changes the graph and the model."""
+        assert site.map is not None
+        with replaced(self.entry.model, index, uniform):
+            expected = _tensors(_run(self.entry.model, self.entry.example))
+        with torch.no_grad():
+            found = _tensors(
+                _Replaced(self.gm, {site.map: uniform}).run(*_ordered(self.gm, self.entry.example))
+            )
+        return distance(found, expected)
+
+    def teacher(self) -> None:
+        before = _tensors(_run(self.gm, self.entry.other))
+        Pipeline(DuplicateTeacher())(self.gm)
+        twins = {node: twin for twin, node in roles.twins(self.gm.graph).items()}
+        for what, values in (
+            ("student", _run(self.gm, self.entry.other)),
+            ("teacher", _run(_as_teacher(self.gm, twins), self.entry.other)),
+        ):
+            for name, value in _tensors(values).items():
+                if not torch.equal(value.nan_to_num(), before[name].nan_to_num()):
+                    raise CoverageError(
+                        f"the {what}'s output {name} is no longer bit-equal after duplicate-teacher"
+                    )
+
+    def prepare(self) -> None:
+        Pipeline(Ternarize(min_rows=64), QuantizeActivations("int8-tensor"), Distill())(self.gm)
+
+    def train(self) -> None:
+        sites = find_attention(self.gm)
+        for point in (*POINTS, None):
+            having = [site for site in sites if point is None or site.at(point) is not None]
+            if not having:
+                self.outcome.notes.append(f"no block has an {point}")
+                continue
+            layers = None if len(having) == len(sites) else tuple(sorted({site.layer for site in having}))
+            passes = [Intervene(None)]
+            if layers is None:
+                passes = [Intervene(point)]
+            else:
+                missing = len(sites) - len(having)
+                self.outcome.notes.append(f"{missing} of {len(sites)} blocks have no {point}")
+                alike = {(site.stack, site.layer, site.kind) for site in sites if site not in having}
+                passes += [
+                    Intervene(point, layers=(site.layer,), stack=site.stack, kind=site.kind)
+                    for site in having
+                    if (site.stack, site.layer, site.kind) not in alike
+                ]
+            Pipeline(*passes)(self.gm)
+            self._step(point)
+
+    def _step(self, point: str | None) -> None:
+        with mode(self.gm, True), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            parameters = [value for value in self.gm.parameters() if value.requires_grad]
+            result = self.gm(**self.entry.other)
+            result["loss"].backward()
+            gradients = {
+                name: value.grad for name, value in self.gm.named_parameters() if value.grad is not None
+            }
+            self.outcome.numbers[f"loss at {point}"] = float(result["loss"])
+            if not gradients or not any(bool(value.any()) for value in gradients.values()):
+                raise CoverageError(f"no parameter has a gradient with an intervention at {point}")
+            for name, value in gradients.items():
+                if not value.isfinite().all():
+                    raise CoverageError(
+                        f"the gradient of {name} is not finite with an intervention at {point}"
+                    )
+            if point is None:
+                torch.optim.SGD(parameters, lr=1e-4).step()
+            for value in parameters:
+                value.grad = None
+
+    def pack(self) -> None:
+        floating = fork(self.gm)
+        for encoding, gm in (("float", floating), ("int8-tensor", self.gm)):
+            Pipeline(QuantizeActivations(encoding), Strip())(gm)
+            expected = _tensors(_run(gm, self.entry.other))
+            Pipeline(Pack())(gm)
+            for name, value in _tensors(_run(gm, self.entry.other)).items():
+                if not torch.equal(value.nan_to_num(), expected[name].nan_to_num()):
+                    raise CoverageError(f"output {name} is no longer bit-equal after pack")
+            self.files[encoding] = self.folder / f"{encoding}.onnx", gm
+
+    def export(self) -> None:
+        for encoding, (path, gm) in self.files.items():
+            report = to_onnx(gm, path, self.entry.example)
+            self.outcome.numbers[f"{encoding} bytes"] = report.bytes
+
+    def runtime(self) -> None:
+        for encoding, (path, gm) in self.files.items():
+            self._compare(encoding, path, gm)
+
+    def _compare(self, encoding: str, path: Path, gm: GraphModule) -> None:
+        from ti_fx.export import Runtime
+        from ti_fx.export.inputs import run_graph
+
+        expected = run_graph(gm, self.entry.other)
+        found = Runtime(path)({name: self.entry.other[name] for name in _input_names(gm)})
+        distances = sorted(
+            relative(torch.from_numpy(found[name]), value)
+            for name, value in expected.items()
+            if value.is_floating_point()
+        )
+        median = distances[len(distances) // 2]
+        self.outcome.numbers[f"{encoding} runtime"] = median
+        limit = 1e-3 if encoding == "float" else QUANTISED
+        if not median <= limit:
+            raise CoverageError(
+                f"ONNX Runtime differs from the packed student in {encoding} (relative {median:.1e}, at most {limit:g})"
+            )
+
+
+class _Replaced(Interpreter):
+    """Runs a graph with the values of some nodes changed."""
+
+    def __init__(self, gm: GraphModule, changes: Mapping[Node, Callable[[Tensor], Tensor]]) -> None:
+        super().__init__(gm)
+        self.changes = changes
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        return self.changes[n](value) if n in self.changes else value
+
+
+def _as_teacher(gm: GraphModule, twins: Mapping[Node, Node]) -> GraphModule:
+    """Return a fork that returns the teacher's values of the outputs."""
+    teacher = fork(gm)
+    nodes = {node.name: node for node in teacher.graph.nodes}
+    output = teacher.graph.output_node()
+    leaves = [node for node in named_leaves(gm.graph.output_node().args[0]).values()]
+    output.args = (tuple(nodes[twins.get(node, node).name] for node in leaves),)
+    teacher.recompile()
+    return teacher
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    with torch.no_grad():
+        return model(**inputs)
+
+
+def _ordered(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    return [inputs[name] for name in _input_names(gm)]
+
+
+def _input_names(gm: GraphModule) -> list[str]:
+    return [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+
+
+def _tensors(outputs: Any) -> dict[str, Tensor]:
+    """Return the output's tensors by their place."""
+    return {
+        str(index): leaf for index, leaf in enumerate(pytree.tree_leaves(outputs)) if isinstance(leaf, Tensor)
+    }
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Return the L2 distance relative to the expected tensor's norm; NaN where both have it counts as equal."""
+    gap = (found.double() - expected.double()).masked_fill(
+        (found == expected) | (found.isnan() & expected.isnan()), 0
+    )
+    size = expected.double().masked_fill(~expected.isfinite(), 0).norm()
+    return float(gap.norm() / size.clamp(min=1e-12))
+
+
+def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Return the largest relative distance of two structures' tensors, infinite where their shapes differ."""
+    if list(found) != list(expected) or any(found[name].shape != expected[name].shape for name in found):
+        return float("inf")
+    return max((relative(found[name], expected[name]) for name in found), default=0.0)
+
+
+def _source_line(node: Node | None) -> str:
+    """Return ``package/file.py:line`` of the model's code that made a node, as the counting mode writes it."""
+    trace = "" if node is None else str(node.meta.get("stack_trace") or "")
+    places = re.findall(r'File "(.*?)", line (\d+)', trace)
+    for path, line in reversed(places):
+        if "/torch/" not in path:
+            return f"{path.rpartition('site-packages/')[2]}:{line}"
+    return "unknown"
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:500] if lines else type(error).__name__
