@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,8 +81,7 @@ class Intervene(Pass):
     def apply(self, gm: GraphModule) -> None:
         """Undo, rewire, detach, block by block."""
         teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
-        for site in self.select(gm):
-            undo(gm, site)
+        undo(gm, self.select(gm))
         for site in self.select(gm) if self.at is not None else ():
             assert self.at is not None
             tap = site.at(self.at)
@@ -121,7 +121,7 @@ class Intervene(Pass):
             for node in wanted
         ]
         made: dict[Node, Node] = {}
-        for reader in readers:
+        for reader in sorted(readers):  # the first to read an input comes after its detach, so nothing is moved
             position = 1 if aten_name(reader) == "addmm" else 0
             source = reader.args[position]
             assert isinstance(source, Node)
@@ -141,23 +141,25 @@ def consumers(tap: Node) -> list[Node]:
     ]
 
 
-def undo(gm: GraphModule, site: AttentionSite) -> None:
-    """Let a block's consumers read the student's own values again and remove its detaches."""
+def undo(gm: GraphModule, sites: Iterable[AttentionSite]) -> None:
+    """Let the blocks' consumers read the student's own values again and remove the blocks' detaches."""
     teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
-    for point in POINTS:
-        tap = site.at(point)
+    by_name = {node.name: node for node in gm.graph.nodes}
+    inserted: dict[str, list[Node]] = {}
+    for node in gm.graph.nodes:
+        if name := roles.fact(node, "intervention"):
+            inserted.setdefault(str(name), []).append(node)
+    for tap in [site.at(point) for site in sites for point in POINTS]:
         if tap is None or not _point(tap):
             continue
         for user in consumers(teacher[tap]):
             replace_input(user, teacher[tap], tap)
-        by_name = {node.name: node for node in gm.graph.nodes}
-        inserted = [node for node in gm.graph.nodes if roles.fact(node, "intervention") == tap.name]
-        for node in inserted:
+        for node in inserted.get(tap.name, ()):
             original = by_name.get(str(roles.fact(node, "clone_of")))
             source = original if original is not None else node.args[0]
             assert isinstance(source, Node)
             node.replace_all_uses_with(source)
-        for node in reversed(inserted):
+        for node in reversed(inserted.get(tap.name, ())):
             erase(node)
         roles.record(tap, intervened=None, detaches=None)
 
@@ -170,18 +172,19 @@ def _point(node: Node) -> Point | None:
 def _split(gm: GraphModule, site: AttentionSite, projection: Node, tap: Node) -> Node:
     """Copy a fused projection, and what lies between it and the separate Q, K and V, for Q and K alone."""
     assert site.scores is not None
-    for_scores = ancestors([site.scores], stop=lambda node: node is projection)
-    for_value = ancestors(
-        [
-            source
-            for source in site.context.all_input_nodes
-            if source is not site.map and not roles.is_teacher(source)
-        ],
-        stop=lambda node: node is projection or node is site.map,
-    )
-    mixed = [
-        node for node in gm.graph.nodes if node in for_scores & for_value and _is_after(node, projection)
-    ]
+
+    def is_outside(node: Node) -> bool:
+        """Nothing before the projection reads it, so a walk back ends there."""
+        return node is site.map or not projection < node
+
+    for_scores = ancestors([site.scores], stop=is_outside)
+    own = [node for node in site.context.all_input_nodes if node is not site.map]
+    for_value = ancestors([node for node in own if not roles.is_teacher(node)], stop=is_outside)
+    mixed = [projection]
+    for node in sorted(for_scores & for_value):
+        is_value = isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
+        if is_value and not set(mixed).isdisjoint(node.all_input_nodes):
+            mixed.append(node)
     clones: dict[Node, Node] = {}
     for node in mixed:
         with gm.graph.inserting_after(node):
@@ -196,10 +199,3 @@ def _split(gm: GraphModule, site: AttentionSite, projection: Node, tap: Node) ->
             if user in for_scores and user not in mixed and user not in clones.values():
                 replace_input(user, node, clones[node])
     return clones[projection]
-
-
-def _is_after(node: Node, projection: Node) -> bool:
-    return node is projection or (
-        projection in ancestors([node], stop=lambda part: part is projection)
-        and isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
-    )

@@ -42,8 +42,7 @@ def strip_nodes(gm: GraphModule) -> None:
     """Edit the graph only: tensors and modules stay, for a fork that shares them with graphs in training."""
     distill.remove(gm)
     if any(roles.is_teacher(node) for node in gm.graph.nodes):
-        for site in find_attention(gm):
-            intervene.undo(gm, site)
+        intervene.undo(gm, find_attention(gm))
     for node in reversed(list(gm.graph.nodes)):
         if roles.is_teacher(node):
             erase(node)
