@@ -93,7 +93,7 @@ def _interventions(gm: GraphModule) -> Iterator[str]:
         name = str(roles.fact(node, "intervention"))
         if name not in taps:
             yield f"%{node.name} detaches for an intervention at %{name}, where there is none"
-        detached.setdefault(name, set()).update(user.name for user in node.users)
+        detached.setdefault(name, set()).update(_readers(node))
     for node in taps.values():
         point = roles.fact(node, "intervened")
         if node not in twins:
@@ -107,6 +107,15 @@ def _interventions(gm: GraphModule) -> Iterator[str]:
         missing = set(roles.fact(node, "detaches") or ()) - detached.get(node.name, set())
         if missing:
             yield f"the input of %{min(missing)} is not detached for the intervention at %{node.name} ({point})"
+
+
+def _readers(node: Node) -> Iterator[str]:
+    """Yield who reads a detach, past the detaches of other blocks that share the projection."""
+    for user in node.users:
+        if user.target is numerics.detach:
+            yield from _readers(user)
+        else:
+            yield user.name
 
 
 def _same_twins(gm: GraphModule) -> Iterator[str]:
