@@ -11,7 +11,9 @@ its left.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ti_fx.zoo.examples import run
+from ti_fx.zoo.makers import run
 from ti_fx.zoo.models import Entry
 
 Change = Callable[[Tensor], Tensor]
@@ -80,6 +82,7 @@ class AttentionCall:
         source: file and line that called it.
         shape: of the map (of the queries, for a fused operator).
         has_value: whether the map multiplies a further activation; a contrastive or pooling softmax does not.
+        used: whether the model's outputs depend on it.
     """
 
     index: int
@@ -88,6 +91,7 @@ class AttentionCall:
     source: str
     shape: tuple[int, ...]
     has_value: bool
+    used: bool = False
 
 
 @dataclass
@@ -101,6 +105,7 @@ class _Facts:
         exponent: what the softmax that is written out began with, if this is its exponential.
         total: the same, if this is the sum of that exponential, or its logarithm.
         normalised: the logarithm of a softmax: scores less the logarithm of their total.
+        upstream: the calls that it depends on in any way, a bit for each.
     """
 
     free: bool = False
@@ -109,6 +114,7 @@ class _Facts:
     exponent: int | None = None
     total: int | None = None
     normalised: bool = False
+    upstream: int = 0
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -122,6 +128,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.facts: dict[int, _Facts] = {}
         self.written: dict[int, _Facts] = {}  # by storage: what was written into a part of it
         self.path: list[str] = []
+        self.upstream = 0  # of the operator that is running
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             self._set(tensor, _Facts(free=True))
 
@@ -132,6 +139,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = [self._get(tensor) for tensor in tensors]
+        self.upstream = functools.reduce(operator.or_, (facts.upstream for facts in given), 0)
         result = func(*args, **kwargs)
         if name in _SOFTMAX:
             return self._softmax(name, result, given)
@@ -195,6 +203,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if index == self.index and self.change is not None:
                 result = self.change(result)
             facts = _Facts(maps=frozenset((index,)))
+            self.upstream |= 1 << index
         self._set(result, facts)
         return result
 
@@ -203,6 +212,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if not given[1].free:
             index = self._call(name, tuple(args[0].shape), has_value=True)
+            self.upstream |= 1 << index
             if index == self.index and self.change is not None:
                 context = _attention(self.change, *args, **kwargs)
                 result = (context, *result[1:]) if isinstance(result, tuple) else context
@@ -222,11 +232,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, Tensor):
                 self._set(leaf, facts)
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):
-            self.written[args[0].untyped_storage()._cdata] = facts
+            written = replace(facts, upstream=facts.upstream | self.upstream)
+            self.written[args[0].untyped_storage()._cdata] = written
 
     def _set(self, tensor: Tensor, facts: _Facts) -> None:
         self.alive.append(tensor)
-        self.facts[id(tensor)] = facts
+        self.facts[id(tensor)] = replace(facts, upstream=facts.upstream | self.upstream)
+
+    def used(self, outputs: Any) -> int:
+        """Return the calls that the outputs depend on, a bit for each."""
+        leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        return functools.reduce(operator.or_, (self._get(leaf).upstream for leaf in leaves), 0)
 
     def _get(self, tensor: Tensor) -> _Facts:
         facts = self.facts.get(id(tensor))
@@ -237,6 +253,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return facts
         return replace(
             facts,
+            upstream=facts.upstream | written.upstream,
             free=facts.free and written.free,
             scores=facts.scores or written.scores,
             maps=facts.maps | written.maps,
@@ -307,8 +324,8 @@ def attention_calls(model: nn.Module, example: Mapping[str, Tensor]) -> list[Att
     """Return every softmax of a product of two activations in one forward, in the order in which they run."""
     watch = _Watch(model)
     with _watched(watch):
-        run(model, example)
-    return watch.calls
+        used = watch.used(run(model, example))
+    return [replace(call, used=bool(used >> call.index & 1)) for call in watch.calls]
 
 
 @contextmanager

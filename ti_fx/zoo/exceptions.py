@@ -2,21 +2,115 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ti_fx.zoo.examples import Maker
+_MROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [2, 3, 3],
+    "partial_rotary_factor": 1.0,
+}
+_TIMESERIES = {
+    "prediction_length": 8,
+    "context_length": 16,
+    "lags_sequence": [1, 2, 3],
+    "num_time_features": 1,
+}
+_PINPOINTS = {"image_grid_pinpoints": [[32, 64], [64, 32]]}
+# The names spell the code in letters: A is 0.
+_CODES = {
+    "<image>": 127,
+    **{f"IMGIMG{chr(65 + code // 10)}{chr(65 + code % 10)}Z": code for code in range(64)},
+}
+_DETECTOR = {"encoder_in_channels": [32, 64, 128]}
 
 # Fields of a configuration, by the configuration's own ``model_type`` (also one inside another).
-FIELDS: dict[str, dict[str, Any]] = {}
+FIELDS: dict[str, dict[str, Any]] = {
+    "align_vision_model": {"width_coefficient": 0.05, "depth_coefficient": 0.3, "hidden_dim": 64},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "autoformer": _TIMESERIES,
+    "bit": {"num_groups": 1},
+    "chameleon": {"vocabulary_map": _CODES},
+    "clvp_decoder": {"num_attention_heads": 2},
+    "clvp_encoder": {"num_attention_heads": 2},
+    "dots1": {"n_shared_experts": 1},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
+    "efficientnet": {"width_coefficient": 0.05, "depth_coefficient": 0.3, "hidden_dim": 64},
+    "esm": {"pad_token_id": 1},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "glm4v_moe_text": {"rope_parameters": _MROPE},
+    "glm4v_text": {"rope_parameters": _MROPE},
+    "glm_image_text": {"rope_parameters": _MROPE},
+    "glm_ocr_text": {"rope_parameters": _MROPE},
+    "glmasr_encoder": {"intermediate_size": 256},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "hifigan": {"model_in_dim": 32},
+    "idefics": {"additional_vocab_size": 0},
+    "informer": _TIMESERIES,
+    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
+    "levit": {"patch_size": 16, "image_size": 128},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 96},
+    "llama4_vision_model": {"intermediate_size": 256},
+    "llava_next": _PINPOINTS,
+    "llava_next_video": _PINPOINTS,
+    "llava_onevision": _PINPOINTS,
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"head_dim": 32},
+    "mobilevit": {"hidden_sizes": [16, 32, 48]},
+    "mobilevitv2": {"image_size": 128},
+    "qwen2_5_vl_text": {"rope_parameters": _MROPE},
+    "qwen2_vl_text": {"rope_parameters": _MROPE},
+    "rt_detr": _DETECTOR,
+    "rt_detr_v2": _DETECTOR,
+    "t5gemma2_encoder": {"mm_tokens_per_image": 4},
+    "time_series_transformer": _TIMESERIES,
+    "voxtral_encoder": {"intermediate_size": 256},
+    "xmod": {"default_language": "en_XX"},
+}
 
 # Which of transformers' tables of classes has the class to build ("BASE": the model without a head).
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "longformer": "MASKED_LM",  # a class token attends globally, so the last layer's windows would not matter
+    "musicgen": "TEXT_TO_WAVEFORM",
+    "musicgen_melody": "TEXT_TO_WAVEFORM",
+}
 
-# Makers of inputs that the rules don't make, or make otherwise, and inputs that the rules would make and that have
-# to stay away.
-ALSO: dict[str, dict[str, tuple[Maker, ...]]] = {}
-UNUSED: dict[str, frozenset[str]] = {}
+# Inputs beyond those of the rules, with a maker's name where the rule's is not wanted.
+ALSO: dict[str, dict[str, str]] = {
+    "blip_2_qformer": {"encoder_hidden_states": ""},
+    "decision_transformer": {
+        "states": "",
+        "actions": "",
+        "rewards": "",
+        "returns_to_go": "",
+        "timesteps": "",
+    },
+    "deepseek_vl_hybrid": {"high_res_pixel_values": ""},
+    "dia": {"decoder_input_ids": "code words"},
+    "idefics": {"image_attention_mask": "", "pixel_values": "image lists"},
+    "kosmos-2": {"input_ids": "long words", "image_embeds_position_mask": ""},
+    "lightglue": {"pixel_values": "pairs"},
+    "lxmert": {"visual_feats": "", "visual_pos": ""},
+    "mllama": {
+        "pixel_values": "aspect images",
+        "aspect_ratio_ids": "",
+        "aspect_ratio_mask": "",
+        "input_ids": "words",
+        "cross_attention_mask": "",
+    },
+    "musicgen": {"decoder_input_ids": "codebook rows"},
+    "musicgen_melody": {"decoder_input_ids": "codebook rows"},
+}
+for _name in ("autoformer", "informer", "time_series_transformer"):
+    ALSO[_name] = {"past_time_features": "", "future_values": "", "future_time_features": ""}
+for _name in ("llava_next", "llava_next_video", "llava_onevision"):
+    ALSO[_name] = {"pixel_values": "tiles", "image_sizes": "wide sizes"}
+
+# Inputs that the rules would make and that have to stay away.
+UNUSED: dict[str, frozenset[str]] = {
+    "llava": frozenset({"image_sizes"}),
+}
 
 # Types that are not built, and why.
 REFUSED: dict[str, str] = {}

@@ -14,9 +14,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.import_utils import is_timm_available
 
 from ti_fx.errors import DataError, did_you_mean
-from ti_fx.zoo.examples import Sizes, example_inputs
+from ti_fx.zoo.examples import example_inputs
 from ti_fx.zoo.exceptions import REFUSED, TASKS
 from ti_fx.zoo.redraw import redraw
+from ti_fx.zoo.request import Sizes
 from ti_fx.zoo.tiny import tiny_config
 
 # What a user trains, by the words of transformers' tables of classes. The first table with the type decides.
@@ -156,6 +157,10 @@ def entry_of(name: str, made: object) -> Entry:
         DataError: it is something else.
     """
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
-        raise DataError(f"{name}() must return (model, example) or (model, example, other), got {type(made).__name__}")
+        raise DataError(
+            f"{name}() must return (model, example) or (model, example, other), got {type(made).__name__}"
+        )
     model, example, *others = made
-    return Entry(name, model.eval(), dict(example), dict(others[0] if others else example), "", type(model).__name__)
+    return Entry(
+        name, model.eval(), dict(example), dict(others[0] if others else example), "", type(model).__name__
+    )

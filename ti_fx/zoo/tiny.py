@@ -64,6 +64,11 @@ def _wide(limit: int) -> Rule:
     return lambda value: limit if value >= 32 else value
 
 
+def _window(value: int) -> int:
+    """A window of 64 and more is measured in pixels where patches are: two patches along each side of a merged one."""
+    return min(value, 4) if value < 64 else 4 * PATCH
+
+
 # The first pattern found anywhere in the field's name decides. All apply to whole numbers.
 _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
     (re.compile(pattern), rule)
@@ -72,10 +77,13 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (r"experts_per_tok|top_?k_experts|experts_top_?k|moe_top_?k|moe_k$|selected_experts", _at_most(2)),
         (r"shared_experts?$", _at_most(1)),
         (r"experts?$|num_local_experts|experts", _at_most(4)),
-        (r"^(n_group|topk_group|num_expert_group|topk_groups?|n_expert_groups?)$", _at_most(1)),
+        (
+            r"^(n_groups?|num_groups|mamba_n_groups|topk_group|num_expert_group|topk_groups?|n_expert_groups?)$",
+            _at_most(1),
+        ),
         (r"qk_nope_head_dim|qk_rope_head_dim|rotary_dim", _at_most(HEAD // 2)),
         (
-            r"head_dim|^d_kv$|dim_head|^d_head$|head_size|dim_per_head|mamba_d_head|kv_channels",
+            r"head_dim|^d_kv$|dim_head|^d_head$|head_size|dim_per_head|kv_channels",
             _at_most(HEAD),
         ),
         (r"kv_head|key_value_head|_kv_heads|num_query_groups|multi_query_group", _at_most(2)),
@@ -95,7 +103,7 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
             r"position|max_.*length|context_length|max_len|max_seq|block_size|sequence_length",
             _at_most(POSITIONS),
         ),
-        (r"sliding_window|attention_window|local_attention|window", _at_most(4)),
+        (r"sliding_window|attention_window|local_attention|window", _window),
         (r"chunk_size", _at_most(16)),
         (r"num_queries|num_query_tokens|num_latents|n_queries|query_length|num_denoising", _at_most(8)),
         (r"num_frames|num_image_tokens", _at_most(4)),
@@ -103,6 +111,7 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
             r"sampling_rate|sample_rate|_rate$|_id$|ignore|theta|temperature|base$|buckets|distance|stride|factor",
             int,
         ),
+        (r"upsample_groups", _wide(WIDTH)),
         (r"kernel|hop_length|n_fft|frame|period|floor|interval|multiplier", int),
         (r"hidden|dim|size|channel|width|units|filters|d_model|n_embd|embd|feats|features", _wide(WIDTH)),
     )
@@ -129,6 +138,8 @@ class _Tiny:
             if value is None:
                 if name in _NEEDED:
                     changed[name] = _NEEDED[name]
+                elif re.search(r"^(image|audio)_token_(id|index)$", name):
+                    changed[name] = self.token(-len(name))
                 continue
             if name.startswith("_out_"):
                 continue
@@ -142,7 +153,8 @@ class _Tiny:
                 continue  # worked out by the class from other fields, as it will be again
             else:
                 smaller = self.value(name, value, layers or LAYERS, staged)
-                if smaller != value:
+                given = field.default is not None and value != field.default
+                if given or smaller != value:
                     changed[name] = smaller
         if vars(config).get("num_key_value_heads") == vars(config).get("num_attention_heads"):
             changed.pop("num_key_value_heads", None)
@@ -173,14 +185,14 @@ class _Tiny:
     def token(self, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(self.token(entry) for entry in value)
-        if not isinstance(value, int) or value < FIRST_SPECIAL:
+        if not isinstance(value, int) or 0 <= value < FIRST_SPECIAL:
             return value
         return self.ids.setdefault(value, VOCABULARY - 1 - len(self.ids))
 
     def numbers(self, name: str, values: Sequence[Any], layers: int, staged: bool) -> list[Any]:
         if not values or not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
             return list(values)
-        if _LAYER_INDICES.search(name) and "out_" not in name:
+        if _LAYER_INDICES.search(name) and "out_" not in name and not name.startswith("stage"):
             last = max(max(values), 1)
             return sorted({value if value < 0 else value * (layers - 1) // last for value in values})
         if name in ("depths", "num_blocks", "layers", "blocks_per_stage", "stage_num_blocks"):
@@ -207,6 +219,10 @@ class _Tiny:
             return min(value, PATCH)
         if staged and name == "embed_dim":
             return 2 * NARROW
+        if staged and name == "window_size":
+            return min(value, 2)
+        if staged and re.search(r"num_encoder_blocks|num_stages", name):
+            return value
         for pattern, rule in _RULES:
             if pattern.search(name):
                 return rule(value)

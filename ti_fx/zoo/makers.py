@@ -1,0 +1,386 @@
+"""Makers of a forward's inputs, by the input's name."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ti_fx.zoo.request import Request
+from ti_fx.zoo.tiny import FIRST_SPECIAL
+
+WORDS = range(60, FIRST_SPECIAL)  # ids that are no special token in any tiny configuration
+PADDED = 3  # positions at the end of the last row
+SAMPLES = 1920  # of a waveform
+FRAMES = 4  # of a video
+GRID = 4  # patches along each side of an image that comes as a list of patches
+
+
+def _images(request: Request) -> Tensor:
+    return request.normal(request.batch, request.channels, *request.image)
+
+
+def _image_lists(request: Request) -> Tensor:
+    return request.normal(request.batch, 1, request.channels, *request.image)
+
+
+def _videos(request: Request) -> Tensor:
+    frames = request.number("num_frames", "frames_per_clip", default=FRAMES)
+    return request.normal(request.batch, frames, request.channels, *request.image)
+
+
+def _patch_width(request: Request) -> int:
+    patch = request.number("patch_size", "spatial_patch_size", default=8)
+    return request.channels * request.number("temporal_patch_size", default=1) * patch * patch
+
+
+def _flat_patches(request: Request) -> Tensor:
+    """Return the patches of all images one after the other, as models with a grid take them."""
+    return request.normal(request.batch * GRID * GRID, _patch_width(request))
+
+
+def _patches(request: Request) -> Tensor:
+    return request.normal(request.batch, GRID * GRID, _patch_width(request))
+
+
+def _patch_images(request: Request) -> Tensor:
+    patch = request.number("patch_size", default=8)
+    return request.normal(request.batch * GRID * GRID, request.channels, patch, patch)
+
+
+def _grid(request: Request) -> Tensor:
+    return torch.tensor([[1, GRID, GRID]] * request.batch)
+
+
+def _grid_shapes(request: Request) -> Tensor:
+    return torch.tensor([[GRID, GRID]] * request.batch)
+
+
+def _image_sizes(request: Request) -> Tensor:
+    return torch.tensor([list(request.image)] * request.batch)
+
+
+def _hidden_states(request: Request) -> Tensor:
+    width = request.number("hidden_size", default=64)
+    return request.normal(request.batch, request.sizes.length, width)
+
+
+def _waveforms(request: Request) -> Tensor:
+    return request.normal(request.batch, SAMPLES)
+
+
+def _channel_waveforms(request: Request) -> Tensor:
+    return request.normal(request.batch, request.number("audio_channels", "channels", default=1), SAMPLES)
+
+
+def _frames(request: Request) -> int:
+    return 2 * request.number("max_source_positions", default=32)
+
+
+def _spectrograms(request: Request) -> Tensor:
+    return request.normal(request.batch, request.bins, _frames(request))
+
+
+def _frame_rows(request: Request) -> Tensor:
+    frames = request.number("max_length", default=_frames(request))
+    return request.normal(request.batch, frames, request.bins)
+
+
+def _wide_frame_rows(request: Request) -> Tensor:
+    """Return two frames joined to one, as some feature extractors give them."""
+    return request.normal(request.batch, _frames(request), 2 * request.bins)
+
+
+def _frame_images(request: Request) -> Tensor:
+    frames = request.number("spec_size", "max_length", default=_frames(request))
+    return request.normal(request.batch, 1, frames, request.bins)
+
+
+def _sound(request: Request) -> Tensor:
+    return (
+        request.made["input_features"] if "input_features" in request.made else request.made["input_values"]
+    )
+
+
+def _last_mask(request: Request) -> Tensor:
+    sound = _sound(request)
+    return torch.ones(request.batch, sound.shape[-1], dtype=torch.long)
+
+
+def _middle_mask(request: Request) -> Tensor:
+    sound = _sound(request)
+    return torch.ones(request.batch, sound.shape[1], dtype=torch.long)
+
+
+def _pixel_mask(request: Request) -> Tensor:
+    made = request.made["pixel_values"]
+    kept = [size for axis, size in enumerate(made.shape) if axis != made.dim() - 3]
+    return torch.ones(kept if made.dim() > 3 else made.shape[:2], dtype=torch.long)
+
+
+def _words(request: Request) -> Tensor:
+    return request.integers(WORDS.start, WORDS.stop, request.batch, request.sizes.length)
+
+
+def _words_with_features(request: Request) -> Tensor:
+    """Return words after one placeholder for each feature that the image or audio tower gives."""
+    words = _words(request)
+    for kind, token in _placeholders(request).items():
+        count = _feature_count(request, kind) // request.batch
+        words = torch.cat([torch.full((request.batch, count), token), words], dim=1)
+    return words
+
+
+def _words_as_told(request: Request) -> Tensor:
+    """Return words after as many placeholders as the forward says that it misses."""
+    words = _words(request)
+    for token in _placeholders(request).values():
+        one = torch.cat([torch.full((request.batch, 1), token), words], dim=1)
+        mask = {"attention_mask": torch.ones_like(one)}
+        try:
+            run(request.model, {**request.made, **mask, "input_ids": one})
+        except ValueError as error:
+            told = re.search(r"features:? (\d+)", str(error))
+            count = int(told.group(1)) // request.batch if told else 0
+            words = torch.cat([torch.full((request.batch, count), token), words], dim=1)
+    return words
+
+
+_TOWERS = {"image": ("pixel_values",), "audio": ("input_features", "input_values")}
+
+
+def _placeholders(request: Request) -> dict[str, int]:
+    """Return the token that stands for a feature, for each kind of input that was made."""
+    found = {}
+    for kind, keys in _TOWERS.items():
+        names = (f"{kind}_token_id", f"{kind}_token_index", f"{kind}_token")
+        token = request.number(*names, default=-1)
+        if token >= 0 and any(key in request.made for key in keys):
+            found[kind] = token
+    return found
+
+
+def _feature_count(request: Request, kind: str) -> int:
+    """Run the tower; return how many features it gives to the language model, all rows together."""
+    owner = next(
+        (one for one in (request.model.base_model, request.model) if hasattr(one, f"get_{kind}_features")),
+        request.model,
+    )
+    features = getattr(owner, f"get_{kind}_features")
+    accepted = inspect.signature(features).parameters
+    with torch.no_grad():
+        found = features(**{key: value for key, value in request.made.items() if key in accepted})
+    found = getattr(found, "pooler_output", found)
+    leaves = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+    return sum(math.prod(leaf.shape[:-1]) for leaf in leaves)
+
+
+def run(model: nn.Module, example: Mapping[str, Tensor]) -> Any:
+    """Return the model's outputs, computed without gradients."""
+    with torch.no_grad():
+        return model(**example)
+
+
+def _attention_mask(request: Request) -> Tensor:
+    mask = torch.ones(request.made["input_ids"].shape[:2], dtype=torch.long)
+    mask[-1, -PADDED:] = 0
+    return mask
+
+
+def _image_words(request: Request) -> Tensor:
+    """Return 1 at the placeholders of an image, 2 or more nowhere."""
+    token = request.number("image_token_id", "image_token_index", default=-1)
+    return (request.made["input_ids"] == token).long()
+
+
+def _boxes(request: Request) -> Tensor:
+    corner = request.integers(0, 30, *request.made["input_ids"].shape, 2)
+    return torch.cat([corner, corner + request.integers(1, 30, *corner.shape)], dim=-1)
+
+
+def _tiles(request: Request) -> Tensor:
+    """Return an image cut into two and the whole of it."""
+    return request.normal(request.batch, 3, request.channels, *request.image)
+
+
+def _wide_sizes(request: Request) -> Tensor:
+    """Return the size of an image that is cut into two."""
+    height, width = request.image
+    return torch.tensor([[height, 2 * width]] * request.batch)
+
+
+def _ones(*names: str) -> Maker:
+    """Return a maker of a mask as large as an input that was made."""
+    return lambda request: torch.ones(
+        next(request.made[n] for n in names if n in request.made).shape, dtype=torch.long
+    )
+
+
+def _numbers(*shape: int) -> Maker:
+    """Return a maker of normal numbers: [batch, *shape]."""
+    return lambda request: request.normal(request.batch, *shape)
+
+
+def _same(*shape: int, value: int = 1) -> Maker:
+    """Return a maker of one whole number everywhere: [batch, *shape]."""
+    return lambda request: torch.full((request.batch, *shape), value)
+
+
+def _steps(*width: str) -> Maker:
+    """Return a maker of numbers for each step: [batch, length, the field's value]."""
+    return lambda request: request.normal(
+        request.batch, request.sizes.length, request.number(*width, default=1)
+    )
+
+
+def _times(request: Request) -> Tensor:
+    return torch.arange(request.sizes.length).expand(request.batch, -1).clone()
+
+
+def _past(request: Request) -> int:
+    lags: list[int] = getattr(request.config, "lags_sequence", None) or [0]
+    return request.number("context_length", default=16) + max(lags)
+
+
+def _past_values(request: Request) -> Tensor:
+    return request.normal(request.batch, _past(request))
+
+
+def _past_channels(request: Request) -> Tensor:
+    channels = request.number("num_input_channels", default=1)
+    return request.normal(request.batch, request.number("context_length", default=32), channels)
+
+
+def _past_times(request: Request) -> Tensor:
+    return request.normal(request.batch, _past(request), request.number("num_time_features", default=1))
+
+
+def _future_values(request: Request) -> Tensor:
+    return request.normal(request.batch, request.number("prediction_length", default=8))
+
+
+def _future_times(request: Request) -> Tensor:
+    steps = request.number("prediction_length", default=8)
+    return request.normal(request.batch, steps, request.number("num_time_features", default=1))
+
+
+def _visual_features(request: Request) -> Tensor:
+    return request.normal(request.batch, 5, request.number("visual_feat_dim", default=64))
+
+
+def _image_positions(request: Request) -> Tensor:
+    """Return 1 for the first positions, as many as an image has features."""
+    mask = torch.zeros(request.made["input_ids"].shape, dtype=torch.long)
+    mask[:, 1 : 1 + request.number("latent_query_num", default=4)] = 1
+    return mask
+
+
+def _long_words(request: Request) -> Tensor:
+    """Return words enough to hold the image's features."""
+    count = request.number("latent_query_num", default=4)
+    return request.integers(WORDS.start, WORDS.stop, request.batch, request.sizes.length + count)
+
+
+def _image_attention(request: Request) -> Tensor:
+    return torch.ones(*request.made["input_ids"].shape, 1, dtype=torch.long)
+
+
+def _code_words(request: Request) -> Tensor:
+    """Return one word a codebook at each step: [batch, length, codebooks]."""
+    books = request.number("num_channels", "num_codebooks", default=1)
+    return request.integers(0, 60, request.batch, request.sizes.length, books)
+
+
+def _codebook_rows(request: Request) -> Tensor:
+    """Return the codebooks as rows: [batch · codebooks, length]."""
+    books = request.number("num_codebooks", default=1)
+    return request.integers(0, 60, request.batch * books, request.sizes.length)
+
+
+def _aspect_images(request: Request) -> Tensor:
+    return request.normal(request.batch, 1, 4, request.channels, *request.image)
+
+
+def _cross_mask(request: Request) -> Tensor:
+    return torch.ones(*request.made["input_ids"].shape, 1, 4, dtype=torch.long)
+
+
+def _pairs(request: Request) -> Tensor:
+    return request.normal(request.batch, 2, request.channels, *request.image)
+
+
+def _encoded(request: Request) -> Tensor:
+    return request.normal(request.batch, 9, request.number("encoder_hidden_size", "hidden_size", default=64))
+
+
+Maker = Callable[[Request], Tensor]
+# In the order in which they are made; several makers are tried in turn.
+MAKERS: dict[str, tuple[Maker, ...]] = {
+    "image_grid_thw": (_grid,),
+    "grid_thw": (_grid,),
+    "image_sizes": (_image_sizes, _wide_sizes),
+    "spatial_shapes": (_grid_shapes,),
+    "merge_sizes": (lambda request: torch.ones(request.batch, dtype=torch.long),),
+    "image_merge_sizes": (lambda request: torch.full((request.batch,), 2),),
+    "pixel_values": (_images, _videos, _image_lists, _flat_patches, _patches, _patch_images, _tiles),
+    "high_res_pixel_values": (_images,),
+    "pixel_values_videos": (_videos,),
+    "pixel_attention_mask": (_pixel_mask,),
+    "aspect_ratio_ids": (_same(1),),
+    "aspect_ratio_mask": (_same(1, 4),),
+    "hidden_states": (_flat_patches, _patch_images, _hidden_states),
+    "input_values": (_waveforms, _channel_waveforms, _frame_rows),
+    "input_features": (_spectrograms, _frame_rows, _wide_frame_rows, _frame_images),
+    "audio_mel": (_frame_rows,),
+    "input_features_mask": (_last_mask, _middle_mask),
+    "feature_attention_mask": (_last_mask, _middle_mask),
+    "audio_mel_mask": (lambda request: torch.zeros(request.made["audio_mel"].shape[:2], dtype=torch.bool),),
+    "input_ids": (_words_with_features, _words_as_told, _words),
+    "attention_mask": (_attention_mask,),
+    "image_embeds_position_mask": (_image_positions,),
+    "image_attention_mask": (_image_attention,),
+    "cross_attention_mask": (_cross_mask,),
+    "mm_token_type_ids": (_image_words,),
+    "qformer_input_ids": (_words,),
+    "decoder_input_ids": (_words,),
+    "bbox": (_boxes,),
+    "visual_feats": (_visual_features,),
+    "visual_pos": (_numbers(5, 4),),
+    "task_inputs": (lambda request: request.integers(WORDS.start, WORDS.stop, request.batch, 8),),
+    "query_embeds": (_numbers(8, 64),),
+    "encoder_hidden_states": (_encoded,),
+    "states": (_steps("state_dim"),),
+    "actions": (_steps("act_dim"),),
+    "rewards": (_steps(),),
+    "returns_to_go": (_steps(),),
+    "timesteps": (_times,),
+    "past_values": (_past_values, _past_channels),
+    "past_time_features": (_past_times,),
+    "past_observed_mask": (_ones("past_values"),),
+    "past_values_padding": (
+        lambda request: torch.zeros(request.made["past_values"].shape, dtype=torch.long),
+    ),
+    "freq": (_same(1, value=0),),
+    "future_values": (_future_values,),
+    "future_time_features": (_future_times,),
+    "latents": (_numbers(64, 16),),
+}
+# Shapes that only some models take, tried in place of the rule's.
+OTHER_MAKERS: dict[str, Maker] = {
+    "aspect images": _aspect_images,
+    "code words": _code_words,
+    "codebook rows": _codebook_rows,
+    "long words": _long_words,
+    "pairs": _pairs,
+    "tiles": _tiles,
+    "wide sizes": _wide_sizes,
+    "words": _words,
+    "image lists": _image_lists,
+    "numbers": _steps("hidden_size"),
+}
