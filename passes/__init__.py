@@ -3,6 +3,7 @@
 if __name__ != "ti_fx.passes":
     raise ImportError(f"import ti_fx.passes, not {__name__}: this would make a second copy of every pass")
 
+from ti_fx.passes.canonicalize import Canonicalize
 from ti_fx.passes.decompose_attention import DecomposeAttention
 from ti_fx.passes.distill import Distill
 from ti_fx.passes.duplicate_teacher import DuplicateTeacher
@@ -13,6 +14,7 @@ from ti_fx.passes.strip import Strip
 from ti_fx.passes.ternarize import Ternarize
 
 __all__ = [
+    "Canonicalize",
     "DecomposeAttention",
     "Distill",
     "DuplicateTeacher",

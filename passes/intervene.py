@@ -10,8 +10,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ti_fx import numerics, roles
+from ti_fx.dataflow import projection_input
 from ti_fx.errors import PostconditionError, PreconditionError, SelectionError, did_you_mean
-from ti_fx.graph import ancestors, aten_name, call, erase, place, replace_input
+from ti_fx.graph import ancestors, call, erase, place, replace_input
 from ti_fx.pipeline import Pass
 from ti_fx.sites import POINTS, AttentionSite, Point, find_attention
 from ti_fx.structure import is_container
@@ -121,14 +122,14 @@ class Intervene(Pass):
             for node in wanted
         ]
         made: dict[Node, Node] = {}
-        for reader in sorted(readers):  # the first to read an input comes after its detach, so nothing is moved
-            position = 1 if aten_name(reader) == "addmm" else 0
-            source = reader.args[position]
-            assert isinstance(source, Node)
+        for reader in sorted(
+            readers
+        ):  # the first to read an input comes after its detach, so nothing is moved
+            source = projection_input(reader)
             if source not in made:
                 made[source] = call(reader, numerics.detach, (source,), f"{reader.name}_input", "student")
                 roles.record(made[source], intervention=tap.name)
-            reader.update_arg(position, made[source])
+            replace_input(reader, source, made[source])
         return [reader.name for reader in readers]
 
 

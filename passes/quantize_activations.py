@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
 from ti_fx import numerics, roles
-from ti_fx.dataflow import is_ours, projection_weight
+from ti_fx.dataflow import MATMUL, is_ours, projection_weight
 from ti_fx.encodings import ENCODINGS, get_encoding
 from ti_fx.errors import PostconditionError, PreconditionError, SelectionError
 from ti_fx.graph import aten_name, call, erase, state
@@ -56,10 +57,11 @@ class QuantizeActivations(Pass):
     def apply(self, gm: GraphModule) -> None:
         """Set the quantiser of every selected read."""
         function = get_encoding(self.encoding).fake_quant
+        twins = roles.twins(gm.graph)
         for reader, position in self._projections(gm):
-            _set(gm, reader, position, function)
-        for reader, position in _attention_reads(gm):
-            _set(gm, reader, position, function if self.attention else None)
+            _set(twins, reader, position, function)
+        for reader, position in _attention_reads(gm, self.attention):
+            _set(twins, reader, position, function if self.attention else None)
         state(gm)["encoding"] = self.encoding
 
     def ensures(self, gm: GraphModule) -> None:
@@ -82,15 +84,20 @@ class QuantizeActivations(Pass):
         ]
 
 
-def _attention_reads(gm: GraphModule) -> list[tuple[Node, int]]:
+def _attention_reads(gm: GraphModule, wanted: bool) -> list[tuple[Node, int]]:
     """Return the reads of Q, K, map and V: before K's transpose, so that a token is a vector along the last axis."""
     reads: list[tuple[Node, int]] = []
     for site in find_attention(gm):
         if site.map is None or site.scores is None:
             continue
         product: Node | None = _score_product(site.scores)
-        if product is None:
-            raise SelectionError(f"{site.where}: no single product of Q and K feeds %{site.scores.name}")
+        if product is None or aten_name(site.context) not in ("matmul", "bmm"):
+            if not wanted:
+                continue  # never quantised
+            raise SelectionError(
+                f"{site.where}: no matmul of Q and K feeds %{site.scores.name}, or none of map and V makes "
+                f"%{site.context.name}; set attention=False"
+            )
         first = 1 if aten_name(product) == "baddbmm" else 0
         key = product.args[first + 1]
         transposed = isinstance(key, Node) and aten_name(key) == "transpose"
@@ -102,13 +109,18 @@ def _attention_reads(gm: GraphModule) -> list[tuple[Node, int]]:
     return reads
 
 
-def _score_product(node: Node) -> Node | None:
-    while aten_name(node) not in ("matmul", "bmm", "baddbmm"):
-        sources = [source for source in node.all_input_nodes if roles.is_student(source)]
-        if not sources:
-            return None
-        node = sources[0]
-    return node
+def _score_product(scores: Node) -> Node | None:
+    """Return the nearest product of two activations upstream of the scores, None if that is an einsum."""
+    queue, seen = deque([scores]), {scores}
+    while queue:
+        node = queue.popleft()
+        if aten_name(node) in MATMUL and all(source.op != "get_attr" for source in node.all_input_nodes):
+            return node if aten_name(node) != "einsum" else None
+        for source in node.all_input_nodes:
+            if roles.is_student(source) and source not in seen:
+                seen.add(source)
+                queue.append(source)
+    return None
 
 
 def _chain(reader: Node, position: int) -> list[Node]:
@@ -126,7 +138,7 @@ def _quantiser(reader: Node, position: int) -> Node | None:
     return next((node for node in _chain(reader, position) if node.target in _FAKE_QUANTS), None)
 
 
-def _set(gm: GraphModule, reader: Node, position: int, function: object) -> None:
+def _set(twins: dict[Node, Node], reader: Node, position: int, function: object) -> None:
     present = _quantiser(reader, position)
     if present is not None:
         if function is None:
@@ -142,7 +154,7 @@ def _set(gm: GraphModule, reader: Node, position: int, function: object) -> None
     )
     below = between[-1] if between else reader
     if quantiser is None:
-        base = roles.twins(gm.graph).get(source, source).name
+        base = twins.get(source, source).name
         quantiser = call(below, function, (source,), f"{base}_int8", "student")
     below.replace_input_with(source, quantiser) if between else _replace_argument(reader, position, quantiser)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import zoo_attention as variants
 import zoo_parts as parts
 from torch import Tensor, nn

@@ -21,6 +21,7 @@ from ti_fx import normalise
 from ti_fx.errors import CaptureError, InputError
 from ti_fx.graph import aten_name, constant_size, mode, state
 from ti_fx.metadata import guard_count, refresh
+from ti_fx.passes.canonicalize import Canonicalize
 from ti_fx.tracing import BATCH, Dynamic, export, traceable
 
 RELATIVE_TOLERANCE = (
@@ -98,6 +99,7 @@ def capture(
         stack.enter_context(mode(model, True))
         exported, static = export(model, traced, constants, dynamic)
         gm = normalise.to_plain(exported, model, list(tensors))
+        Canonicalize().apply(gm)
         dims, names = _dims(gm, list(tensors))
         refresh(gm, gm.graph.nodes)  # torch.export's strides of views are not always what evaluating gives
         state(gm)["dims"] = names

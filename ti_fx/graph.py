@@ -78,6 +78,16 @@ def replace_input(user: Node, old: Node, new: Node) -> None:
     user.replace_input_with(old, new)
 
 
+def supersede(old: Node, new: Node) -> None:
+    """Let ``new`` have the readers, the name and the shape of ``old``, which is erased."""
+    name = old.name
+    new.meta["val"] = old.meta["val"]
+    old.replace_all_uses_with(new)
+    erase(old)
+    new.graph._graph_namespace._used_names.discard(new.name)
+    new._rename(name)
+
+
 def tensor(gm: GraphModule, target: str) -> Tensor:
     """Return the parameter or buffer at a dotted path."""
     owner, _, name = target.rpartition(".")
