@@ -83,6 +83,8 @@ class AttentionCall:
         shape: of the map (of the queries, for a fused operator).
         has_value: whether the map multiplies a further activation; a contrastive or pooling softmax does not.
         used: whether the model's outputs depend on it.
+        moot: whether every position has the same value, so that no map would make a difference: the first block of
+            a decoder whose queries begin as zeros, or a map over one position.
     """
 
     index: int
@@ -92,6 +94,7 @@ class AttentionCall:
     shape: tuple[int, ...]
     has_value: bool
     used: bool = False
+    moot: bool = False
 
 
 @dataclass
@@ -147,7 +150,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._fused(name, result, args, kwargs, given)
         facts = self._joined(func, name, given)
         if name in _PRODUCTS:
-            facts = self._product(name, given)
+            facts = self._product(name, given, tensors[-2:])
         elif name == "aten::exp" and facts.normalised:
             return self._softmax("exp/sum", result, given)
         elif name == "aten::exp" and facts.scores:
@@ -184,17 +187,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             total=totals.pop() if len(totals) == 1 and not exponents else None,
         )
 
-    def _product(self, name: str, given: list[_Facts]) -> _Facts:
+    def _product(self, name: str, given: list[_Facts], operands: list[Tensor]) -> _Facts:
         left, right = given[-2:]
-        for one, other in ((left, right), (right, left)):
+        for one, other, value, axis in ((left, right, operands[1], -2), (right, left, operands[0], -1)):
             if not other.free:
-                self._multiplied(one.maps)
+                self._multiplied(one.maps, value, axis)
         queries = not left.free or name in _BATCHED
         return _Facts(scores=(queries and not right.free) or any(facts.scores for facts in given[:-2]))
 
-    def _multiplied(self, maps: frozenset[int]) -> None:
+    def _multiplied(self, maps: frozenset[int], value: Tensor, axis: int) -> None:
         for index in maps:
-            self.calls[index] = replace(self.calls[index], has_value=True)
+            self.calls[index] = replace(self.calls[index], has_value=True, moot=_same_along(value, axis))
 
     def _softmax(self, op: str, result: Tensor, given: list[_Facts]) -> Tensor:
         facts = _Facts(free=given[0].free)
@@ -212,6 +215,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if not given[1].free:
             index = self._call(name, tuple(args[0].shape), has_value=True)
+            self._multiplied(frozenset((index,)), args[2], -2)
             self.upstream |= 1 << index
             if index == self.index and self.change is not None:
                 context = _attention(self.change, *args, **kwargs)
@@ -258,6 +262,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             scores=facts.scores or written.scores,
             maps=facts.maps | written.maps,
         )
+
+
+def _same_along(value: Tensor, axis: int) -> bool:
+    if value.dim() < -axis:
+        return False
+    first = value.narrow(axis, 0, 1)
+    return bool((value - first).abs().max() <= 1e-6 * first.abs().max())
 
 
 def _attention(
@@ -348,11 +359,14 @@ def uniform(attention_map: Tensor) -> Tensor:
 
 
 def uniform_effect(entry: Entry) -> list[float]:
-    """Return, for each attention block, how far a uniform map moves the outputs, as a part of their norm."""
+    """Return, for each attention block, how far a uniform map moves the outputs, as a part of their norm.
+
+    Blocks that can't make a difference are left out: those that no output depends on, and moot ones.
+    """
     outputs = _flat(run(entry.model, entry.example))
     effects = []
     for call in attention_calls(entry.model, entry.example):
-        if call.has_value:
+        if call.has_value and call.used and not call.moot:
             with replaced(entry.model, call.index, uniform):
                 moved = _flat(run(entry.model, entry.example))
             effects.append(_moved(outputs, moved))

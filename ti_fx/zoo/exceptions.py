@@ -22,16 +22,21 @@ _CODES = {
     "<image>": 127,
     **{f"IMGIMG{chr(65 + code // 10)}{chr(65 + code % 10)}Z": code for code in range(64)},
 }
-_DETECTOR = {"encoder_in_channels": [32, 64, 128]}
+_TOKENS = {
+    "<image>": 127,
+    "<|extra_200|>": 126,
+    **{f"<|visual token {code:06d}|>": code for code in range(64)},
+}
+_DETECTOR = {"encoder_in_channels": [32, 64, 128], "decoder_in_channels": [64, 64, 64]}
 
-# Fields of a configuration, by the configuration's own ``model_type`` (also one inside another).
+# Fields of a configuration, by its own ``model_type`` (also inside another), or its class's name where it has none.
 FIELDS: dict[str, dict[str, Any]] = {
     "align_vision_model": {"width_coefficient": 0.05, "depth_coefficient": 0.3, "hidden_dim": 64},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "autoformer": _TIMESERIES,
     "bit": {"num_groups": 1},
     "chameleon": {"vocabulary_map": _CODES},
-    "clvp_decoder": {"num_attention_heads": 2},
+    "clvp_decoder": {"num_attention_heads": 2, "decoder_fixing_codes": [83, 45, 45, 48]},
     "clvp_encoder": {"num_attention_heads": 2},
     "dots1": {"n_shared_experts": 1},
     "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
@@ -44,7 +49,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "glm_ocr_text": {"rope_parameters": _MROPE},
     "glmasr_encoder": {"intermediate_size": 256},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
-    "hifigan": {"model_in_dim": 32},
     "idefics": {"additional_vocab_size": 0},
     "informer": _TIMESERIES,
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
@@ -67,6 +71,21 @@ FIELDS: dict[str, dict[str, Any]] = {
     "time_series_transformer": _TIMESERIES,
     "voxtral_encoder": {"intermediate_size": 256},
     "xmod": {"default_language": "en_XX"},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8},
+    "align": {"projection_dim": 16},
+    "clap_audio_model": {"patch_embeds_hidden_size": 16, "hidden_size": 128},
+    "fastspeech2_conformer_hifigan": {"model_in_dim": 32},
+    "mllama_vision_model": {"vision_output_dim": 192},
+    "sam2_hiera_det_model": {"hidden_size": 16},
+    "seggpt": {
+        "image_size": [64, 32],
+        "num_hidden_layers": 4,
+        "merge_index": 0,
+        "intermediate_hidden_state_indices": [1, 2, 3],
+    },
+    "bamba": {"mamba_d_head": 32},
+    "emu3": {"vocabulary_map": _TOKENS},
+    "granitemoehybrid": {"mamba_d_head": 32, "layer_types": ["linear_attention", "full_attention"]},
 }
 
 # Which of transformers' tables of classes has the class to build ("BASE": the model without a head).
@@ -99,6 +118,12 @@ ALSO: dict[str, dict[str, str]] = {
         "input_ids": "words",
         "cross_attention_mask": "",
     },
+    "qwen2_audio": {"input_ids": "quarter words"},
+    "seggpt": {
+        "pixel_values": "square images",
+        "prompt_pixel_values": "square images",
+        "prompt_masks": "square images",
+    },
     "musicgen": {"decoder_input_ids": "codebook rows"},
     "musicgen_melody": {"decoder_input_ids": "codebook rows"},
 }
@@ -110,7 +135,14 @@ for _name in ("llava_next", "llava_next_video", "llava_onevision"):
 # Inputs that the rules would make and that have to stay away.
 UNUSED: dict[str, frozenset[str]] = {
     "llava": frozenset({"image_sizes"}),
+    "musicgen_melody": frozenset({"input_features"}),
 }
 
 # Types that are not built, and why.
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "bark": "BarkModel has no forward, only generate",
+    "glm_image_vqmodel": "GlmImageVQVAE has no forward",
+    "tvp": "modeling_tvp.py views its column positions as the batch's shape, so it runs with one row only",
+}
+for _name in ("edgetam_video", "sam2_video", "sam3_tracker_video", "sam3_video"):
+    REFUSED[_name] = "the forward takes an inference session, which is no tensor"

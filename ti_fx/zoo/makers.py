@@ -152,7 +152,11 @@ def _words_as_told(request: Request) -> Tensor:
     return words
 
 
-_TOWERS = {"image": ("pixel_values",), "audio": ("input_features", "input_values")}
+_TOWERS = {
+    "image": ("pixel_values",),
+    "video": ("pixel_values_videos", "pixel_values"),
+    "audio": ("input_features", "input_values"),
+}
 
 
 def _placeholders(request: Request) -> dict[str, int]:
@@ -161,7 +165,11 @@ def _placeholders(request: Request) -> dict[str, int]:
     for kind, keys in _TOWERS.items():
         names = (f"{kind}_token_id", f"{kind}_token_index", f"{kind}_token")
         token = request.number(*names, default=-1)
-        if token >= 0 and any(key in request.made for key in keys):
+        if (
+            token >= 0
+            and any(key in request.made for key in keys)
+            and not (kind == "video" and "image" in found)
+        ):
             found[kind] = token
     return found
 
@@ -311,6 +319,23 @@ def _cross_mask(request: Request) -> Tensor:
     return torch.ones(*request.made["input_ids"].shape, 1, 4, dtype=torch.long)
 
 
+def _task_words(request: Request) -> Tensor:
+    length = request.number("task_seq_len", default=8)
+    return request.integers(WORDS.start, WORDS.stop, request.batch, length)
+
+
+def _square_images(request: Request) -> Tensor:
+    side = request.image[1]
+    return request.normal(request.batch, request.channels, side, side)
+
+
+def _quarter_words(request: Request) -> Tensor:
+    """Return words after one placeholder for each four frames."""
+    (token,) = _placeholders(request).values()
+    count = request.made["input_features"].shape[-1] // 4
+    return torch.cat([torch.full((request.batch, count), token), _words(request)], dim=1)
+
+
 def _pairs(request: Request) -> Tensor:
     return request.normal(request.batch, 2, request.channels, *request.image)
 
@@ -330,6 +355,8 @@ MAKERS: dict[str, tuple[Maker, ...]] = {
     "image_merge_sizes": (lambda request: torch.full((request.batch,), 2),),
     "pixel_values": (_images, _videos, _image_lists, _flat_patches, _patches, _patch_images, _tiles),
     "high_res_pixel_values": (_images,),
+    "prompt_pixel_values": (_images,),
+    "prompt_masks": (_images,),
     "pixel_values_videos": (_videos,),
     "pixel_attention_mask": (_pixel_mask,),
     "aspect_ratio_ids": (_same(1),),
@@ -352,7 +379,7 @@ MAKERS: dict[str, tuple[Maker, ...]] = {
     "bbox": (_boxes,),
     "visual_feats": (_visual_features,),
     "visual_pos": (_numbers(5, 4),),
-    "task_inputs": (lambda request: request.integers(WORDS.start, WORDS.stop, request.batch, 8),),
+    "task_inputs": (_task_words,),
     "query_embeds": (_numbers(8, 64),),
     "encoder_hidden_states": (_encoded,),
     "states": (_steps("state_dim"),),
@@ -378,6 +405,8 @@ OTHER_MAKERS: dict[str, Maker] = {
     "codebook rows": _codebook_rows,
     "long words": _long_words,
     "pairs": _pairs,
+    "quarter words": _quarter_words,
+    "square images": _square_images,
     "tiles": _tiles,
     "wide sizes": _wide_sizes,
     "words": _words,

@@ -98,6 +98,8 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
             r"intermediate|ffn|mlp_dim|feed_?forward|^d_ff$|d_inner|n_inner|inner_dim|ff_dim|mlp_hidden",
             _wide(INNER),
         ),
+        (r"num_pos_feats", _wide(WIDTH // 2)),
+        (r"num_embeddings|codebook", _wide(WIDTH)),
         (r"mel_bins|num_mel|feature_size|n_mels", _at_most(32)),
         (
             r"position|max_.*length|context_length|max_len|max_seq|block_size|sequence_length",
@@ -111,6 +113,8 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
             r"sampling_rate|sample_rate|_rate$|_id$|ignore|theta|temperature|base$|buckets|distance|stride|factor",
             int,
         ),
+        (r"num_filters", _at_most(8)),
+        (r"d_latents", _wide(WIDTH)),
         (r"upsample_groups", _wide(WIDTH)),
         (r"kernel|hop_length|n_fft|frame|period|floor|interval|multiplier", int),
         (r"hidden|dim|size|channel|width|units|filters|d_model|n_embd|embd|feats|features", _wide(WIDTH)),
@@ -125,7 +129,7 @@ class _Tiny:
         self.ids: dict[int, int] = {}
 
     def config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        by_hand = dict(FIELDS.get(config.model_type, {}))
+        by_hand = FIELDS.get(config.model_type) or FIELDS.get(type(config).__name__, {})
         if config.model_type == "timm_backbone":
             return _backbone(config)
         chosen, layers = _layers(config)
@@ -138,7 +142,7 @@ class _Tiny:
             if value is None:
                 if name in _NEEDED:
                     changed[name] = _NEEDED[name]
-                elif re.search(r"^(image|audio)_token_(id|index)$", name):
+                elif re.search(r"^(image|audio|video)_token_(id|index)$", name):
                     changed[name] = self.token(-len(name))
                 continue
             if name.startswith("_out_"):
@@ -218,7 +222,7 @@ class _Tiny:
         if re.search(r"patch_size$|^patch_stride$", name):
             return min(value, PATCH)
         if staged and name == "embed_dim":
-            return 2 * NARROW
+            return NARROW
         if staged and name == "window_size":
             return min(value, 2)
         if staged and re.search(r"num_encoder_blocks|num_stages", name):
