@@ -31,6 +31,7 @@ ELEMENTWISE = _names(
     slice_scatter select_scatter exp exp_ log sigmoid relu softplus"""
 )
 NORM = _names("layer_norm rms_norm group_norm pow mean rsqrt linalg_vector_norm norm native_layer_norm instance_norm")
+_SPREAD = _names("rsqrt sqrt linalg_vector_norm norm clamp_min")  # what a written-out norm divides by
 POOL = _names("max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool2d interpolate upsample_nearest2d amax")
 MATMUL = _names("matmul bmm mm einsum baddbmm")
 CONVOLUTION = _names("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d")
@@ -91,8 +92,9 @@ class Walk:
 
     Attributes:
         position: each node's place in the graph.
-        active: what depends on an input. stored: what is made from stored tensors alone. bare: stored tensors that
-            are only moved or cast (a weight; the learned queries of a pooling layer), and nothing computed from them.
+        stored: what is made from stored tensors, and no input. bare: stored tensors that are only moved or cast (a
+            weight; the learned queries of a pooling layer). computed: what is made from inputs, or computed from
+            stored tensors.
     """
 
     def __init__(self, gm: GraphModule, role: roles.Role) -> None:
@@ -100,6 +102,7 @@ class Walk:
         self.role = role
         self.position: dict[Node, int] = {}
         self.active: set[Node] = set()
+        self.computed: set[Node] = set()
         self.stored: set[Node] = set()
         self.bare: set[Node] = set()
         for position, node in enumerate(gm.graph.nodes):
@@ -111,10 +114,13 @@ class Walk:
         sources = node.all_input_nodes
         if node.op == "placeholder" or any(source in self.active for source in sources):
             self.active.add(node)
+            self.computed.add(node)
         elif node.op == "get_attr" or any(source in self.stored for source in sources):
             self.stored.add(node)
             if node.op == "get_attr" or (self.is_view(node) and sources[0] in self.bare):
                 self.bare.add(node)
+            else:
+                self.computed.add(node)
 
     def users(self, node: Node) -> list[Node]:
         """Return the node's readers of this role."""
@@ -145,7 +151,9 @@ class Walk:
 
     def is_norm(self, node: Node) -> bool:
         """Whether the node is a norm, or a part of one that is written out."""
-        return aten_name(node) in NORM or isinstance(self.module(node), leaves.BatchNorm)
+        if aten_name(node) in NORM or isinstance(self.module(node), leaves.BatchNorm):
+            return True
+        return aten_name(node) in ("mul", "div") and any(aten_name(part) in _SPREAD for part in node.all_input_nodes)
 
     def is_elementwise(self, node: Node) -> bool:
         """Whether the node computes each entry from the same entry of its inputs."""
@@ -156,16 +164,15 @@ class Walk:
         if aten_name(node) not in PROJECTION:
             return False
         factors = operands(node)
-        return len(factors) == 2 and factors[1] in self.stored
+        return len(factors) == 2 and factors[1] in (self.bare if aten_name(node) in MATMUL else self.stored)
 
     def is_activation_product(self, node: Node) -> bool:
         """Whether the node multiplies two activations; one of them may be computed from stored tensors alone."""
         factors = operands(node)
         return (
             aten_name(node) in MATMUL
-            and node in self.active
             and len(factors) == 2
-            and all(is_float(item) and item not in self.bare for item in factors)
+            and all(item in self.computed and is_float(item) for item in factors)
         )
 
     def is_query_product(self, node: Node) -> bool:
@@ -174,12 +181,13 @@ class Walk:
         return aten_name(node) in MATMUL and len(factors) == 2 and factors[0] in self.bare and factors[1] in self.active
 
     def is_sum(self, node: Node) -> bool:
-        """Whether the node adds two activations of one rank: a residual add, or a sum of branches."""
+        """Whether the node adds two values of one rank, no bias: a residual add, or a sum of branches."""
         terms = [item for item in node.args[:2] if isinstance(item, Node)]
         return (
             aten_name(node) in ("add", "add_")
             and len(terms) == 2
-            and all(item in self.active and rank(item) == rank(node) for item in terms)
+            and any(item in self.computed for item in terms)
+            and all(item not in self.bare and rank(item) == rank(node) for item in terms)
         )
 
     def forward(

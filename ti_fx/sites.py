@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch.fx import GraphModule, Node
 
 from ti_fx import roles
-from ti_fx.dataflow import SOFTMAX, Walk, is_float, operands, projection_input, source_of
+from ti_fx.dataflow import CONVOLUTION, SOFTMAX, Walk, is_float, operands, projection_input, rank, source_of
 from ti_fx.graph import aten_name
 
 Point = str
@@ -179,7 +179,7 @@ class _Finder(Walk):
 
         def through(node: Node) -> bool:
             return (
-                node in self.active
+                node in self.computed
                 and is_float(node)
                 and not self.is_projection(node)
                 and not self.is_norm(node)
@@ -191,7 +191,8 @@ class _Finder(Walk):
             return found
         # talking heads: one linear across the heads lies between
         mixing = self.backward(scores, self.is_projection, through)
-        return [part for node in mixing[:1] for part in self.backward(operands(node)[0], wanted, through)]
+        found = [part for node in mixing[:1] for part in self.backward(operands(node)[0], wanted, through)]
+        return [part for part in found if rank(part) == rank(scores) >= 4]
 
     def to_context(self, node: Node) -> list[Node]:
         """Return the path from a map to the product with its values, [] if there is none."""
@@ -226,10 +227,9 @@ class _Finder(Walk):
     ) -> AttentionSite:
         """Add what lies behind the context, and the kind."""
         output, residual, stream = self.behind(context)
-        start = stream if stream is not None else None if query is None else projection_input(query)
         kind: Literal["self", "cross"] = "self"
         if key is not None and query is not key:
-            kind = self.kind(start, query, key)
+            kind = self.kind(stream, query, key)
         return AttentionSite(0, 0, kind, query, key, value, scores, map_, context, output, residual, stream)
 
     def behind(self, context: Node) -> tuple[Node | None, Node | None, Node | None]:
@@ -262,19 +262,22 @@ class _Finder(Walk):
             self.position[item] < self.position[context] and self.reaches(item, context) for item in terms
         )
 
-    def kind(self, start: Node | None, query: Node | None, key: Node) -> Literal["self", "cross"]:
+    def kind(self, stream: Node | None, query: Node | None, key: Node) -> Literal["self", "cross"]:
         """Self-attention's keys are computed from what its queries are, with no other attention between."""
-        sources = [projection_input(part) for part in (query, key) if part is not None]
-        roots = {self.root(source_of(source)) for source in sources}
-        if len(roots) == 1 and query is not None:
-            return "self"
-        if start is None:
+        if query is None:
             return "cross"
-        stream = self.root(source_of(start))
-        if stream not in self.active:
-            return "cross"
-        found = self.reaches(stream, key, self.is_attention)
-        return "self" if found else "cross"
+        start, end = self.origin(query), self.origin(key)
+        if stream is not None:
+            start = self.root(source_of(stream))
+        same = start is end or (start in self.computed and self.reaches(start, key, self.is_attention))
+        return "self" if same or self.origin(query) is end else "cross"
+
+    def origin(self, projection: Node) -> Node:
+        """Return what a projection is made from, past norms, shape ops and the projections of a low-rank chain."""
+        node = self.root(source_of(projection_input(projection)))
+        while self.is_projection(node) and aten_name(node) not in CONVOLUTION:
+            node = self.root(source_of(projection_input(node)))
+        return node
 
     def is_attention(self, node: Node) -> bool:
         """Whether a node mixes tokens by attention."""
@@ -358,7 +361,7 @@ class _Towers:
             start,
             lambda node: node in self.owner,
             lambda node: (
-                node in finder.active
+                node in finder.computed
                 and is_float(node)
                 and (finder.is_transparent(node) or finder.is_norm(node) or finder.is_elementwise(node))
             ),
@@ -370,7 +373,7 @@ class _Towers:
         ends = finder.backward(
             start,
             lambda node: node in self.owner or _brings_in(finder, node),
-            lambda node: node in finder.active and is_float(node),
+            lambda node: node in finder.computed and is_float(node),
         )
         stacks = {self.owner.get(node, -1) for node in ends}
         return stacks.pop() if len(stacks) == 1 and -1 not in stacks else None
