@@ -30,9 +30,13 @@ ELEMENTWISE = _names(
     clamp_min clamp_max maximum minimum max min nan_to_num masked_scatter index_put index_put_ scatter copy_
     slice_scatter select_scatter exp exp_ log sigmoid relu softplus"""
 )
-NORM = _names("layer_norm rms_norm group_norm pow mean rsqrt linalg_vector_norm norm native_layer_norm instance_norm")
+NORM = _names(
+    "layer_norm rms_norm group_norm pow mean rsqrt linalg_vector_norm norm native_layer_norm instance_norm"
+)
 _SPREAD = _names("rsqrt sqrt linalg_vector_norm norm clamp_min")  # what a written-out norm divides by
-POOL = _names("max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool2d interpolate upsample_nearest2d amax")
+POOL = _names(
+    "max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool2d interpolate upsample_nearest2d amax"
+)
 MATMUL = _names("matmul bmm mm einsum baddbmm")
 CONVOLUTION = _names("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d")
 PROJECTION = _names("linear addmm") | MATMUL | CONVOLUTION
@@ -55,7 +59,12 @@ def projection_weight(node: Node) -> Node | None:
         factors = operands(node)
         argument = factors[-1] if name == "einsum" else node.args[index] if index < len(node.args) else None
     while isinstance(argument, Node) and argument.op != "get_attr":
-        transparent = argument.target in _READS or aten_name(argument) in CAST | {"t", "transpose", "T", "permute"}
+        transparent = argument.target in _READS or aten_name(argument) in CAST | {
+            "t",
+            "transpose",
+            "T",
+            "permute",
+        }
         argument = argument.args[0] if transparent else None
     return argument if isinstance(argument, Node) else None
 
@@ -153,7 +162,20 @@ class Walk:
         """Whether the node is a norm, or a part of one that is written out."""
         if aten_name(node) in NORM or isinstance(self.module(node), leaves.BatchNorm):
             return True
-        return aten_name(node) in ("mul", "div") and any(aten_name(part) in _SPREAD for part in node.all_input_nodes)
+        return aten_name(node) in ("mul", "div") and any(
+            aten_name(self.before_views(part)) in _SPREAD for part in node.all_input_nodes
+        )
+
+    def before_views(self, node: Node) -> Node:
+        """Return what a chain of views and casts begins with."""
+        while self.is_view(node) and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return node
+
+    def mixes_alike(self, node: Node) -> bool:
+        """Whether a projection gives as many features as it takes: what may mix the heads of a map."""
+        shape = operands(node)[1].meta["val"].shape
+        return len(shape) == 2 and bool(shape[0] == shape[1])
 
     def is_elementwise(self, node: Node) -> bool:
         """Whether the node computes each entry from the same entry of its inputs."""
@@ -178,7 +200,12 @@ class Walk:
     def is_query_product(self, node: Node) -> bool:
         """Whether the node multiplies stored queries, as they are, by an activation."""
         factors = operands(node)
-        return aten_name(node) in MATMUL and len(factors) == 2 and factors[0] in self.bare and factors[1] in self.active
+        return (
+            aten_name(node) in MATMUL
+            and len(factors) == 2
+            and factors[0] in self.bare
+            and factors[1] in self.active
+        )
 
     def is_sum(self, node: Node) -> bool:
         """Whether the node adds two values of one rank, no bias: a residual add, or a sum of branches."""

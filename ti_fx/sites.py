@@ -191,7 +191,12 @@ class _Finder(Walk):
             return found
         # talking heads: one linear across the heads lies between
         mixing = self.backward(scores, self.is_projection, through)
-        found = [part for node in mixing[:1] for part in self.backward(operands(node)[0], wanted, through)]
+        found = [
+            part
+            for node in mixing[:1]
+            if self.mixes_alike(node)
+            for part in self.backward(operands(node)[0], wanted, through)
+        ]
         return [part for part in found if rank(part) == rank(scores) >= 4]
 
     def to_context(self, node: Node) -> list[Node]:
@@ -204,7 +209,9 @@ class _Finder(Walk):
         if path:
             return path
         mixing = self.forward(node, self.is_projection, through)
-        behind = self.forward(mixing[-1], self.is_activation_product, through) if mixing else []
+        if not mixing or not self.mixes_alike(mixing[-1]):
+            return []
+        behind = self.forward(mixing[-1], self.is_activation_product, through)
         return mixing + behind[1:] if behind else []
 
     def source(self, projection: Node | None, operand: Node) -> Node:

@@ -141,7 +141,9 @@ class _Chain:
             raise CoverageError(
                 f"{self.entry.model_class} returns other values when it runs again; turn its randomness off"
             )
-        self.calls = [call for call in attention_calls(model, self.entry.example) if call.has_value and call.used]
+        self.calls = [
+            call for call in attention_calls(model, self.entry.example) if call.has_value and call.used
+        ]
         self.outcome.blocks = len(self.calls)
         if not self.calls:
             raise CoverageError(f"{self.entry.model_class} calls no softmax on a product of two activations")

@@ -59,7 +59,9 @@ def jobs(source: str, attention: Sequence[str] = ("eager",)) -> list[Job]:
         if name and name not in known:
             raise InputError(f"{path} has no factory {name!r}{did_you_mean(name, known)}")
         if not known:
-            raise InputError(f"{path} has no factory; write a function without arguments that returns (model, example)")
+            raise InputError(
+                f"{path} has no factory; write a function without arguments that returns (model, example)"
+            )
         return [Job(factory, path) for factory in ([name] if name else known)]
     if source not in model_types():
         raise InputError(
@@ -92,7 +94,9 @@ def factories(path: str) -> dict[str, Callable[[], Any]]:
     }
 
 
-def run_all(work: Sequence[Job], limit: float, workers: int, until: str = STAGES[-1]) -> Iterator[tuple[Job, Outcome]]:
+def run_all(
+    work: Sequence[Job], limit: float, workers: int, until: str = STAGES[-1]
+) -> Iterator[tuple[Job, Outcome]]:
     """Run each job in a process of its own; yield outcomes as they come.
 
     Args:
@@ -113,7 +117,9 @@ def run_all(work: Sequence[Job], limit: float, workers: int, until: str = STAGES
             process = context.Process(target=_work, args=(job, until, sender), daemon=True)
             process.start()
             sender.close()
-            running[receiver] = _Running(job, process, time.monotonic() + limit, Outcome(job.name, attention=job.attention))
+            running[receiver] = _Running(
+                job, process, time.monotonic() + limit, Outcome(job.name, attention=job.attention)
+            )
         ready = wait(list(running), timeout=0.2)
         for receiver, one in list(running.items()):
             if receiver in ready and one.receive(receiver):
@@ -149,7 +155,10 @@ class _Running:
                 self.outcome.refused = ("TimeoutError", f"{stage}: not done after {limit:g} s")
             else:
                 self.process.join()
-                self.outcome.refused = ("ProcessError", f"{stage}: the process ended with code {self.process.exitcode}")
+                self.outcome.refused = (
+                    "ProcessError",
+                    f"{stage}: the process ended with code {self.process.exitcode}",
+                )
         self.process.kill() if not self.done else None
         self.process.join()
         return self.outcome
