@@ -21,7 +21,7 @@ TRIES = 80
 _USUAL = {
     "image_grid_thw", "image_sizes", "spatial_shapes", "pixel_values", "pixel_values_videos", "pixel_attention_mask",
     "input_values", "input_features", "input_features_mask", "feature_attention_mask", "input_ids", "attention_mask",
-    "mm_token_type_ids", "decoder_input_ids", "bbox", "past_values", "image_merge_sizes",
+    "mm_token_type_ids", "decoder_input_ids", "bbox", "past_values", "image_merge_sizes", "target_sizes",
 }  # fmt: skip
 
 

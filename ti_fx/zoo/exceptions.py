@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {
     "rope_type": "default",
     "rope_theta": 10000.0,
@@ -76,16 +77,49 @@ FIELDS: dict[str, dict[str, Any]] = {
     "clap_audio_model": {"patch_embeds_hidden_size": 16, "hidden_size": 128},
     "fastspeech2_conformer_hifigan": {"model_in_dim": 32},
     "mllama_vision_model": {"vision_output_dim": 192},
-    "sam2_hiera_det_model": {"hidden_size": 16},
+    "sam2_hiera_det_model": {"hidden_size": 16, "global_attention_blocks": [4]},
     "seggpt": {
         "image_size": [64, 32],
         "num_hidden_layers": 4,
         "merge_index": 0,
         "intermediate_hidden_state_indices": [1, 2, 3],
     },
-    "bamba": {"mamba_d_head": 32},
+    "bamba": {"mamba_d_head": 32, "attn_layer_indices": [1]},
     "emu3": {"vocabulary_map": _TOKENS},
     "granitemoehybrid": {"mamba_d_head": 32, "layer_types": ["linear_attention", "full_attention"]},
+    "cohere_compass_text": {
+        "rope_parameters": {kind: _ROPE for kind in ("full_attention", "sliding_attention")}
+    },
+    "d_fine": {"encoder_in_channels": [32, 32, 64], "decoder_in_channels": [64, 64, 64]},
+    "deimv2": {"encoder_in_channels": [32, 32, 64], "decoder_in_channels": [64, 64, 64]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "emu3_vqgan": {"hidden_size": 256},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]}},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
+    "granite_speech": {"window_size": 15},
+    "granite_speech_plus": {"window_size": 15},
+    "hgnet_v2": {
+        "stem_channels": [3, 8, 16],
+        "stage_in_channels": [16, 16, 32, 32],
+        "stage_mid_channels": [16, 16, 16, 16],
+        "stage_out_channels": [16, 32, 32, 64],
+    },
+    "hunyuan_vl_text": {"rope_parameters": _MROPE},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "paddleocr_vl_text": {"rope_parameters": _MROPE},
+    "pp_doclayout_v3": {"encoder_in_channels": [32, 32, 64], "decoder_in_channels": [64, 64, 64]},
+    "pp_doclayout_v4": {"encoder_in_channels": [32, 32, 64], "decoder_in_channels": [64, 64, 64]},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 98, "audio_start_token_id": 97},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 98, "audio_start_token_id": 97},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "siglip_vision_model": {
+        "vision_use_head": False
+    },  # what classifies and what speaks of images do not read it
+    "siglip2_vision_model": {"vision_use_head": False},
+    "step3p7_text": {"sliding_window": 4},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
 }
 
 # Which of transformers' tables of classes has the class to build ("BASE": the model without a head).
@@ -109,6 +143,8 @@ ALSO: dict[str, dict[str, str]] = {
     "dia": {"decoder_input_ids": "code words"},
     "idefics": {"image_attention_mask": "", "pixel_values": "image lists"},
     "kosmos-2": {"input_ids": "long words", "image_embeds_position_mask": ""},
+    "depth_pro": {"pixel_values": "large images"},
+    "efficientloftr": {"pixel_values": "pairs"},
     "lightglue": {"pixel_values": "pairs"},
     "lxmert": {"visual_feats": "", "visual_pos": ""},
     "mllama": {
@@ -134,6 +170,8 @@ for _name in ("llava_next", "llava_next_video", "llava_onevision"):
 
 # Inputs that the rules would make and that have to stay away.
 UNUSED: dict[str, frozenset[str]] = {
+    "csm": frozenset({"input_values"}),
+    "embedding_gemma2": frozenset({"pixel_values"}),
     "llava": frozenset({"image_sizes"}),
     "musicgen_melody": frozenset({"input_features"}),
 }

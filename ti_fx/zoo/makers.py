@@ -66,6 +66,15 @@ def _image_sizes(request: Request) -> Tensor:
     return torch.tensor([list(request.image)] * request.batch)
 
 
+def _tile_mask(request: Request) -> Tensor:
+    return torch.ones(request.made["pixel_values"].shape[:2], dtype=torch.long)
+
+
+def _large_images(request: Request) -> Tensor:
+    height, width = request.image
+    return request.normal(request.batch, request.channels, 4 * height, 4 * width)
+
+
 def _hidden_states(request: Request) -> Tensor:
     width = request.number("hidden_size", default=64)
     return request.normal(request.batch, request.sizes.length, width)
@@ -319,6 +328,11 @@ def _cross_mask(request: Request) -> Tensor:
     return torch.ones(*request.made["input_ids"].shape, 1, 4, dtype=torch.long)
 
 
+def _class_words(request: Request) -> Tensor:
+    """Return the names of two classes for each row, one after the other."""
+    return request.integers(WORDS.start, WORDS.stop, 2 * request.batch, 6)
+
+
 def _task_words(request: Request) -> Tensor:
     length = request.number("task_seq_len", default=8)
     return request.integers(WORDS.start, WORDS.stop, request.batch, length)
@@ -358,7 +372,8 @@ MAKERS: dict[str, tuple[Maker, ...]] = {
     "prompt_pixel_values": (_images,),
     "prompt_masks": (_images,),
     "pixel_values_videos": (_videos,),
-    "pixel_attention_mask": (_pixel_mask,),
+    "pixel_attention_mask": (_pixel_mask, _tile_mask),
+    "target_sizes": (_grid_shapes,),
     "aspect_ratio_ids": (_same(1),),
     "aspect_ratio_mask": (_same(1, 4),),
     "hidden_states": (_flat_patches, _patch_images, _hidden_states),
@@ -375,6 +390,11 @@ MAKERS: dict[str, tuple[Maker, ...]] = {
     "cross_attention_mask": (_cross_mask,),
     "mm_token_type_ids": (_image_words,),
     "qformer_input_ids": (_words,),
+    "classes_input_ids": (_class_words,),
+    "classes_attention_mask": (_ones("classes_input_ids"),),
+    "tasks_input_ids": (_words,),
+    "tasks_attention_mask": (_ones("tasks_input_ids"),),
+    "classes_structure": (lambda request: torch.full((request.batch,), 2),),
     "decoder_input_ids": (_words,),
     "bbox": (_boxes,),
     "visual_feats": (_visual_features,),
@@ -403,6 +423,7 @@ OTHER_MAKERS: dict[str, Maker] = {
     "aspect images": _aspect_images,
     "code words": _code_words,
     "codebook rows": _codebook_rows,
+    "large images": _large_images,
     "long words": _long_words,
     "pairs": _pairs,
     "quarter words": _quarter_words,

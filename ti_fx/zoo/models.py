@@ -93,7 +93,10 @@ def build_from(name: str, config: PreTrainedConfig, attention: str = "eager", se
     """Return the entry for a configuration that is tiny already: see ``build``."""
     if config.model_type == "timm_wrapper" and not is_timm_available():
         raise DataError(f"{name}: needs the package timm; install it, or leave this type out")
-    chosen = model_class(name, config)
+    try:
+        chosen = model_class(name, config)
+    except ValueError as error:
+        raise DataError(f"{name}: transformers names a class that it doesn't have: {_line(error)}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

@@ -78,7 +78,7 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
         (r"shared_experts?$", _at_most(1)),
         (r"experts?$|num_local_experts|experts", _at_most(4)),
         (
-            r"^(n_groups?|num_groups|mamba_n_groups|topk_group|num_expert_group|topk_groups?|n_expert_groups?)$",
+            r"^(n_groups?|num_groups?|mamba_n_groups|topk_group|num_expert_group|topk_groups?|n_expert_groups?)$",
             _at_most(1),
         ),
         (r"qk_nope_head_dim|qk_rope_head_dim|rotary_dim", _at_most(HEAD // 2)),
