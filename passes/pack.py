@@ -29,6 +29,10 @@ class Pack(Pass):
                 raise PreconditionError(
                     f"pack needs the student alone, and %{node.name} is {roles.role(node)}; run strip first"
                 )
+            if node.op == "get_attr" and tensor(gm, str(node.target)).is_meta:
+                raise PreconditionError(
+                    f"pack needs values, and {node.target} is on the meta device; capture a model with weights"
+                )
         if not any(node.target in (numerics.ternary, encodings.unpack_ternary) for node in gm.graph.nodes):
             raise PreconditionError("pack finds no ternary weight; run ternarize first")
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ti_fx import normalise
 from ti_fx.errors import CaptureError, InputError
 from ti_fx.graph import aten_name, constant_size, mode, state
-from ti_fx.metadata import guard_count, refresh
+from ti_fx.metadata import guard_count, refresh, signature
 from ti_fx.passes.canonicalize import Canonicalize
 from ti_fx.tracing import BATCH, Dynamic, export, traceable
 
@@ -41,6 +41,7 @@ class CaptureReport:
         nodes: nodes in the graph.
         parameters: number of parameter elements the graph reads.
         checked: largest relative difference from the source model, in ``eval`` and ``train`` mode.
+        unchecked: what could not be compared with the source model, and why; None if everything was.
     """
 
     dims: dict[str, tuple[str | int, ...]]
@@ -50,13 +51,15 @@ class CaptureReport:
     nodes: int
     parameters: int
     checked: dict[str, float] = field(default_factory=dict)
+    unchecked: str | None = None
 
     def __str__(self) -> str:
         rows = [f"{name}: [{', '.join(map(str, sizes))}]" for name, sizes in self.dims.items()] + [
             f"{where} is static: {why}" for where, why in self.static.items()
         ]
         checked = ", ".join(f"{name} {value:.1e}" for name, value in self.checked.items())
-        rows.append(f"{self.nodes} nodes, {self.parameters:,} parameters; relative difference: {checked}")
+        compared = self.unchecked or f"relative difference: {checked}"
+        rows.append(f"{self.nodes} nodes, {self.parameters:,} parameters; {compared}")
         return "\n".join(rows)
 
 
@@ -77,9 +80,10 @@ def capture(
     Face model is switched to eager attention for the trace and restored, and its mode is left as it was.
 
     Args:
-        model: any nn.Module that torch.export can trace, on any device, in any dtype, in either mode.
+        model: any nn.Module that torch.export can trace, on any device, in any dtype, in either mode. On the meta
+            device (``with torch.device("meta")``) a model of any size is captured, and every pass but Pack runs on it.
         example: keyword inputs (a dict or BatchEncoding), or a tuple of positional ones. Tensors become inputs;
-            other values (flags, None) are baked in.
+            other values (flags, None) are baked in. For a model on the meta device they may be on any device.
         dynamic: ``auto`` makes every dimension dynamic that the model allows, ``batch`` only dimension 0, ``none``
             nothing. See :func:`capture_report`.
 
@@ -105,7 +109,11 @@ def capture(
         state(gm)["dims"] = names
         _name_sizes(gm, names)
         state(gm)["guards"] = guard_count(gm)
-        checked = _check(model, gm, tensors, constants)
+        unchecked = None
+        if any(value.is_meta for value in tensors.values()):
+            checked, unchecked = {}, _check_shapes(model, gm, tensors, constants)
+        else:
+            checked = _check(model, gm, tensors, constants)
     for name, sizes in dims.items():
         for index, size in enumerate(sizes):
             if isinstance(size, int):
@@ -118,6 +126,7 @@ def capture(
         nodes=len(gm.graph.nodes),
         parameters=sum(parameter.numel() for parameter in gm.parameters()),
         checked=checked,
+        unchecked=unchecked,
     )
     gm.train(model.training)
     return gm
@@ -152,7 +161,10 @@ def _bind(
             )
     if not tensors:
         raise InputError("the example holds no tensor; give at least one input tensor")
-    devices = {value.device for value in tensors.values()} | {p.device for p in model.parameters()}
+    stored = {parameter.device for parameter in model.parameters()}
+    if stored == {torch.device("meta")}:
+        tensors = {name: value.to("meta") for name, value in tensors.items()}
+    devices = stored | {value.device for value in tensors.values()}
     if len(devices) > 1:
         raise InputError(f"model and example are on different devices: {sorted(map(str, devices))}")
     if "use_cache" in signature.parameters:
@@ -198,8 +210,6 @@ def _check(
     model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
 ) -> dict[str, float]:
     """Compare the graph with the source model on the example, in both modes."""
-    if any(value.is_meta for value in tensors.values()):
-        return {}
     checked: dict[str, float] = {}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = sorted({value.device.index or 0 for value in tensors.values() if value.is_cuda})
@@ -224,6 +234,30 @@ def _check(
                 "model's config (layerdrop, drop_path, masking)"
             )
     return checked
+
+
+def _check_shapes(
+    model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
+) -> str:
+    """Compare shapes and dtypes where there are no values, in both modes, and return what that leaves open."""
+    for name, training in (("eval", False), ("train", True)):
+        with mode(model, training), mode(gm, training), torch.no_grad():
+            try:
+                expected = model(**tensors, **constants)
+            except (NotImplementedError, RuntimeError) as error:  # it looks at a value
+                reason = str(error).splitlines()[0]
+                return (
+                    f"not compared with the model in {name} mode: it does not run without values ({reason})"
+                )
+            if signature(expected) != signature(_run(gm, tensors, type(model).__name__)):
+                raise CaptureError(
+                    f"the captured graph of {type(model).__name__} returns other shapes or dtypes than the model in "
+                    f"{name} mode; capture it with values to see where they part"
+                )
+    return (
+        "values not compared with the model, whose tensors have none on the meta device; in eval and train mode shapes "
+        "and dtypes are equal"
+    )
 
 
 def _run(gm: GraphModule, tensors: dict[str, Tensor], name: str) -> Any:
