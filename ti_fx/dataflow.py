@@ -293,10 +293,15 @@ class Walk:
         )
 
     def root(self, node: Node) -> Node:
-        """Return what a node is made from, past norms, pooling and shape ops."""
-        while self.is_transparent(node) or self.is_norm(node) or aten_name(node) in POOL:
-            node = node.all_input_nodes[0]
-        return node
+        """Return what a node is made from, past norms, pooling, shape ops, biases and factors."""
+        while True:
+            sources = [part for part in node.all_input_nodes if part in self.computed and is_float(part)]
+            if self.is_norm(node):
+                sources = [part for part in sources if aten_name(self.before_views(part)) not in _SPREAD]
+            moves = self.is_transparent(node) or self.is_norm(node) or aten_name(node) in POOL
+            if not sources or not (moves or (self.is_elementwise(node) and len(sources) == 1)):
+                return node
+            node = sources[0]
 
 
 def _path(end: Node, before: dict[Node, Node]) -> list[Node]:
