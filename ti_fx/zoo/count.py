@@ -151,7 +151,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         facts = self._joined(func, name, given)
         if name in _PRODUCTS:
             facts = self._product(name, given, tensors[-2:])
-        elif name == "aten::exp" and facts.normalised:
+        elif name == "aten::exp" and given[0].normalised:
             return self._softmax("exp/sum", result, given)
         elif name == "aten::exp" and facts.scores:
             facts = replace(facts, exponent=id(tensors[0]))
@@ -377,7 +377,9 @@ def _moved(outputs: list[Tensor], others: list[Tensor]) -> float:
     """Return the largest relative change among the outputs."""
     changes = []
     for output, other in zip(outputs, others, strict=True):
-        if output.shape == other.shape and output.numel():
+        if output.shape != other.shape:
+            return 1.0  # what decides the length has changed
+        if output.numel():
             finite = torch.isfinite(output) & torch.isfinite(other) & (output.abs() < 1e30)
             before, after = output[finite], other[finite]
             changes.append(float((after - before).norm() / before.norm().clamp(min=1e-12)))

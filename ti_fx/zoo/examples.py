@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig
 
 from ti_fx.errors import DataError
@@ -49,7 +50,7 @@ def example_inputs(
                 request = Request(model.config, model, size, generator)  # type: ignore[arg-type]
                 for key, maker in zip(keys, chosen, strict=True):
                     request.made[key] = maker(request)
-                run(model, request.made)
+                _check_finite(run(model, request.made))
                 examples.append(request.made)
         except Exception as error:
             first = first or error
@@ -60,6 +61,13 @@ def example_inputs(
         f"{name}: the forward of {type(model).__name__} fails on {', '.join(keys) or 'nothing'}: "
         f"{type(first).__name__}: {text}"
     ) from first
+
+
+def _check_finite(outputs: Any) -> None:
+    """Raise ValueError if an output is no number: some masks leave a row nothing to attend to."""
+    for leaf in pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()):
+            raise ValueError("an output is not a number (NaN)")
 
 
 def _keys(name: str, model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> list[str]:

@@ -87,9 +87,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_d_head": 32, "attn_layer_indices": [1]},
     "emu3": {"vocabulary_map": _TOKENS},
     "granitemoehybrid": {"mamba_d_head": 32, "layer_types": ["linear_attention", "full_attention"]},
-    "cohere_compass_text": {
-        "rope_parameters": {kind: _ROPE for kind in ("full_attention", "sliding_attention")}
-    },
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
     "d_fine": {"encoder_in_channels": [32, 32, 64], "decoder_in_channels": [64, 64, 64]},
     "deimv2": {"encoder_in_channels": [32, 32, 64], "decoder_in_channels": [64, 64, 64]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
@@ -120,6 +118,19 @@ FIELDS: dict[str, dict[str, Any]] = {
     "step3p7_text": {"sliding_window": 4},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "sam3_lite_text_text_model": {"num_hidden_layers": 4},
+    "funnel": {"block_sizes": [1, 1]},
+    "bailing_hybrid": {"num_group": 1, "n_group": 1, "topk_group": 1},
+    "perceiver": {"num_blocks": 1, "num_self_attends_per_block": 2},
+    "granite_docling_text": {
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 1.0,
+        "embedding_multiplier": 1.0,
+    },
+    "gemma3n_text": {"intermediate_size": 96},
+    "hrm_text": {"embedding_scale": 1.0, "H_cycles": 1, "L_cycles": 2},
+    "nemotron_asr_streaming_encoder": {"sliding_window": 20},
+    "vjepa2": {"frames_per_clip": 4},
 }
 
 # Which of transformers' tables of classes has the class to build ("BASE": the model without a head).

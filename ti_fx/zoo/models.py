@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils.import_utils import is_timm_available
 
 from ti_fx.errors import DataError, did_you_mean
 from ti_fx.zoo.examples import example_inputs
@@ -34,6 +34,7 @@ _OTHERS = (
     "OBJECT_DETECTION",
     "DEPTH_ESTIMATION",
     "UNIVERSAL_SEGMENTATION",
+    "TEXT_RECOGNITION",
 )
 EXAMPLE = Sizes(batch=2, length=12)
 OTHER = Sizes(batch=3, length=16)
@@ -91,8 +92,6 @@ def build(model_type: str, attention: str = "eager", seed: int = 0) -> Entry:
 
 def build_from(name: str, config: PreTrainedConfig, attention: str = "eager", seed: int = 0) -> Entry:
     """Return the entry for a configuration that is tiny already: see ``build``."""
-    if config.model_type == "timm_wrapper" and not is_timm_available():
-        raise DataError(f"{name}: needs the package timm; install it, or leave this type out")
     try:
         chosen = model_class(name, config)
     except ValueError as error:
@@ -103,6 +102,12 @@ def build_from(name: str, config: PreTrainedConfig, attention: str = "eager", se
             model = chosen._from_config(  # type: ignore[no-untyped-call]
                 config, attn_implementation=attention, dtype=torch.float32
             )
+        except ImportError as error:
+            package = re.search(r"requires the (\S+) library", str(error))
+            wanted = package.group(1) if package else str(error.name)
+            raise DataError(
+                f"{name}: needs the package {wanted}; install it, or leave this type out"
+            ) from error
         except Exception as error:
             raise DataError(
                 f"{name}: {chosen.__name__} can't be built with {attention}: {_line(error)}"

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-GAIN = 1.5  # of a matrix: scores, a product of two of its outputs, get a spread of one to two
+GAIN = 1.25  # of a matrix: scores, a product of two of its outputs, get a spread of one to two
 
 
 def redraw(model: nn.Module, seed: int) -> None:
