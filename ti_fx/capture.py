@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ti_fx import normalise
-from ti_fx.errors import CaptureError, InputError
+from ti_fx.errors import CaptureError, InputError, RandomnessError
 from ti_fx.graph import aten_name, constant_size, mode, state
 from ti_fx.metadata import guard_count, refresh, signature
 from ti_fx.passes.canonicalize import Canonicalize
@@ -97,23 +97,21 @@ def capture(
     if dynamic not in ("auto", "batch", "none"):
         raise InputError(f"dynamic is {dynamic!r}; use 'auto', 'batch' or 'none'")
     tensors, constants = _bind(model, example)
-    traced = {name: _at_least_two(value) for name, value in tensors.items()} if dynamic != "none" else tensors
-    with ExitStack() as stack:
-        attention = stack.enter_context(traceable(model))
-        stack.enter_context(mode(model, True))
-        exported, static = export(model, traced, constants, dynamic)
-        gm = normalise.to_plain(exported, model, list(tensors))
-        Canonicalize().apply(gm)
-        dims, names = _dims(gm, list(tensors))
-        refresh(gm, gm.graph.nodes)  # torch.export's strides of views are not always what evaluating gives
-        state(gm)["dims"] = names
-        _name_sizes(gm, names)
-        state(gm)["guards"] = guard_count(gm)
-        unchecked = None
-        if any(value.is_meta for value in tensors.values()):
-            checked, unchecked = {}, _check_shapes(model, gm, tensors, constants)
-        else:
-            checked = _check(model, gm, tensors, constants)
+    with traceable(model) as attention:
+        try:
+            gm, static, checked, unchecked = _traced(model, tensors, constants, dynamic, training=True)
+        except RandomnessError:
+            raise
+        except CaptureError as error:
+            # Control flow that only training has (a clamp of overflows) is left out by a trace in eval mode; dropout
+            # is not. Whether that is the model in training, too, is compared like everything else.
+            try:
+                gm, static, checked, unchecked = _traced(model, tensors, constants, dynamic, training=False)
+            except CaptureError:
+                raise error from None
+            if not _draws_alike(model, gm, tensors, constants):
+                raise
+    dims = _dims(gm, list(tensors))[0]
     for name, sizes in dims.items():
         for index, size in enumerate(sizes):
             if isinstance(size, int):
@@ -130,6 +128,53 @@ def capture(
     )
     gm.train(model.training)
     return gm
+
+
+def _traced(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic, training: bool
+) -> tuple[GraphModule, dict[str, str], dict[str, float], str | None]:
+    """Trace in one mode and compare in both; return the graph, what is static, the differences, what is unchecked."""
+    traced = {name: _at_least_two(value) for name, value in tensors.items()} if dynamic != "none" else tensors
+    with mode(model, training):
+        exported, static = export(model, traced, constants, dynamic)
+        gm = normalise.to_plain(exported, model, list(tensors))
+        Canonicalize().apply(gm)
+        names = _dims(gm, list(tensors))[1]
+        refresh(gm, gm.graph.nodes)  # torch.export's strides of views are not always what evaluating gives
+        state(gm)["dims"] = names
+        _name_sizes(gm, names)
+        state(gm)["guards"] = guard_count(gm)
+        unchecked = None
+        if any(value.is_meta for value in tensors.values()):
+            checked, unchecked = {}, _check_shapes(model, gm, tensors, constants)
+        else:
+            checked = _check(model, gm, tensors, constants)
+        normalise.drop_dead(gm)
+    return gm, static, checked, unchecked
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that draw random numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def _draws_alike(
+    model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
+) -> bool:
+    """Whether model and graph draw random numbers as often in training: a layer that is dropped at random does not."""
+    counts = []
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for module, inputs in ((model, {**tensors, **constants}), (gm, tensors)):
+        with mode(module, True), torch.random.fork_rng(devices=[]), torch.no_grad(), _Draws() as draws:
+            module(**inputs)
+        counts.append(draws.count)
+        _restore(model, buffers)
+    return counts[0] == counts[1]
 
 
 def _bind(

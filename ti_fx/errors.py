@@ -24,6 +24,10 @@ class CaptureError(TiFxError):
     """The model can't be captured as one graph, or the captured graph does not equal the model."""
 
 
+class RandomnessError(CaptureError):
+    """The model decides something by Python's or NumPy's random numbers, which a trace would freeze."""
+
+
 class PreconditionError(TiFxError):
     """A pass was run on a graph that is not ready for it; the message names what is missing."""
 

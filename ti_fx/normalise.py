@@ -58,13 +58,21 @@ def to_plain(exported: torch.export.ExportedProgram, model: nn.Module, inputs: l
     _leaf_modules(gm)
     _share_model_tensors(gm, model)
     _one_read_each(gm)
-    gm.graph.eliminate_dead_code()
     assign_roles(gm)
-    prune(gm)
     gm.graph.lint()
     gm.recompile()
     validate_inputs(gm)
     return gm
+
+
+def drop_dead(gm: GraphModule) -> None:
+    """Remove what no output depends on, and the tensors that only that read.
+
+    Comes after the comparison with the model: a dropout nobody reads draws from the random numbers of the next.
+    """
+    gm.graph.eliminate_dead_code()
+    prune(gm)
+    gm.recompile()
 
 
 def validate_inputs(gm: GraphModule) -> None:
@@ -88,6 +96,10 @@ def _plain_signature(source: GraphModule, name: str) -> GraphModule:
     graph.output(structure.build(graph, info.out_spec, flat))
     root = nn.Module()
     root._modules, root._parameters, root._buffers = source._modules, source._parameters, source._buffers
+    for node in graph.find_nodes(op="get_attr"):  # constants made in forward are plain attributes
+        if "." not in node.target and isinstance(constant := getattr(source, node.target, None), Tensor):
+            if node.target not in (*root._parameters, *root._buffers):
+                root.register_buffer(node.target, constant, persistent=False)
     gm = GraphModule(root, graph, class_name=name)
     for node in gm.graph.nodes:
         if structure.is_container(node):
@@ -114,7 +126,6 @@ def _inline_subgraphs(gm: GraphModule) -> None:
                 raise CaptureError(f"node {node.name} calls a sub-graph that is not a graph")
             _inline(gm.graph, node, inner.graph, list(node.args[where + 1 :]))
             again = True
-    gm.graph.eliminate_dead_code()
 
 
 def _inline(graph: Graph, caller: Node, inner: Graph, arguments: list[Any]) -> None:

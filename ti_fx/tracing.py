@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ti_fx.errors import CaptureError, InputError, TiFxError
+from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError
 
 Dynamic = Literal["auto", "batch", "none"]
 
@@ -255,7 +255,7 @@ def _python_randomness(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
     if found:
-        raise CaptureError(
+        raise RandomnessError(
             f"{type(model).__name__} draws random numbers in Python ({found[0]}), which a trace would freeze into one "
             "outcome; turn that off (layerdrop=0, apply_spec_augment=False, ...) or draw them with torch"
         )
