@@ -88,8 +88,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": _TOKENS},
     "granitemoehybrid": {"mamba_d_head": 32, "layer_types": ["linear_attention", "full_attention"]},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
-    "d_fine": {"encoder_in_channels": [32, 32, 64], "decoder_in_channels": [64, 64, 64]},
-    "deimv2": {"encoder_in_channels": [32, 32, 64], "decoder_in_channels": [64, 64, 64]},
+    "d_fine": _DETECTOR,
+    "deimv2": _DETECTOR,
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "emu3_vqgan": {"hidden_size": 256},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [3, 3, 2]}},
@@ -98,16 +98,16 @@ FIELDS: dict[str, dict[str, Any]] = {
     "granite_speech_plus": {"window_size": 15},
     "hgnet_v2": {
         "stem_channels": [3, 8, 16],
-        "stage_in_channels": [16, 16, 32, 32],
+        "stage_in_channels": [16, 16, 32, 64],
         "stage_mid_channels": [16, 16, 16, 16],
-        "stage_out_channels": [16, 32, 32, 64],
+        "stage_out_channels": [16, 32, 64, 128],
     },
     "hunyuan_vl_text": {"rope_parameters": _MROPE},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "paddleocr_vl_text": {"rope_parameters": _MROPE},
-    "pp_doclayout_v3": {"encoder_in_channels": [32, 32, 64], "decoder_in_channels": [64, 64, 64]},
-    "pp_doclayout_v4": {"encoder_in_channels": [32, 32, 64], "decoder_in_channels": [64, 64, 64]},
+    "pp_doclayout_v3": {**_DETECTOR, "x4_feat_dim": 16},
+    "pp_doclayout_v4": _DETECTOR,
     "qwen2_5_omni_thinker": {"vision_start_token_id": 98, "audio_start_token_id": 97},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 98, "audio_start_token_id": 97},
     "recurrent_gemma": {"num_hidden_layers": 3},
@@ -115,7 +115,6 @@ FIELDS: dict[str, dict[str, Any]] = {
         "vision_use_head": False
     },  # what classifies and what speaks of images do not read it
     "siglip2_vision_model": {"vision_use_head": False},
-    "step3p7_text": {"sliding_window": 4},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "sam3_lite_text_text_model": {"num_hidden_layers": 4},
@@ -131,6 +130,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "hrm_text": {"embedding_scale": 1.0, "H_cycles": 1, "L_cycles": 2},
     "nemotron_asr_streaming_encoder": {"sliding_window": 20},
     "vjepa2": {"frames_per_clip": 4},
+    "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [1, 0]},
+    "sam2_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "sam3_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+    "t5gemma2_text": {"dropout_rate": 0.0},
+    "qwen4_exp_text": {"token_budget": 8, "compress_ratio": 4},
+    "step3p5": {"sliding_window": 4},
 }
 
 # Which of transformers' tables of classes has the class to build ("BASE": the model without a head).
@@ -171,6 +176,7 @@ ALSO: dict[str, dict[str, str]] = {
         "prompt_pixel_values": "square images",
         "prompt_masks": "square images",
     },
+    "kyutai_speech_to_text": {"input_ids": "text and code words"},
     "musicgen": {"decoder_input_ids": "codebook rows"},
     "musicgen_melody": {"decoder_input_ids": "codebook rows"},
 }
@@ -183,6 +189,9 @@ for _name in ("llava_next", "llava_next_video", "llava_onevision"):
 UNUSED: dict[str, frozenset[str]] = {
     "csm": frozenset({"input_values"}),
     "embedding_gemma2": frozenset({"pixel_values"}),
+    "gemma4": frozenset({"pixel_values"}),
+    "gemma4_unified": frozenset({"pixel_values"}),
+    "kyutai_speech_to_text": frozenset({"input_values"}),
     "llava": frozenset({"image_sizes"}),
     "musicgen_melody": frozenset({"input_features"}),
 }
@@ -191,6 +200,8 @@ UNUSED: dict[str, frozenset[str]] = {
 REFUSED: dict[str, str] = {
     "bark": "BarkModel has no forward, only generate",
     "glm_image_vqmodel": "GlmImageVQVAE has no forward",
+    "mra": "attention is a CUDA kernel, without which the layers are empty (modeling_mra.py)",
+    "omdet-turbo": "its backbone is a Swin transformer of the package timm",
     "tvp": "modeling_tvp.py views its column positions as the batch's shape, so it runs with one row only",
 }
 for _name in ("edgetam_video", "sam2_video", "sam3_tracker_video", "sam3_video"):

@@ -62,6 +62,12 @@ def _grid_shapes(request: Request) -> Tensor:
     return torch.tensor([[GRID, GRID]] * request.batch)
 
 
+def _patch_places(request: Request) -> Tensor:
+    """Return the column and row of each patch: [batch, patches, 2]."""
+    places = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID))
+    return places.expand(request.batch, -1, -1).clone()
+
+
 def _image_sizes(request: Request) -> Tensor:
     return torch.tensor([list(request.image)] * request.batch)
 
@@ -314,6 +320,12 @@ def _code_words(request: Request) -> Tensor:
     return request.integers(0, 60, request.batch, request.sizes.length, books)
 
 
+def _text_and_codes(request: Request) -> Tensor:
+    """Return a word and one code a codebook at each step: [batch, length, 1 + codebooks]."""
+    books = request.number("num_codebooks", default=1)
+    return request.integers(1, 60, request.batch, request.sizes.length, 1 + books)
+
+
 def _codebook_rows(request: Request) -> Tensor:
     """Return the codebooks as rows: [batch · codebooks, length]."""
     books = request.number("num_codebooks", default=1)
@@ -374,6 +386,7 @@ MAKERS: dict[str, tuple[Maker, ...]] = {
     "pixel_values_videos": (_videos,),
     "pixel_attention_mask": (_pixel_mask, _tile_mask),
     "target_sizes": (_grid_shapes,),
+    "pixel_position_ids": (_patch_places,),
     "aspect_ratio_ids": (_same(1),),
     "aspect_ratio_mask": (_same(1, 4),),
     "hidden_states": (_flat_patches, _patch_images, _hidden_states),
@@ -428,6 +441,7 @@ OTHER_MAKERS: dict[str, Maker] = {
     "pairs": _pairs,
     "quarter words": _quarter_words,
     "square images": _square_images,
+    "text and code words": _text_and_codes,
     "tiles": _tiles,
     "wide sizes": _wide_sizes,
     "words": _words,

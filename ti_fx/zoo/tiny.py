@@ -99,6 +99,7 @@ _RULES: tuple[tuple[re.Pattern[str], Rule], ...] = tuple(
             _wide(INNER),
         ),
         (r"num_pos_feats", _wide(WIDTH // 2)),
+        (r"num_codebooks|n_codebooks", _at_most(4)),
         (r"num_embeddings|codebook", _wide(WIDTH)),
         (r"mel_bins|num_mel|feature_size|n_mels", _at_most(32)),
         (
@@ -126,7 +127,7 @@ class _Tiny:
     """One configuration and those inside it, made smaller together: token ids must still agree between them."""
 
     def __init__(self) -> None:
-        self.ids: dict[int, int] = {}
+        self.ids: dict[int | str, int] = {}
 
     def config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         by_hand = FIELDS.get(config.model_type) or FIELDS.get(type(config).__name__, {})
@@ -143,7 +144,7 @@ class _Tiny:
                 if name in _NEEDED:
                     changed[name] = _NEEDED[name]
                 elif re.search(r"^(image|audio|video)_token_(id|index)$", name):
-                    changed[name] = self.token(-len(name))
+                    changed[name] = self.special(name)
                 continue
             if name.startswith("_out_"):
                 continue
@@ -189,9 +190,13 @@ class _Tiny:
     def token(self, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(self.token(entry) for entry in value)
-        if not isinstance(value, int) or 0 <= value < FIRST_SPECIAL:
+        if not isinstance(value, int) or value < FIRST_SPECIAL:
             return value
-        return self.ids.setdefault(value, VOCABULARY - 1 - len(self.ids))
+        return self.special(value)
+
+    def special(self, key: int | str) -> int:
+        """Return an id from the end of the vocabulary, the same for the same key."""
+        return self.ids.setdefault(key, VOCABULARY - 1 - len(self.ids))
 
     def numbers(self, name: str, values: Sequence[Any], layers: int, staged: bool) -> list[Any]:
         if not values or not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
