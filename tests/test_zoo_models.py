@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ti_fx.errors import DataError
 from ti_fx.zoo import Entry, build, model_types
 from ti_fx.zoo.count import attention_calls, replaced, uniform, uniform_effect
+from ti_fx.zoo.exclusions import EXCLUSIONS
 from ti_fx.zoo.makers import run
 from ti_fx.zoo.redraw import redraw
 
@@ -35,7 +38,7 @@ BLOCKS = {
     "llava": 3,  # the vision tower's last layer is left out
     "qwen2_vl": 6,  # the vision tower attends to one image after the other, and there are two
 }
-WITHOUT = ["mamba", "resnet", "fnet", "mobilevitv2"]
+WITHOUT = ["mamba", "resnet", "fnet", "mobilevitv2", "rwkv"]
 
 
 @cache
@@ -75,7 +78,16 @@ def test_a_fused_attention_counts_like_an_eager_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_models_without_attention_count_none(name: str) -> None:
+    assert name in EXCLUSIONS
     assert blocks(entry(name)) == 0
+
+
+def test_an_exclusion_names_a_line_that_is_there() -> None:
+    models = Path(transformers.__file__).parent / "models"
+    for name, exclusion in EXCLUSIONS.items():
+        file, line = exclusion.source.split(":")
+        assert len((models / file).read_text(encoding="utf-8").splitlines()) >= int(line), name
+    assert EXCLUSIONS.keys() <= set(model_types())
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -124,8 +136,8 @@ class Parts(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         scores = self.query(self.queries) @ self.key(x).transpose(-1, -2) / math.sqrt(8)
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        values: Tensor = self.value(x)
-        return (weights / weights.sum(-1, keepdim=True)) @ values
+        context: Tensor = (weights / weights.sum(-1, keepdim=True)) @ self.value(x)
+        return context
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         torch.softmax(x @ x.transpose(-1, -2), dim=-1) @ x
