@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,12 +48,15 @@ RANDOM_OPS = frozenset(
 )
 
 
-def to_plain(exported: torch.export.ExportedProgram, model: nn.Module, inputs: list[str]) -> GraphModule:
-    """Return the plain trainable graph of an exported program; ``inputs`` are the tensor keywords, in order."""
+def to_plain(
+    exported: torch.export.ExportedProgram, model: nn.Module, baked: Mapping[str, Tensor] | None = None
+) -> GraphModule:
+    """Return the plain trainable graph of an exported program; inputs that are ``baked`` are taken and not read."""
     source = exported.module()
     if not isinstance(source, GraphModule):
         raise CaptureError("torch.export returned no graph")
     gm = _plain_signature(source, type(model).__name__)
+    _take_baked(gm, baked or {})
     _inline_subgraphs(gm)
     _drop_assertions(gm.graph)
     _leaf_modules(gm)
@@ -109,6 +113,16 @@ def _plain_signature(source: GraphModule, name: str) -> GraphModule:
     return gm
 
 
+def _take_baked(gm: GraphModule, baked: Mapping[str, Tensor]) -> None:
+    first = next(iter(gm.graph.nodes))
+    fake = next(node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")).fake_mode
+    for name, value in baked.items():
+        with gm.graph.inserting_before(first):
+            node = gm.graph.placeholder(name)
+        node.meta["val"] = fake.from_tensor(value, static_shapes=True)
+    state(gm)["baked"] = dict(baked)
+
+
 def _inline_subgraphs(gm: GraphModule) -> None:
     """Replace calls of a sub-graph wrapped in set_grad_enabled or autocast by the nodes of that sub-graph."""
     again = True
@@ -121,10 +135,13 @@ def _inline_subgraphs(gm: GraphModule) -> None:
             where = next(
                 i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr"
             )
-            inner = gm.get_submodule(node.args[where].target)
+            read = node.args[where]
+            inner = gm.get_submodule(read.target)
             if not isinstance(inner, GraphModule):
                 raise CaptureError(f"node {node.name} calls a sub-graph that is not a graph")
             _inline(gm.graph, node, inner.graph, list(node.args[where + 1 :]))
+            if not read.users:
+                erase(read)
             again = True
 
 
@@ -299,6 +316,12 @@ def _validate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             raise InputError(f"input {name!r} has {value.dim()} dimensions; the graph takes {expected.dim()}")
         for index, (size, wanted) in enumerate(zip(value.shape, expected.shape, strict=True)):
             _validate_size(name, index, size, wanted, sizes)
+        baked = state(module).get("baked", {}).get(name)
+        if baked is not None and not value.is_meta and not torch.equal(value, baked.to(value.device)):
+            raise InputError(
+                f"input {name!r} steers Python in the model, so the graph has the captured values as constants; "
+                "give those, or capture with these"
+            )
 
 
 def _validate_size(name: str, index: int, size: int, wanted: Any, sizes: dict[str, tuple[int, str]]) -> None:

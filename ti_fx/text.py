@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,9 +52,65 @@ def lines(gm: GraphModule, nodes: Iterable[Node] | None = None) -> dict[str, str
 
 def diff(before: GraphModule | str, after: GraphModule | str, context: int = 2) -> str:
     """Return the unified diff of two graphs or dumps, without file headers and line numbers; empty if equal."""
-    old, new = (dump(graph) if isinstance(graph, GraphModule) else graph for graph in (before, after))
-    changes = list(difflib.unified_diff(old.splitlines(), new.splitlines(), n=context, lineterm=""))[2:]
-    return "\n".join("@@" if line.startswith("@@") else line for line in changes) + ("\n" if changes else "")
+    old, new = (
+        (dump(graph) if isinstance(graph, GraphModule) else graph).splitlines() for graph in (before, after)
+    )
+    text = []
+    for group in _Matcher(None, old, new, autojunk=False).get_grouped_opcodes(context):
+        text.append("@@")
+        for tag, first, last, start, stop in group:
+            if tag == "equal":
+                text += [f" {line}" for line in old[first:last]]
+            else:
+                text += [f"-{line}" for line in old[first:last]] + [f"+{line}" for line in new[start:stop]]
+    return "\n".join(text) + ("\n" if text else "")
+
+
+class _Matcher(difflib.SequenceMatcher[str]):
+    """Matches the lines of two dumps in linear time: a line's partner is the one of the same text (and number).
+
+    The longest run of partners in the order of both is kept (lines that moved are removed and added). difflib's own
+    search for the longest blocks is quadratic.
+    """
+
+    def get_matching_blocks(self) -> list[difflib.Match]:
+        """Return the lines that both have, in order, with the empty block at the end that difflib promises."""
+        partners = {line: index for index, line in enumerate(_numbered(self.b))}
+        pairs = [(index, partners[line]) for index, line in enumerate(_numbered(self.a)) if line in partners]
+        blocks: list[difflib.Match] = []
+        for first, second in _longest_rising(pairs):
+            last = blocks[-1] if blocks else None
+            if last is not None and (last.a + last.size, last.b + last.size) == (first, second):
+                blocks[-1] = difflib.Match(last.a, last.b, last.size + 1)
+            else:
+                blocks.append(difflib.Match(first, second, 1))
+        return [*blocks, difflib.Match(len(self.a), len(self.b), 0)]
+
+
+def _numbered(texts: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Tell equal lines apart; a dump has none, as each begins with the node's name."""
+    seen: Counter[str] = Counter()
+    for line in texts:
+        yield line, seen[line]
+        seen[line] += 1
+
+
+def _longest_rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the longest subsequence whose second numbers rise; the first ones do."""
+    ends: list[int] = []  # the smallest last number of a rising run of each length
+    at: list[int] = []  # the pair that this number belongs to
+    before: list[int | None] = []
+    for index, (_, second) in enumerate(pairs):
+        length = bisect.bisect_left(ends, second)
+        ends[length : length + 1] = [second]
+        at[length : length + 1] = [index]
+        before.append(at[length - 1] if length else None)
+    found = []
+    step = at[-1] if at else None
+    while step is not None:
+        found.append(pairs[step])
+        step = before[step]
+    return found[::-1]
 
 
 def type_text(value: Any, dims: Mapping[str, str]) -> str:
