@@ -136,8 +136,12 @@ def _traced(
     """Trace in one mode and compare in both; return the graph, what is static, the differences, what is unchecked."""
     traced = {name: _at_least_two(value) for name, value in tensors.items()} if dynamic != "none" else tensors
     with mode(model, training):
-        exported, static = export(model, traced, constants, dynamic)
-        gm = normalise.to_plain(exported, model, list(tensors))
+        found = export(model, traced, constants, dynamic)
+        gm = normalise.to_plain(found.program, model, found.baked)
+        static = found.static
+        for name, value in found.baked.items():
+            why = "the model turns its values into Python numbers, so they are constants of the graph"
+            static.update({f"{name}.{index}": why for index in range(value.dim())})
         Canonicalize().apply(gm)
         names = _dims(gm, list(tensors))[1]
         refresh(gm, gm.graph.nodes)  # torch.export's strides of views are not always what evaluating gives

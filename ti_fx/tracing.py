@@ -9,13 +9,15 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError
+from ti_fx.steering import Concrete, steering_inputs
 
 Dynamic = Literal["auto", "batch", "none"]
 
@@ -91,33 +93,74 @@ def _dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[
     return shapes, static
 
 
-def export(
-    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
-) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
-    """Return the exported program and why a dimension is not dynamic, by ``input.dimension``.
+@dataclass(frozen=True)
+class Traced:
+    """What torch.export gave.
+
+    Attributes:
+        program: the exported program.
+        static: why a dimension is not dynamic, by ``input.dimension``.
+        baked: the values of inputs that are constants of the program.
+    """
+
+    program: torch.export.ExportedProgram
+    static: dict[str, str]
+    baked: dict[str, Tensor]
+
+
+def export(model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic) -> Traced:
+    """Trace a model.
 
     Raises:
         InputError: the model itself fails on the example.
         CaptureError: it can't be traced, or draws random numbers in Python; names the source line where known.
     """
-    shapes, static = _dynamic_shapes(tensors, dynamic)
     with _python_randomness(model):
+        try:
+            return Traced(*_export(model, tensors, constants, dynamic, {}), {})
+        except Exception as error:
+            known = _capture_error(model, error, tensors, constants)
+            if "data-dependent" not in str(error) or not isinstance(known, CaptureError):
+                raise known from error
+            baked = {name: tensors[name] for name in steering_inputs(model, tensors, constants)}
+            if not baked or len(baked) == len(tensors):
+                raise known from error
+            rest = {name: value for name, value in tensors.items() if name not in baked}
+            try:
+                return Traced(*_export(model, rest, constants, dynamic, baked), baked)
+            except Exception:
+                raise known from error
+
+
+def _export(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    constants: dict[str, Any],
+    dynamic: Dynamic,
+    baked: dict[str, Tensor],
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    shapes, static = _dynamic_shapes(tensors, dynamic)
+    constants = {**constants, **baked}
+    with Concrete(baked.values()) if baked else nullcontext():
         try:
             return _trace(model, tensors, constants, shapes), static
         except Exception as error:
             if dynamic != "auto" or not _is_about_shapes(error):
-                raise _capture_error(model, error, tensors, constants) from error
+                raise
             reason = _first_line(error)
-        # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic, and say so.
+        # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic, and say so; where
+        # baked values fix the batch, too, nothing is dynamic.
         shapes, _ = _dynamic_shapes(tensors, "batch")
         try:
             exported = _trace(model, tensors, constants, shapes)
         except Exception as error:
-            raise _capture_error(model, error, tensors, constants) from error
-        for name, value in tensors.items():
-            for index in range(1, value.dim()):
-                static[f"{name}.{index}"] = reason
-        return exported, static
+            if not baked or not _is_about_shapes(error):
+                raise
+            exported = _trace(model, tensors, constants, _dynamic_shapes(tensors, "none")[0])
+    for name, value in tensors.items():
+        for index in range(1, value.dim()):
+            static[f"{name}.{index}"] = reason
+    return exported, static
 
 
 def _trace(
