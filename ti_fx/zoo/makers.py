@@ -12,131 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ti_fx.zoo import senses
 from ti_fx.zoo.request import Request
 from ti_fx.zoo.tiny import FIRST_SPECIAL
 
 WORDS = range(60, FIRST_SPECIAL)  # ids that are no special token in any tiny configuration
 PADDED = 3  # positions at the end of the last row
-SAMPLES = 1920  # of a waveform
-FRAMES = 4  # of a video
-GRID = 4  # patches along each side of an image that comes as a list of patches
-
-
-def _images(request: Request) -> Tensor:
-    return request.normal(request.batch, request.channels, *request.image)
-
-
-def _image_lists(request: Request) -> Tensor:
-    return request.normal(request.batch, 1, request.channels, *request.image)
-
-
-def _videos(request: Request) -> Tensor:
-    frames = request.number("num_frames", "frames_per_clip", default=FRAMES)
-    return request.normal(request.batch, frames, request.channels, *request.image)
-
-
-def _patch_width(request: Request) -> int:
-    patch = request.number("patch_size", "spatial_patch_size", default=8)
-    return request.channels * request.number("temporal_patch_size", default=1) * patch * patch
-
-
-def _flat_patches(request: Request) -> Tensor:
-    """Return the patches of all images one after the other, as models with a grid take them."""
-    return request.normal(request.batch * GRID * GRID, _patch_width(request))
-
-
-def _patches(request: Request) -> Tensor:
-    return request.normal(request.batch, GRID * GRID, _patch_width(request))
-
-
-def _patch_images(request: Request) -> Tensor:
-    patch = request.number("patch_size", default=8)
-    return request.normal(request.batch * GRID * GRID, request.channels, patch, patch)
-
-
-def _grid(request: Request) -> Tensor:
-    return torch.tensor([[1, GRID, GRID]] * request.batch)
-
-
-def _grid_shapes(request: Request) -> Tensor:
-    return torch.tensor([[GRID, GRID]] * request.batch)
-
-
-def _patch_places(request: Request) -> Tensor:
-    """Return the column and row of each patch: [batch, patches, 2]."""
-    places = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID))
-    return places.expand(request.batch, -1, -1).clone()
-
-
-def _image_sizes(request: Request) -> Tensor:
-    return torch.tensor([list(request.image)] * request.batch)
-
-
-def _tile_mask(request: Request) -> Tensor:
-    return torch.ones(request.made["pixel_values"].shape[:2], dtype=torch.long)
-
-
-def _large_images(request: Request) -> Tensor:
-    height, width = request.image
-    return request.normal(request.batch, request.channels, 4 * height, 4 * width)
 
 
 def _hidden_states(request: Request) -> Tensor:
     width = request.number("hidden_size", default=64)
     return request.normal(request.batch, request.sizes.length, width)
-
-
-def _waveforms(request: Request) -> Tensor:
-    return request.normal(request.batch, SAMPLES)
-
-
-def _channel_waveforms(request: Request) -> Tensor:
-    return request.normal(request.batch, request.number("audio_channels", "channels", default=1), SAMPLES)
-
-
-def _frames(request: Request) -> int:
-    return 2 * request.number("max_source_positions", default=32)
-
-
-def _spectrograms(request: Request) -> Tensor:
-    return request.normal(request.batch, request.bins, _frames(request))
-
-
-def _frame_rows(request: Request) -> Tensor:
-    frames = request.number("max_length", default=_frames(request))
-    return request.normal(request.batch, frames, request.bins)
-
-
-def _wide_frame_rows(request: Request) -> Tensor:
-    """Return two frames joined to one, as some feature extractors give them."""
-    return request.normal(request.batch, _frames(request), 2 * request.bins)
-
-
-def _frame_images(request: Request) -> Tensor:
-    frames = request.number("spec_size", "max_length", default=_frames(request))
-    return request.normal(request.batch, 1, frames, request.bins)
-
-
-def _sound(request: Request) -> Tensor:
-    return (
-        request.made["input_features"] if "input_features" in request.made else request.made["input_values"]
-    )
-
-
-def _last_mask(request: Request) -> Tensor:
-    sound = _sound(request)
-    return torch.ones(request.batch, sound.shape[-1], dtype=torch.long)
-
-
-def _middle_mask(request: Request) -> Tensor:
-    sound = _sound(request)
-    return torch.ones(request.batch, sound.shape[1], dtype=torch.long)
-
-
-def _pixel_mask(request: Request) -> Tensor:
-    made = request.made["pixel_values"]
-    kept = [size for axis, size in enumerate(made.shape) if axis != made.dim() - 3]
-    return torch.ones(kept if made.dim() > 3 else made.shape[:2], dtype=torch.long)
 
 
 def _words(request: Request) -> Tensor:
@@ -225,17 +111,6 @@ def _image_words(request: Request) -> Tensor:
 def _boxes(request: Request) -> Tensor:
     corner = request.integers(0, 30, *request.made["input_ids"].shape, 2)
     return torch.cat([corner, corner + request.integers(1, 30, *corner.shape)], dim=-1)
-
-
-def _tiles(request: Request) -> Tensor:
-    """Return an image cut into two and the whole of it."""
-    return request.normal(request.batch, 3, request.channels, *request.image)
-
-
-def _wide_sizes(request: Request) -> Tensor:
-    """Return the size of an image that is cut into two."""
-    height, width = request.image
-    return torch.tensor([[height, 2 * width]] * request.batch)
 
 
 def _ones(*names: str) -> Maker:
@@ -332,10 +207,6 @@ def _codebook_rows(request: Request) -> Tensor:
     return request.integers(0, 60, request.batch * books, request.sizes.length)
 
 
-def _aspect_images(request: Request) -> Tensor:
-    return request.normal(request.batch, 1, 4, request.channels, *request.image)
-
-
 def _cross_mask(request: Request) -> Tensor:
     return torch.ones(*request.made["input_ids"].shape, 1, 4, dtype=torch.long)
 
@@ -350,20 +221,11 @@ def _task_words(request: Request) -> Tensor:
     return request.integers(WORDS.start, WORDS.stop, request.batch, length)
 
 
-def _square_images(request: Request) -> Tensor:
-    side = request.image[1]
-    return request.normal(request.batch, request.channels, side, side)
-
-
 def _quarter_words(request: Request) -> Tensor:
     """Return words after one placeholder for each four frames."""
     (token,) = _placeholders(request).values()
     count = request.made["input_features"].shape[-1] // 4
     return torch.cat([torch.full((request.batch, count), token), _words(request)], dim=1)
-
-
-def _pairs(request: Request) -> Tensor:
-    return request.normal(request.batch, 2, request.channels, *request.image)
 
 
 def _encoded(request: Request) -> Tensor:
@@ -373,28 +235,36 @@ def _encoded(request: Request) -> Tensor:
 Maker = Callable[[Request], Tensor]
 # In the order in which they are made; several makers are tried in turn.
 MAKERS: dict[str, tuple[Maker, ...]] = {
-    "image_grid_thw": (_grid,),
-    "grid_thw": (_grid,),
-    "image_sizes": (_image_sizes, _wide_sizes),
-    "spatial_shapes": (_grid_shapes,),
+    "image_grid_thw": (senses.grid,),
+    "grid_thw": (senses.grid,),
+    "image_sizes": (senses.image_sizes, senses.wide_sizes),
+    "spatial_shapes": (senses.grid_shapes,),
     "merge_sizes": (lambda request: torch.ones(request.batch, dtype=torch.long),),
     "image_merge_sizes": (lambda request: torch.full((request.batch,), 2),),
-    "pixel_values": (_images, _videos, _image_lists, _flat_patches, _patches, _patch_images, _tiles),
-    "high_res_pixel_values": (_images,),
-    "prompt_pixel_values": (_images,),
-    "prompt_masks": (_images,),
-    "pixel_values_videos": (_videos,),
-    "pixel_attention_mask": (_pixel_mask, _tile_mask),
-    "target_sizes": (_grid_shapes,),
-    "pixel_position_ids": (_patch_places,),
+    "pixel_values": (
+        senses.images,
+        senses.videos,
+        senses.image_lists,
+        senses.flat_patches,
+        senses.patches,
+        senses.patch_images,
+        senses.tiles,
+    ),
+    "high_res_pixel_values": (senses.images,),
+    "prompt_pixel_values": (senses.images,),
+    "prompt_masks": (senses.images,),
+    "pixel_values_videos": (senses.videos,),
+    "pixel_attention_mask": (senses.pixel_mask, senses.tile_mask),
+    "target_sizes": (senses.grid_shapes,),
+    "pixel_position_ids": (senses.patch_places,),
     "aspect_ratio_ids": (_same(1),),
     "aspect_ratio_mask": (_same(1, 4),),
-    "hidden_states": (_flat_patches, _patch_images, _hidden_states),
-    "input_values": (_waveforms, _channel_waveforms, _frame_rows),
-    "input_features": (_spectrograms, _frame_rows, _wide_frame_rows, _frame_images),
-    "audio_mel": (_frame_rows,),
-    "input_features_mask": (_last_mask, _middle_mask),
-    "feature_attention_mask": (_last_mask, _middle_mask),
+    "hidden_states": (senses.flat_patches, senses.patch_images, _hidden_states),
+    "input_values": (senses.waveforms, senses.channel_waveforms, senses.frame_rows),
+    "input_features": (senses.spectrograms, senses.frame_rows, senses.wide_frame_rows, senses.frame_images),
+    "audio_mel": (senses.frame_rows,),
+    "input_features_mask": (senses.last_mask, senses.middle_mask),
+    "feature_attention_mask": (senses.last_mask, senses.middle_mask),
     "audio_mel_mask": (lambda request: torch.zeros(request.made["audio_mel"].shape[:2], dtype=torch.bool),),
     "input_ids": (_words_with_features, _words_as_told, _words),
     "attention_mask": (_attention_mask,),
@@ -433,18 +303,18 @@ MAKERS: dict[str, tuple[Maker, ...]] = {
 }
 # Shapes that only some models take, tried in place of the rule's.
 OTHER_MAKERS: dict[str, Maker] = {
-    "aspect images": _aspect_images,
+    "aspect images": senses.aspect_images,
     "code words": _code_words,
     "codebook rows": _codebook_rows,
-    "large images": _large_images,
+    "large images": senses.large_images,
     "long words": _long_words,
-    "pairs": _pairs,
+    "pairs": senses.pairs,
     "quarter words": _quarter_words,
-    "square images": _square_images,
+    "square images": senses.square_images,
     "text and code words": _text_and_codes,
-    "tiles": _tiles,
-    "wide sizes": _wide_sizes,
+    "tiles": senses.tiles,
+    "wide sizes": senses.wide_sizes,
     "words": _words,
-    "image lists": _image_lists,
+    "image lists": senses.image_lists,
     "numbers": _steps("hidden_size"),
 }
