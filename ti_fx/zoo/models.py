@@ -109,6 +109,10 @@ def build_from(name: str, config: PreTrainedConfig, attention: str = "eager", se
                 f"{name}: needs the package {wanted}; install it, or leave this type out"
             ) from error
         except Exception as error:
+            if "does not support an attention implementation" in str(error):
+                raise DataError(
+                    f"{name}: a class of its model has no {attention} attention; use eager"
+                ) from error
             raise DataError(
                 f"{name}: {chosen.__name__} can't be built with {attention}: {_line(error)}"
             ) from error
