@@ -185,6 +185,11 @@ def test_a_type_that_is_not_built_says_why(name: str, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_type_without_fused_attention_says_so() -> None:
+    with pytest.raises(DataError, match=r"^reformer: a class of its model has no sdpa attention; use eager$"):
+        build("reformer", "sdpa")
+
+
 def test_every_type_of_the_installed_transformers_is_listed() -> None:
     types = model_types()
     assert types == sorted(types)
