@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError
-from ti_fx.steering import Concrete, steering_inputs
+from ti_fx.steering import Concrete, decides_at_random, steering_inputs
 
 Dynamic = Literal["auto", "batch", "none"]
 
@@ -116,6 +116,8 @@ def export(model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, An
         CaptureError: it can't be traced, or draws random numbers in Python; names the source line where known.
     """
     with _python_randomness(model):
+        if model.training and not any(value.is_meta for value in tensors.values()):
+            _no_random_choice(model, tensors, constants)
         try:
             return Traced(*_export(model, tensors, constants, dynamic, {}), {})
         except Exception as error:
@@ -132,6 +134,18 @@ def export(model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, An
                 raise known from error
 
 
+def _no_random_choice(model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any]) -> None:
+    try:
+        where = decides_at_random(model, tensors, constants)
+    except Exception as error:
+        raise _capture_error(model, error, tensors, constants) from error
+    if where is not None:
+        raise RandomnessError(
+            f"{type(model).__name__} decides by a random number what it computes ({where}), which a trace would freeze "
+            "into one outcome; turn that off (layerdrop=0, apply_spec_augment=False, ...)"
+        )
+
+
 def _export(
     model: nn.Module,
     tensors: dict[str, Tensor],
@@ -141,7 +155,7 @@ def _export(
 ) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
     shapes, static = _dynamic_shapes(tensors, dynamic)
     constants = {**constants, **baked}
-    with Concrete(baked.values()) if baked else nullcontext():
+    with Concrete(baked.values()):
         try:
             return _trace(model, tensors, constants, shapes), static
         except Exception as error:
