@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -64,7 +65,7 @@ def steps(gm: GraphModule) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield each step by name, on the graph as the steps before left it."""
     before = ti_fx.fork(gm)
     for one in PASSES:
-        yield str(one), lambda one=one: ti_fx.Pipeline(one)(gm)
+        yield str(one), partial(ti_fx.Pipeline(one), gm)
     yield "find_attention", lambda: ti_fx.find_attention(gm)
     yield "verify", lambda: ti_fx.verify(gm)
     yield "dump", lambda: ti_fx.dump(gm)

@@ -108,7 +108,8 @@ class RelativeBias(Attention):
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         distance = relative_positions(query.shape[2], key.shape[2], query.device)
-        return super().scores(query, key) + self.bias(distance + LONGEST).permute(2, 0, 1)[None]
+        bias: Tensor = self.bias(distance + LONGEST).permute(2, 0, 1)[None]
+        return super().scores(query, key) + bias
 
 
 class QueryKeyNorm(Attention):
@@ -248,10 +249,10 @@ class EinsumProjections(Einsum):
 class Bmm(Attention):
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         flat = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)) * HEAD**-0.5
-        return flat.unflatten(0, (-1, HEADS))
+        return torch.unflatten(flat, 0, (-1, HEADS))
 
     def context(self, probabilities: Tensor, value: Tensor) -> Tensor:
-        return torch.bmm(probabilities.flatten(0, 1), value.flatten(0, 1)).unflatten(0, (-1, HEADS))
+        return torch.unflatten(torch.bmm(probabilities.flatten(0, 1), value.flatten(0, 1)), 0, (-1, HEADS))
 
 
 class Baddbmm(Bmm):
@@ -262,7 +263,7 @@ class Baddbmm(Bmm):
         scores = torch.baddbmm(
             bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), beta=1.0, alpha=HEAD**-0.5
         )
-        return self.context(scores.softmax(-1).unflatten(0, (-1, HEADS)), value)
+        return self.context(torch.unflatten(scores.softmax(-1), 0, (-1, HEADS)), value)
 
 
 class Elementwise(Attention):
@@ -292,7 +293,7 @@ class Grouped(Attention):
 class GroupedByReshape(Grouped):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None) -> Tensor:
         assert keep is not None
-        query = query.unflatten(1, (self.groups, -1))
+        query = torch.unflatten(query, 1, (self.groups, -1))
         scores = query @ key.unsqueeze(2).transpose(-1, -2) / math.sqrt(HEAD)
         context = self.map(self.mask(scores, keep.unsqueeze(1))) @ value.unsqueeze(2)
         return context.flatten(1, 2)
@@ -460,7 +461,7 @@ class Windowed(PreNorm):
 
     def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
         normed = self.first(x).roll(-self.shift, dims=1)
-        windows = normed.unflatten(1, (-1, 4))
+        windows = torch.unflatten(normed, 1, (-1, 4))
         count = windows.shape[1]
         inside = torch.ones(count, 1, 4, 4, dtype=torch.bool, device=x.device)
         if self.shift:
@@ -527,6 +528,7 @@ class ReturnsMaps(nn.Module):
     def forward(self, features: Tensor) -> dict[str, Any]:
         maps: list[Tensor] = []
         for attention, norm in zip(self.blocks, self.norms, strict=True):
+            assert isinstance(attention, Attention)
             normed = norm(features)
             query, key, value = attention.project(normed, normed)
             maps.append(attention.map(attention.scores(query, key)))

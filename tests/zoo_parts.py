@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
 def split(x: Tensor) -> Tensor:
     """Return ``(batch, heads, length, head)`` of ``(batch, length, heads * head)``."""
-    return x.unflatten(-1, (-1, HEAD)).transpose(1, 2)
+    return torch.unflatten(x, -1, (-1, HEAD)).transpose(1, 2)
 
 
 def merge(x: Tensor) -> Tensor:

@@ -73,6 +73,9 @@ class _Matcher(difflib.SequenceMatcher[str]):
     search for the longest blocks is quadratic.
     """
 
+    a: list[str]
+    b: list[str]
+
     def get_matching_blocks(self) -> list[difflib.Match]:
         """Return the lines that both have, in order, with the empty block at the end that difflib promises."""
         partners = {line: index for index, line in enumerate(_numbered(self.b))}
