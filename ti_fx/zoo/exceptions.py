@@ -107,6 +107,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "pp_doclayout_v4": _DETECTOR,
     "qwen2_5_omni_thinker": {"vision_start_token_id": 98, "audio_start_token_id": 97},
     "qwen2_5_vl_text": {"rope_parameters": _MROPE},
+    "qwen2_5_omni_text": {"rope_parameters": _MROPE},
     "qwen2_vl_text": {"rope_parameters": _MROPE},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 98, "audio_start_token_id": 97},
     "qwen4_exp_text": {"token_budget": 8, "compress_ratio": 4},
@@ -189,6 +190,8 @@ for _name in ("llava_next", "llava_next_video", "llava_onevision"):
 UNUSED: dict[str, frozenset[str]] = {
     "csm": frozenset({"input_values"}),
     "embedding_gemma2": frozenset({"pixel_values"}),
+    "granite_speech": frozenset({"input_features_mask"}),
+    "granite_speech_plus": frozenset({"input_features_mask"}),
     "gemma4": frozenset({"pixel_values"}),
     "gemma4_unified": frozenset({"pixel_values"}),
     "kyutai_speech_to_text": frozenset({"input_values"}),

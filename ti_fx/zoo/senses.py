@@ -31,7 +31,9 @@ def videos(request: Request) -> Tensor:
 def patch_width(request: Request) -> int:
     """Return the numbers in one patch."""
     patch = request.number("patch_size", "spatial_patch_size", default=8)
-    return request.channels * request.number("temporal_patch_size", default=1) * patch * patch
+    return (
+        request.channels * request.number("temporal_patch_size", "patch_temporal", default=1) * patch * patch
+    )
 
 
 def flat_patches(request: Request) -> Tensor:
