@@ -87,7 +87,8 @@ class Concrete(TorchFunctionMode):
             return self._at_once(torch.tensor, (self.draw,), kwargs)
         given = _tensors((args, kwargs))
         concrete = [value for value in given if id(value) in self.known]
-        if given and len(concrete) == len(given) or (func is torch.arange and self.alive and _is_static(args, kwargs)):
+        alone = len(concrete) == len(given) if given else func is torch.arange and bool(self.alive)
+        if alone and _is_static(args, kwargs):
             return self._at_once(func, args, kwargs)
         if concrete and func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], self._indices(args[1]), *args[2:])

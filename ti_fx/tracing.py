@@ -159,20 +159,15 @@ def _export(
         try:
             return _trace(model, tensors, constants, shapes), static
         except Exception as error:
-            if dynamic != "auto" or not _is_about_shapes(error):
+            if dynamic != "auto" or not (baked or _is_about_shapes(error)):
                 raise
             reason = _first_line(error)
-        # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic, and say so; where
-        # baked values fix the batch, too, nothing is dynamic.
-        shapes, _ = _dynamic_shapes(tensors, "batch")
-        try:
-            exported = _trace(model, tensors, constants, shapes)
-        except Exception as error:
-            if not baked or not _is_about_shapes(error):
-                raise
-            exported = _trace(model, tensors, constants, _dynamic_shapes(tensors, "none")[0])
+        # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic, and say so. Values
+        # that are constants mostly fix the batch, too.
+        fewer: Dynamic = "none" if baked else "batch"
+        exported = _trace(model, tensors, constants, _dynamic_shapes(tensors, fewer)[0])
     for name, value in tensors.items():
-        for index in range(1, value.dim()):
+        for index in range(0 if baked else 1, value.dim()):
             static[f"{name}.{index}"] = reason
     return exported, static
 
