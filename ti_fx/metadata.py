@@ -37,20 +37,16 @@ def fake_mode(gm: GraphModule) -> FakeTensorMode:
 def guard_count(gm: GraphModule) -> int:
     """Return how many guards the graph's symbolic sizes have collected.
 
-    Not counted: that a tensor is not empty, which reductions ask of every input.
+    Not counted: the inequalities that torch's own kernels ask about (is a tensor empty, which stride is larger). They
+    fix no size; an equality does, wherever it comes from.
     """
     environment = fake_mode(gm).shape_env
-    return 0 if environment is None else sum(not _is_non_empty(guard.expr) for guard in environment.guards)
+    return 0 if environment is None else sum(not _is_about_strides(guard) for guard in environment.guards)
 
 
-def _is_non_empty(guard: Any) -> bool:
-    """Whether a guard (a sympy relation) says no more than that some sizes are above 0."""
-    kind = type(guard).__name__
-    if kind == "And":
-        return all(_is_non_empty(part) for part in guard.args)
-    if kind in ("StrictGreaterThan", "StrictLessThan"):
-        return bool(guard.lts == 0)
-    return kind == "Unequality" and bool(guard.rhs == 0)
+def _is_about_strides(guard: Any) -> bool:
+    asked = getattr(guard.sloc.framework_loc, "filename", "")
+    return type(guard.expr).__name__ != "Equality" and asked.startswith(torch.__path__[0])
 
 
 def signature(value: Any) -> Hashable:
