@@ -63,4 +63,7 @@ EXCLUSIONS: dict[str, Exclusion] = {
     ),
     "univnet": Exclusion("conv1d", _CONVOLUTION, "univnet/modeling_univnet.py:72"),
     "xlstm": Exclusion("recurrence", _STATE, "xlstm/modeling_xlstm.py:73"),
+    "yoso": Exclusion(
+        "acos", "weights are expected hash collisions, a power of an angle", "yoso/modeling_yoso.py:109"
+    ),
 }
