@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.errors import ExportError, InputError
 from ti_fx.graph import constant_size, erase_dead, fork, mode, state
+from ti_fx.metadata import fake_mode
 from ti_fx.structure import is_container, named_leaves
 
 BATCH = "batch"
@@ -89,19 +90,36 @@ def traceable(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def other_sizes(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[dict[str, int]]:
     """Return two sets of sizes, each unlike the example's in every dynamic dimension that allows it."""
-    bounds = limits(gm)
+    bounds, own = limits(gm), sizes(gm, inputs)
     longer, shorter = {}, {}
-    for name, size in sizes(gm, inputs).items():
+    for name, size in own.items():
         step = 1 if name == BATCH else 3
         allowed = [
             candidate
-            for candidate in (size + step, size + 2 * step, size - step, size // 2, size + 1, size - 1, size)
-            if _SHORTEST <= candidate <= bounds.get(name, candidate)
+            for candidate in (
+                *(size + step, size + 2 * step, size - step, size // 2),
+                *(size + 1, size - 1, 2 * size, 3 * size),
+            )
+            if _SHORTEST <= candidate <= bounds.get(name, candidate) and _fits(gm, {**own, name: candidate})
         ] or [size]
         longer[name] = allowed[0]
         others = [candidate for candidate in allowed if candidate not in (size, allowed[0])]
         shorter[name] = min(others, key=lambda candidate: abs(candidate - size / 2), default=allowed[-1])
     return [longer, shorter]
+
+
+def _fits(gm: GraphModule, wanted: Mapping[str, int]) -> bool:
+    """Whether the equalities that the trace asked of the sizes hold (a length that is a multiple of a window's)."""
+    environment = fake_mode(gm).shape_env
+    symbols = {symbol: wanted[name] for symbol, name in state(gm).get("dims", {}).items() if name in wanted}
+    guards = [guard.expr for guard in environment.guards] if environment is not None else []
+    known = [(symbol, symbols.get(str(symbol))) for guard in guards for symbol in guard.free_symbols]
+    values = {symbol: value for symbol, value in known if value is not None}
+    return all(
+        guard.subs(values) != False  # noqa: E712  a sympy relation is neither true nor false until it is decided
+        for guard in guards
+        if type(guard).__name__ in ("Equality", "Or")
+    )
 
 
 def padded(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
