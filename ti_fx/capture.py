@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,9 @@ def capture(
             device (``with torch.device("meta")``) a model of any size is captured, and every pass but Pack runs on it.
         example: keyword inputs (a dict or BatchEncoding), or a tuple of positional ones. Tensors become inputs;
             other values (flags, None) are baked in. For a model on the meta device they may be on any device.
-        dynamic: ``auto`` makes every dimension dynamic that the model allows, ``batch`` only dimension 0, ``none``
-            nothing. See :func:`capture_report`.
+        dynamic: ``auto`` makes every dimension dynamic that the model allows, of images and videos (four dimensions or
+            more) the batch alone; ``all`` tries those, too; ``batch`` only dimension 0, ``none`` nothing. See
+            :func:`capture_report`.
 
     Raises:
         InputError: the example does not fit the model's signature.
@@ -95,8 +96,8 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"capture needs an nn.Module, got {type(model).__name__}")
-    if dynamic not in ("auto", "batch", "none"):
-        raise InputError(f"dynamic is {dynamic!r}; use 'auto', 'batch' or 'none'")
+    if dynamic not in get_args(Dynamic):
+        raise InputError(f"dynamic is {dynamic!r}; use {', '.join(map(repr, get_args(Dynamic)))}")
     tensors, constants = _bind(model, example)
     with traceable(model) as attention:
         try:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError
 from ti_fx.steering import Concrete, decides_at_random, steering_inputs
 
-Dynamic = Literal["auto", "batch", "none"]
+Dynamic = Literal["auto", "all", "batch", "none"]
+# Inputs of this many dimensions are images and videos: their sizes as symbols cost minutes of algebra.
+IMAGE_RANK = 4
 
 BATCH = "batch"
 
@@ -85,9 +87,14 @@ def _dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[
         for index, size in enumerate(value.shape):
             if index == 0 and size == batch and batch > 1:
                 dims[index] = named
-            elif dynamic == "auto" and size > 1:
+            elif dynamic == "auto" and value.dim() >= IMAGE_RANK:
+                static[f"{name}.{index}"] = (
+                    f"dynamic='auto' fixes it at {size}, as in every input of {IMAGE_RANK} or more dimensions; "
+                    "dynamic='all' does not"
+                )
+            elif dynamic in ("auto", "all") and size > 1:
                 dims[index] = torch.export.Dim.AUTO
-            elif dynamic == "auto":
+            elif dynamic in ("auto", "all"):
                 static[f"{name}.{index}"] = f"the example's size is {size}; give an example of at least 2"
         shapes[name] = dims or None
     return shapes, static
@@ -159,7 +166,7 @@ def _export(
         try:
             return _trace(model, tensors, constants, shapes), static
         except Exception as error:
-            if dynamic != "auto" or not (baked or _is_about_shapes(error)):
+            if dynamic not in ("auto", "all") or not (baked or _is_about_shapes(error)):
                 raise
             reason = _first_line(error)
         # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic, and say so. Values
