@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from ti_fx import numerics, roles
-from ti_fx.dataflow import MATMUL, is_ours, projection_weight
+from ti_fx.dataflow import MATMUL, is_ours, projection_weight, reads_ternary
 from ti_fx.encodings import ENCODINGS, get_encoding
 from ti_fx.errors import PostconditionError, PreconditionError, SelectionError
 from ti_fx.graph import aten_name, call, erase, state
@@ -76,7 +76,7 @@ class QuantizeActivations(Pass):
         found: dict[Node, str] = {}
         for node in projections(gm):
             weight = projection_weight(node)
-            if weight is not None and any(user.target is numerics.ternary for user in weight.users):
+            if weight is not None and reads_ternary(node):
                 found[node] = str(weight.target)
         left = skipped(found.values(), self.skip, "ternary projection")
         return [

@@ -52,21 +52,29 @@ _READS = (numerics.ternary, encodings.unpack_ternary)
 
 def projection_weight(node: Node) -> Node | None:
     """Return the get_attr node of the weight that a projection reads, through its quantiser if it has one."""
+    chain = _weight_chain(node)
+    return chain[-1] if chain and chain[-1].op == "get_attr" else None
+
+
+def reads_ternary(node: Node) -> bool:
+    """Whether a projection reads its weight through a ternary quantiser."""
+    return any(part.target is numerics.ternary for part in _weight_chain(node))
+
+
+def _weight_chain(node: Node) -> list[Node]:
+    """Return the weight operand of a projection, and what it is moved, cast or quantised from, to the stored tensor."""
     name = aten_name(node)
-    argument = None
-    if name in PROJECTION:
-        index = 2 if name in ("addmm", "baddbmm") else 1
-        factors = operands(node)
-        argument = factors[-1] if name == "einsum" else node.args[index] if index < len(node.args) else None
-    while isinstance(argument, Node) and argument.op != "get_attr":
-        transparent = argument.target in _READS or aten_name(argument) in CAST | {
-            "t",
-            "transpose",
-            "T",
-            "permute",
-        }
-        argument = argument.args[0] if transparent else None
-    return argument if isinstance(argument, Node) else None
+    if name not in PROJECTION:
+        return []
+    index = 2 if name in ("addmm", "baddbmm") else 1
+    factors = operands(node)
+    argument = factors[-1] if name == "einsum" else node.args[index] if index < len(node.args) else None
+    chain: list[Node] = []
+    while isinstance(argument, Node):
+        chain.append(argument)
+        passed = argument.target in _READS or aten_name(argument) in CAST | {"t", "transpose", "T", "permute"}
+        argument = argument.args[0] if passed else None
+    return chain
 
 
 def projection_input(node: Node) -> Node:

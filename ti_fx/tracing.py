@@ -115,7 +115,9 @@ class Traced:
     baked: dict[str, Tensor]
 
 
-def export(model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic) -> Traced:
+def export(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
+) -> Traced:
     """Trace a model.
 
     Raises:
@@ -169,12 +171,20 @@ def _export(
             if dynamic not in ("auto", "all") or not (baked or _is_about_shapes(error)):
                 raise
             reason = _first_line(error)
-        # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic, and say so. Values
-        # that are constants mostly fix the batch, too.
-        fewer: Dynamic = "none" if baked else "batch"
-        exported = _trace(model, tensors, constants, _dynamic_shapes(tensors, fewer)[0])
+        # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic if it can be, and say
+        # so. Values that are constants mostly fix the batch, too.
+        batch = not baked
+        if batch:
+            try:
+                exported = _trace(model, tensors, constants, _dynamic_shapes(tensors, "batch")[0])
+            except Exception as error:
+                if not _is_about_shapes(error):
+                    raise
+                batch = False
+        if not batch:
+            exported = _trace(model, tensors, constants, _dynamic_shapes(tensors, "none")[0])
     for name, value in tensors.items():
-        for index in range(0 if baked else 1, value.dim()):
+        for index in range(int(batch), value.dim()):
             static[f"{name}.{index}"] = reason
     return exported, static
 
