@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -279,15 +279,45 @@ def is_random(node: Node) -> bool:
 
 
 def assign_roles(gm: GraphModule) -> None:
-    """Give every node its first role: shared if nothing trainable, stored or random is upstream, else student."""
+    """Give every node its first role: shared if nothing trainable, stored or random is upstream, else student.
+
+    A tensor that the student writes into is the student's own: a twin writes into another.
+    """
+    while True:
+        written: set[Node] = set()
+        for node in gm.graph.nodes:
+            own = (
+                node.op in ("get_attr", "call_module", "output")
+                or is_random(node)
+                or structure.is_container(node)
+                or roles.fact(node, "written")
+            )
+            inherited = any(roles.is_student(source) for source in node.all_input_nodes)
+            roles.set_role(node, "student" if own or inherited else "shared")
+            if roles.is_student(node):
+                written |= {base for base in _written(node) if not roles.is_student(base)}
+        for base in written:
+            roles.record(base, written=True)
+        if not written:
+            break
     for node in gm.graph.nodes:
-        own = (
-            node.op in ("get_attr", "call_module", "output")
-            or is_random(node)
-            or structure.is_container(node)
-        )
-        inherited = any(roles.is_student(source) for source in node.all_input_nodes)
-        roles.set_role(node, "student" if own or inherited else "shared")
+        roles.record(node, written=None)
+
+
+def _written(node: Node) -> Iterator[Node]:
+    """Yield what an in-place operator writes into, and what that is a view of."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    for argument, value in zip(schema.arguments, node.args, strict=False):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        while isinstance(value, Node):
+            if value.op == "placeholder":
+                break
+            yield value
+            views = isinstance(value.target, torch._ops.OpOverload) and value.target.is_view
+            value = value.args[0] if views or value.target is operator.getitem else None
 
 
 def _validate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
