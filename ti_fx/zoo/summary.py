@@ -1,0 +1,217 @@
+"""Results in a few lines: how many models reached each stage, and the README's table.
+
+python -m ti_fx.zoo.summary docs/zoo.json            prints the table
+python -m ti_fx.zoo.summary docs/zoo.json README.md  writes it between the README's two marks
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ti_fx.errors import InputError
+from ti_fx.files import atomic_write
+from ti_fx.zoo.chain import STAGES
+from ti_fx.zoo.results import FAILED, GROUPS, PLAIN, VERDICTS, WITH_ATTENTION, Result, Run
+
+BEGIN = "<!-- The rest of this section is written by: python -m ti_fx.zoo.summary docs/zoo.json README.md -->"
+END = "<!-- end of the zoo's table -->"
+_SHOWN_STAGES = {"train": "training step", "runtime": "ONNX Runtime"}
+
+
+@dataclass(frozen=True)
+class StageCount:
+    """How many models passed a stage, of those that were to run it."""
+
+    stage: str
+    passed: int
+    asked: int
+
+    @property
+    def share(self) -> float:
+        """The part that passed, 0 to 1."""
+        return self.passed / self.asked if self.asked else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.passed} of {self.asked} ({100 * self.share:.1f}%)"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Results that are counted together: model types with one kind of attention, or the factories of files.
+
+    Attributes:
+        title: what they are. results: those with attention. without, not_built: how many are left out.
+    """
+
+    title: str
+    results: tuple[Result, ...]
+    without: int
+    not_built: int
+
+    def stages(self) -> list[StageCount]:
+        """Return the count of each stage that somebody was to run, from capture on."""
+        counts = [count_stage(self.results, stage) for stage in STAGES[STAGES.index("capture") :]]
+        return [count for count in counts if count.asked]
+
+
+def count_stage(results: Iterable[Result], stage: str) -> StageCount:
+    """Return how many of these results passed a stage."""
+    asked = [result for result in results if result.asked(stage)]
+    return StageCount(stage, sum(result.reached(stage) for result in asked), len(asked))
+
+
+def parts(run: Run) -> list[Part]:
+    """Return the parts of a run that are there: eager, sdpa, plain PyTorch."""
+    titles = {"eager": "model types, eager attention", "sdpa": "model types, sdpa attention", "": PLAIN}
+    found = []
+    for attention, title in titles.items():
+        those = [result for result in run.results if result.job.attention == attention]
+        if those:
+            counts = {verdict: sum(one.verdict == verdict for one in those) for verdict in VERDICTS}
+            having = tuple(one for one in those if one.verdict in WITH_ATTENTION)
+            found.append(Part(title, having, counts["no attention"], counts["not built"]))
+    return found
+
+
+def by_reason(results: Sequence[Result]) -> dict[str, list[str]]:
+    """Return the names of each reason, the reasons that several share first."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        names = found.setdefault(result.reason, [])
+        if result.title not in names:
+            names.append(result.title)
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[1])))
+
+
+def markdown(run: Run) -> str:
+    """Return the README's table of a run, and below it what failed, what has no attention and what was not built."""
+    lines = [_sentence(run), "", *_table(run)]
+    failed = run.with_verdict(*FAILED)
+    lines += _listed(f"Refused or failed: {len(failed)}", [f"`{one.title}`: {one.reason}" for one in failed])
+    without = run.with_verdict("no attention")
+    lines += _listed(
+        f"Without softmax attention: {_distinct(without)}",
+        [f"{_names(names)}: {reason}" for reason, names in by_reason(without).items()],
+    )
+    # A type that isn't built at all isn't built with sdpa either; said once.
+    eager = {one.job.name for one in run.with_verdict("not built") if one.job.attention == "eager"}
+    unbuilt = [
+        one
+        for one in run.with_verdict("not built")
+        if one.job.attention != "sdpa" or one.job.name not in eager
+    ]
+    lines += _listed(
+        f"Not built: {_distinct(unbuilt)}",
+        [f"{_names(names)}: {reason}" for reason, names in by_reason(unbuilt).items()],
+    )
+    return "\n".join(lines)
+
+
+def replaced(text: str, table: str) -> str:
+    """Return a README with the table between its two marks replaced.
+
+    Raises:
+        InputError: the marks are not there.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError(f"the README has no place for the table; write {BEGIN} and {END} where it belongs")
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the table of a file of results, or write it into a README."""
+    if len(arguments) not in (1, 2):
+        raise InputError("give a file that ti-fx zoo --json wrote, and, to change it, a README")
+    table = markdown(Run.read(Path(arguments[0])))
+    if len(arguments) == 1:
+        print(table)
+        return
+    readme = Path(arguments[1])
+    atomic_write(readme, replaced(readme.read_text(encoding="utf-8"), table))
+
+
+def _sentence(run: Run) -> str:
+    names = {"transformers": "transformers", "torch": "torch", "onnxruntime": "ONNX Runtime"}
+    return (
+        "Measured with " + ", ".join(f"{title} {run.versions[name]}" for name, title in names.items()) + "."
+    )
+
+
+def _table(run: Run) -> list[str]:
+    types = [one for one in run.results if one.job.file is None and one.verdict in WITH_ATTENTION]
+    attentions = [name for name in ("eager", "sdpa") if any(one.job.attention == name for one in types)]
+    plain = [one for one in run.results if one.job.file is not None and one.verdict in WITH_ATTENTION]
+    heads = ["group"]
+    for attention in attentions or ["eager"]:
+        heads += [f"with attention ({attention})", *_SHOWN_STAGES.values()]
+    rows = [[group, *_cells(types, attentions, group)] for group in GROUPS]
+    rows = [row for row in rows if any(cell not in ("0", "–") for cell in row[1:])]
+    if len(rows) > 1:
+        rows.append(["**all types**", *(f"**{cell}**" for cell in _cells(types, attentions, None))])
+    if plain:
+        counted = [str(len(plain)), *(_cell(plain, stage, False) for stage in _SHOWN_STAGES)]
+        rows.append([PLAIN, *counted, *["–"] * (len(heads) - 1 - len(counted))])
+    return [
+        _row(heads),
+        _row(["---", *["---:"] * (len(heads) - 1)]),
+        *map(_row, rows),
+    ]
+
+
+def _cells(types: Sequence[Result], attentions: Sequence[str], group: str | None) -> list[str]:
+    cells = []
+    for attention in attentions:
+        those = [one for one in types if one.job.attention == attention]
+        if group is not None:
+            # One that did not live to say its class is in no group that we know.
+            those = [one for one in those if (one.group or "other") == group]
+        cells.append(str(len(those)))
+        cells += [_cell(those, stage, group is None) for stage in _SHOWN_STAGES]
+    return cells
+
+
+def _cell(results: Sequence[Result], stage: str, in_percent: bool) -> str:
+    counted = count_stage(results, stage)
+    if not counted.asked:
+        return "–"
+    some = f" of {counted.asked}" if counted.asked < len(results) else ""
+    share = f" ({100 * counted.share:.1f}%)" if in_percent else ""
+    return f"{counted.passed}{some}{share}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _listed(title: str, lines: Sequence[str]) -> list[str]:
+    if not lines:
+        return []
+    escaped = [line.replace("<", "&lt;").replace("\n", " ") for line in lines]
+    return [
+        "",
+        f"<details><summary>{title}</summary>",
+        "",
+        *(f"- {line}" for line in escaped),
+        "",
+        "</details>",
+    ]
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _distinct(results: Sequence[Result]) -> int:
+    return len({(one.job.name, one.job.file) for one in results})
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as complaint:
+        sys.exit(f"ti_fx.zoo.summary: {complaint}")
