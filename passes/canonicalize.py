@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from ti_fx import roles
@@ -33,19 +34,36 @@ class Canonicalize(Pass):
     2. ``sum(mul(a, b), dim)`` where each factor is broadcast along a dimension that the other has
     3. ``exp(x - c) / sum(exp(x - c))``, ``c`` the same along the dimension or left out; ``exp(log_softmax(x))``
 
+    4. a linear or matmul whose input is not contiguous reads a contiguous copy: torch picks the kernel for such an input
+       by whether the weight requires a gradient, so that a frozen teacher would differ from its student by rounding
+
     Values differ by rounding only: sums in another order.
     """
 
     def apply(self, gm: GraphModule) -> None:
         """Rewrite each; a node that no rule matches is left."""
+        copies: dict[Node, Node] = {}
         for node in list(gm.graph.nodes):
             name = aten_name(node)
-            if name == "einsum":
+            if name in ("linear", "matmul"):
+                _contiguous_input(node, copies)
+            elif name == "einsum":
                 _einsum(node)
             elif name == "sum":
                 _product_sum(node)
             elif name in ("div", "exp"):
                 _softmax(node)
+
+
+def _contiguous_input(node: Node, copies: dict[Node, Node]) -> None:
+    source, weight = node.args[:2]
+    assert isinstance(source, Node)
+    assert isinstance(weight, Node)
+    if len(_shape(source)) < 3 or len(_shape(weight)) != 2 or is_contiguous_or_false(source.meta["val"]):
+        return
+    if source not in copies:
+        copies[source] = _call(node, aten.contiguous.default, source)
+    node.update_arg(0, copies[source])
 
 
 @dataclass(frozen=True)

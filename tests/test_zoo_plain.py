@@ -32,8 +32,6 @@ POINTS = ("map", "context", "output")
 EXPORTED = ("torch_encoder_fast_path", "torch_attention", "disentangled", "einsum", "windowed", "perceiver")
 SLOW = pytest.mark.slow
 # A returned map keeps the student's value under an intervention; verify still refuses that.
-RETURNED = pytest.mark.xfail(strict=True, reason="verify takes the output for a reader that must be rewired")
-PREPARED = [pytest.param(name, marks=RETURNED if name == "returns_maps" else ()) for name in FACTORIES]
 ALL = [pytest.param(name, marks=() if name in EXPORTED else SLOW) for name in FACTORIES]
 
 
@@ -86,7 +84,7 @@ def test_the_graph_equals_the_model_and_its_sites_are_its_blocks(name: str) -> N
         assert effect(gm, site.map, example) >= 0.01, site
 
 
-@pytest.mark.parametrize("name", PREPARED)
+@pytest.mark.parametrize("name", FACTORIES)
 def test_every_pass_runs_and_every_gradient_is_finite(name: str) -> None:
     model, example, _ = FACTORIES[name]()
     gm = ti_fx.capture(model, example)

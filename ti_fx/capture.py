@@ -144,9 +144,11 @@ def _traced(
         for name, value in found.baked.items():
             why = "the model turns its values into Python numbers, so they are constants of the graph"
             static.update({f"{name}.{index}": why for index in range(value.dim())})
-        Canonicalize().apply(gm)
         names = _dims(gm, list(tensors))[1]
         refresh(gm, gm.graph.nodes)  # torch.export's strides of views are not always what evaluating gives
+        known = set(gm.graph.nodes)
+        Canonicalize().apply(gm)
+        refresh(gm, [node for node in gm.graph.nodes if node not in known])
         state(gm)["dims"] = names
         _name_sizes(gm, names)
         state(gm)["guards"] = guard_count(gm)

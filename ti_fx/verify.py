@@ -14,6 +14,7 @@ from ti_fx.dataflow import is_ours
 from ti_fx.errors import VerificationError
 from ti_fx.graph import aten_name, state, tensor
 from ti_fx.metadata import guard_count, inconsistencies
+from ti_fx.structure import is_container
 
 TEACHER = "teacher"  # the submodule that holds the teacher's frozen tensors
 
@@ -99,7 +100,12 @@ def _interventions(gm: GraphModule) -> Iterator[str]:
         if node not in twins:
             yield f"%{node.name} is intervened at {point} and has no twin"
             continue
-        straying = [user.name for user in node.users if roles.is_student(user)]
+        # the model's returned outputs keep the tap
+        straying = [
+            user.name
+            for user in node.users
+            if roles.is_student(user) and user.op != "output" and not is_container(user)
+        ]
         if straying:
             yield f"%{straying[0]} reads the tap %{node.name}; at {point} it must read %{twins[node].name}"
         if not any(roles.is_student(user) for user in twins[node].users):
