@@ -10,6 +10,7 @@ import importlib  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from ti_fx.capture import capture, capture_report  # noqa: E402
+from ti_fx.feed_forward import FeedForwardSite, find_feed_forward  # noqa: E402
 from ti_fx.graph import fork  # noqa: E402
 from ti_fx.pipeline import Pass, Pipeline, Report  # noqa: E402
 from ti_fx.recipe import Phase, Recipe  # noqa: E402
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionSite",
+    "FeedForwardSite",
     "Pass",
     "Phase",
     "Pipeline",
@@ -32,6 +34,7 @@ __all__ = [
     "diff",
     "dump",
     "find_attention",
+    "find_feed_forward",
     "fork",
     "load",
     "verify",
