@@ -284,6 +284,7 @@ def test_the_table_counts_by_group_and_lists_what_is_left_out() -> None:
             result("f", "", refused=("DataError", "build: f: needs the package x")),
             result("f", "", refused=("DataError", "build: f: needs the package x"), attention="sdpa"),
             result("a", stage="runtime", blocks=2, sites=2, attention="sdpa"),
+            result("b", "", refused=("DataError", "build: b: has no sdpa"), attention="sdpa"),
         ]
     )
     lines = markdown(run).splitlines()
@@ -295,6 +296,8 @@ def test_the_table_counts_by_group_and_lists_what_is_left_out() -> None:
     assert "- `d`: KeyError: pack: x" in lines
     assert "- `b`: CoverageError: sites: 1 attention blocks found, 2 counted | &lt;here>" in lines
     assert "<details><summary>Without softmax attention: 1</summary>" in lines
+    assert "<details><summary>Built, but not with sdpa attention: 1</summary>" in lines
+    assert "- `b`: has no sdpa" in lines
     assert "<details><summary>Not built: 2</summary>" in lines
     assert "- `e`, `f`: needs the package x" in lines
 

@@ -77,12 +77,12 @@ def parts(run: Run) -> list[Part]:
 
 
 def by_reason(results: Sequence[Result]) -> dict[str, list[str]]:
-    """Return the names of each reason, the reasons that several share first."""
+    """Return each reason with the models' names, once each; reasons that most share come first."""
     found: dict[str, list[str]] = {}
     for result in results:
         names = found.setdefault(result.reason, [])
-        if result.title not in names:
-            names.append(result.title)
+        if result.job.name not in names:
+            names.append(result.job.name)
     return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[1])))
 
 
@@ -92,21 +92,16 @@ def markdown(run: Run) -> str:
     failed = run.with_verdict(*FAILED)
     lines += _listed(f"Refused or failed: {len(failed)}", [f"`{one.title}`: {one.reason}" for one in failed])
     without = run.with_verdict("no attention")
-    lines += _listed(
-        f"Without softmax attention: {_distinct(without)}",
-        [f"{_names(names)}: {reason}" for reason, names in by_reason(without).items()],
-    )
-    # A type that isn't built at all isn't built with sdpa either; said once.
-    eager = {one.job.name for one in run.with_verdict("not built") if one.job.attention == "eager"}
-    unbuilt = [
-        one
-        for one in run.with_verdict("not built")
-        if one.job.attention != "sdpa" or one.job.name not in eager
-    ]
-    lines += _listed(
-        f"Not built: {_distinct(unbuilt)}",
-        [f"{_names(names)}: {reason}" for reason, names in by_reason(unbuilt).items()],
-    )
+    lines += _listed(f"Without softmax attention: {_distinct(without)}", _reasons(without))
+    unbuilt = run.with_verdict("not built")
+    eager = {
+        one.job.name for one in run.results if one.job.attention == "eager" and one.verdict in WITH_ATTENTION
+    }
+    only_eager = [one for one in unbuilt if one.job.attention == "sdpa" and one.job.name in eager]
+    # What isn't built with eager attention isn't built with sdpa either; said once.
+    neither = [one for one in unbuilt if one.job.attention != "sdpa"]
+    lines += _listed(f"Built, but not with sdpa attention: {len(only_eager)}", _reasons(only_eager))
+    lines += _listed(f"Not built: {len(neither)}", _reasons(neither))
     return "\n".join(lines)
 
 
@@ -202,8 +197,12 @@ def _listed(title: str, lines: Sequence[str]) -> list[str]:
     ]
 
 
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+def _reasons(results: Sequence[Result]) -> list[str]:
+    """Return a line a reason, with the names of its models."""
+    return [
+        f"{', '.join(f'`{name}`' for name in names)}: {reason}"
+        for reason, names in by_reason(results).items()
+    ]
 
 
 def _distinct(results: Sequence[Result]) -> int:
