@@ -37,8 +37,8 @@ def fake_mode(gm: GraphModule) -> FakeTensorMode:
 def guard_count(gm: GraphModule) -> int:
     """Return how many guards the graph's symbolic sizes have collected.
 
-    Not counted: the inequalities that torch's own kernels ask about (is a tensor empty, which stride is larger). They
-    fix no size; an equality does, wherever it comes from.
+    Not counted: what torch's own kernels ask about without fixing a size (is a tensor empty, which stride is larger,
+    has a view as many elements). An equality of a size with a number or another size is, wherever it comes from.
     """
     environment = fake_mode(gm).shape_env
     return 0 if environment is None else sum(not _is_about_strides(guard) for guard in environment.guards)
@@ -46,7 +46,8 @@ def guard_count(gm: GraphModule) -> int:
 
 def _is_about_strides(guard: Any) -> bool:
     asked = getattr(guard.sloc.framework_loc, "filename", "")
-    return type(guard.expr).__name__ != "Equality" and asked.startswith(torch.__path__[0])
+    fixes = guard.expr.is_Equality and any(side.is_Symbol or side.is_Number for side in guard.expr.args)
+    return not fixes and asked.startswith(torch.__path__[0])
 
 
 def signature(value: Any) -> Hashable:
