@@ -142,6 +142,9 @@ def test_types_and_a_factory_pass_and_say_so_everywhere(run: Called, models: str
     assert (code, out.split()[:3]) == (0, ["1/1", "passed", "plain"])
     stages = {name: one["stage"] for name, one in results(kept).items()}
     assert stages == {"bert": "sites", "mamba": "build", "plain": "teacher"}
+    for option, count in (("--resume", 2), ("--retry", 1)):
+        _, out, _ = run("zoo", "bert", "mamba", "--json", kept, option, "--until", "sites")
+        assert out.startswith(f"{count} of 2 are in {kept} already\n")
 
 
 def test_a_factory_goes_through_the_whole_chain(run: Called, models: str, tmp_path: Path) -> None:
@@ -197,6 +200,7 @@ def test_what_goes_wrong_is_told_apart(run: Called, models: str, tmp_path: Path)
         (("bert", "--limit", "0"), "--limit is 0"),
         (("bert", "--workers", "0"), "--workers is 0"),
         (("bert", "--resume"), "--resume needs --json"),
+        (("bert", "--retry"), "--retry needs --json"),
         (("bert", "--resume", "--json", "empty.py"), "empty.py holds no results of ti-fx zoo"),
         (("bert", "--json", "empty.py/zoo.json"), "can't write empty.py/zoo.json"),
     ],
@@ -319,6 +323,12 @@ def test_a_file_of_results_reads_back(tmp_path: Path) -> None:
     )
     run.write(tmp_path / "zoo.json")
     assert Run.read(tmp_path / "zoo.json") == run
+    worse = Run.of([result("a", numbers={"captured": float("inf"), "loss": float("nan"), "replaced": 1 / 3})])
+    worse.write(tmp_path / "zoo.json")
+    again = Run.read(tmp_path / "zoo.json")
+    assert again.results[0].outcome.numbers == {"captured": None, "loss": None, "replaced": 0.333333}
+    again.write(tmp_path / "zoo.json")
+    render(again)
     with pytest.raises(InputError, match=r"can.t read .*absent\.json: No such file"):
         Run.read(tmp_path / "absent.json")
 

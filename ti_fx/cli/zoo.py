@@ -37,7 +37,7 @@ def zoo(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TYPE | FILE.py | FILE.py:FACTORY]...",
+            metavar="TYPE|FILE.py[:FACTORY]",
             help="Model types of transformers, or Python files whose functions return (model, example) or "
             "(model, example, other); left out: every model type.",
             show_default=False,
@@ -61,9 +61,14 @@ def zoo(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what the --json file holds, and don't run that again.")
     ] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="As --resume, but run again what did not pass.")
+    ] = False,
 ) -> None:
     """Run the whole chain, from capture to ONNX Runtime, over many models: how far each comes, and why no further."""
-    _check(attention or [], limit, workers, json, resume)
+    _check(attention or [], limit, workers)
+    if (resume or retry) and json is None:
+        raise InputError(f"--{'retry' if retry else 'resume'} needs --json, the file to go on with")
     from ti_fx.zoo.chain import STAGES
     from ti_fx.zoo.models import model_types
     from ti_fx.zoo.results import FAILED, Result, Run
@@ -74,9 +79,9 @@ def zoo(
     work = [job for source in sources or model_types() for job in jobs(source, attention or ["eager"])]
     work = list(dict.fromkeys(work))
     results: dict[Job, Result] = {}
-    if json is not None and resume and json.exists():
+    if json is not None and (resume or retry) and json.exists():
         results = {result.job: result for result in Run.read(json).results}
-    left = [job for job in work if job not in results or not results[job].is_enough(until)]
+    left = [job for job in work if job not in results or not results[job].is_enough(until, retry)]
     if len(left) < len(work):
         output.say(f"{len(work) - len(left)} of {len(work)} are in {json} already")
     if json is not None:
@@ -106,7 +111,7 @@ def zoo(
         raise typer.Exit(1)
 
 
-def _check(attention: Sequence[str], limit: float, workers: int, json: Path | None, resume: bool) -> None:
+def _check(attention: Sequence[str], limit: float, workers: int) -> None:
     for name in attention:
         if name not in _ATTENTIONS:
             raise InputError(f"--attention is {name!r}{did_you_mean(name, _ATTENTIONS)}")
@@ -114,8 +119,6 @@ def _check(attention: Sequence[str], limit: float, workers: int, json: Path | No
         raise InputError(f"--limit is {limit:g}; give the seconds that one model may take, such as 300")
     if workers < 1:
         raise InputError(f"--workers is {workers}; give 1 or more")
-    if resume and json is None:
-        raise InputError("--resume needs --json, the file to go on with")
 
 
 def _say_result(result: Result, place: str) -> None:

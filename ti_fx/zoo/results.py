@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -113,14 +114,18 @@ class Result:
         """Return whether a stage was to be run."""
         return STAGES.index(self.until) >= STAGES.index(stage)
 
-    def is_enough(self, until: str) -> bool:
-        """Return whether running it again until that stage could say no more."""
-        return self.asked(until) or not self.outcome.passed
+    def is_enough(self, until: str, retry: bool) -> bool:
+        """Return whether it need not run again until that stage; what did not pass need not unless ``retry``."""
+        return self.asked(until) if self.outcome.passed else not retry
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result as JSON values."""
+        """Return the result as JSON values: numbers to six digits, None for one that is infinite or NaN."""
         whole = {"file": self.job.file, "group": self.group, "until": self.until, "verdict": self.verdict}
-        return {"name": self.job.name, **whole, **self.outcome.to_json()}
+        numbers = {
+            name: float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
+            for name, value in self.outcome.numbers.items()
+        }
+        return {"name": self.job.name, **whole, **self.outcome.to_json(), "numbers": numbers}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Result:
@@ -198,7 +203,7 @@ class Run:
         ordered = sorted(
             self.results, key=lambda result: (result.job.file or "", result.job.name, result.job.attention)
         )
-        lines = ",\n".join(json.dumps(result.to_json()) for result in ordered)
+        lines = ",\n".join(json.dumps(result.to_json(), allow_nan=False) for result in ordered)
         atomic_write(path, f'{{"versions": {json.dumps(dict(self.versions))},\n"results": [\n{lines}\n]}}\n')
 
     @classmethod
