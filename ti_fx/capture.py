@@ -178,7 +178,13 @@ def _draws_alike(
     counts = []
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for module, inputs in ((model, {**tensors, **constants}), (gm, tensors)):
-        with mode(module, True), torch.random.fork_rng(devices=[]), torch.no_grad(), Concrete(), _Draws() as draws:
+        with (
+            mode(module, True),
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            Concrete(),
+            _Draws() as draws,
+        ):
             module(**inputs)
         counts.append(draws.count)
         _restore(model, buffers)

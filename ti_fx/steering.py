@@ -32,7 +32,9 @@ class _Taint(TorchFunctionMode):
 
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.alive: list[Tensor] = list(inputs.values())  # an id means something only as long as its tensor lives
+        self.alive: list[Tensor] = list(
+            inputs.values()
+        )  # an id means something only as long as its tensor lives
         self.sources = {id(value): frozenset((name,)) for name, value in inputs.items()}
         self.read: set[str] = set()
         self.looked_up: set[str] = set()
@@ -58,7 +60,9 @@ class _Taint(TorchFunctionMode):
         return result
 
 
-def steering_inputs(model: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]) -> list[str]:
+def steering_inputs(
+    model: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]
+) -> list[str]:
     """Return the integer inputs whose values steer Python in the model's forward, token ids excepted."""
     integers = {name: value for name, value in tensors.items() if not value.is_floating_point()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _Taint(integers) as taint:
@@ -122,12 +126,16 @@ def _is_static(args: Any, kwargs: Any) -> bool:
 def _caller() -> str:
     """Return ``file:line`` of the innermost frame that is neither torch's nor ours."""
     frames = traceback.extract_stack()
-    outside = (frame for frame in reversed(frames) if not re.search(r"[/\\](torch|ti_fx)[/\\]", frame.filename))
+    outside = (
+        frame for frame in reversed(frames) if not re.search(r"[/\\](torch|ti_fx)[/\\]", frame.filename)
+    )
     frame = next(outside)
     return f"{frame.filename}:{frame.lineno}"
 
 
-def decides_at_random(model: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]) -> str | None:
+def decides_at_random(
+    model: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]
+) -> str | None:
     """Return where the model, in its present mode, draws a number that changes what it computes; None if nowhere."""
     outputs = []
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -141,6 +149,7 @@ def decides_at_random(model: nn.Module, tensors: Mapping[str, Tensor], constants
             return None
     left, right = outputs
     same = len(left) == len(right) and all(
-        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(left, right, strict=True)
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(left, right, strict=True)
     )
     return None if same else concrete.drawn[0]

@@ -170,7 +170,7 @@ def _export(
         except Exception as error:
             if dynamic not in ("auto", "all") or not (baked or _is_about_shapes(error)):
                 raise
-            reason = _first_line(error)
+            reason = _shape_reason(error)
         # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic if it can be, and say
         # so. Values that are constants mostly fix the batch, too.
         batch = not baked
@@ -194,6 +194,7 @@ def _trace(
 ) -> torch.export.ExportedProgram:
     printed = io.StringIO()  # torch prints the half-made graph of a failed trace
     with (
+        _modules_stay(),
         _keywords_only(model, list(tensors), constants),
         torch.random.fork_rng(devices=[]),
         redirect_stderr(printed),
@@ -201,6 +202,27 @@ def _trace(
         exported = torch.export.export(model, (), tensors, dynamic_shapes=shapes, strict=False)
     sys.stderr.write(printed.getvalue())
     return exported
+
+
+@contextmanager
+def _modules_stay() -> Iterator[None]:
+    """Let ``module.to(dtype)`` within forward return a module that has the dtype as it is: a trace can't swap weights."""
+    original = nn.Module.to
+
+    def stays(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if all(
+            (device is None or value.device == device) and (dtype is None or value.dtype == dtype)
+            for value in module.parameters()
+        ):
+            return module
+        return original(module, *args, **kwargs)
+
+    nn.Module.to = stays  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = original  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -255,6 +277,14 @@ def _at(error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0].strip() if text else type(error).__name__
+
+
+def _shape_reason(error: BaseException) -> str:
+    """Return which size the model's code fixes, as far as torch.export tells."""
+    found = re.search(
+        r"marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)", str(error)
+    )
+    return f"the model's code fixes {found[1]} at {found[2]}" if found else _first_line(error)
 
 
 def _user_line(error: BaseException) -> str:

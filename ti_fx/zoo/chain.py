@@ -172,7 +172,9 @@ class _Chain:
             if isinstance(dims[name][index], int) and dims[name][index] != size
         ]
         if fixed:
-            self.outcome.notes.append(f"{', '.join(fixed)}: {capture_report(self.gm).static.get(fixed[0], 'fixed')}")
+            self.outcome.notes.append(
+                f"{', '.join(fixed)}: {capture_report(self.gm).static.get(fixed[0], 'fixed')}"
+            )
             example = {name: self.entry.example[name] for name in _input_names(self.gm)}
             self.other = resized(self.gm, example, other_sizes(self.gm, example)[0])
             self.expected = _tensors(_run(self.entry.model, self.other))
