@@ -34,8 +34,8 @@ class Canonicalize(Pass):
     2. ``sum(mul(a, b), dim)`` where each factor is broadcast along a dimension that the other has
     3. ``exp(x - c) / sum(exp(x - c))``, ``c`` the same along the dimension or left out; ``exp(log_softmax(x))``
 
-    4. a linear or matmul whose input is not contiguous reads a contiguous copy: torch picks the kernel for such an input
-       by whether the weight requires a gradient, so that a frozen teacher would differ from its student by rounding
+    4. a linear or matmul whose input is not contiguous reads a contiguous copy: torch picks the kernel for such an
+       input by whether the weight requires a gradient, so that a frozen teacher would differ by rounding
 
     Values differ by rounding only: sums in another order.
     """

@@ -9,12 +9,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
 from ti_fx import encodings, numerics, roles
-from ti_fx.dataflow import projection_weight
 from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.graph import aten_name, call, erase
 from ti_fx.numerics import Granularity
 from ti_fx.pipeline import Pass
-from ti_fx.selection import heads, projections, skipped, table, word_embeddings
+from ti_fx.selection import Fate, fates, heads, table, word_embeddings
 
 
 @dataclass(frozen=True)
@@ -72,20 +71,22 @@ class Ternarize(Pass):
 
     def select(self, gm: GraphModule) -> dict[Node, Granularity]:
         """Return the get_attr node of each selected weight and its granularity, in graph order."""
-        chosen: dict[Node, Granularity] = {}
-        kept = set() if self.head else heads(gm)
-        candidates = [(projection_weight(node), node) for node in projections(gm)]
-        everything = [weight for weight, _ in candidates if weight is not None]
-        if self.weights is not None:
-            chosen |= {
-                weight: self.weights for weight, node in candidates if weight is not None and node not in kept
-            }
-        tables = [table(node) for node in word_embeddings(gm, self.min_rows)]
-        if self.embeddings is not None:
-            chosen |= dict.fromkeys(tables, self.embeddings)
-        names = [str(weight.target) for weight in [*everything, *tables]]
-        left = skipped(names, self.skip, "weight that ternarize could select")
-        return {weight: granularity for weight, granularity in chosen.items() if weight.target not in left}
+        return {
+            weight: fate.granularity
+            for weight, fate in self.fates(gm).items()
+            if fate.granularity is not None
+        }
+
+    def fates(self, gm: GraphModule) -> dict[Node, Fate]:
+        """Return what becomes of each stored tensor, and why: see :func:`ti_fx.selection.fates`."""
+        return fates(
+            gm,
+            weights=self.weights,
+            embeddings=self.embeddings,
+            head=self.head,
+            min_rows=self.min_rows,
+            skip=self.skip,
+        )
 
     def _kept_readers(self, gm: GraphModule) -> dict[Node, list[Node]]:
         """Return, by table, the readers of a tied head that go on reading the Parameter."""

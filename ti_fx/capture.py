@@ -175,7 +175,7 @@ def _draws_alike(
     model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
 ) -> bool:
     """Whether model and graph draw random numbers as often in training: a layer that is dropped at random does not."""
-    counts = []
+    counts: list[int] = []
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for module, inputs in ((model, {**tensors, **constants}), (gm, tensors)):
         with (
@@ -183,7 +183,7 @@ def _draws_alike(
             torch.random.fork_rng(devices=[]),
             torch.no_grad(),
             Concrete(),
-            _Draws() as draws,
+            _Draws() as draws,  # type: ignore[no-untyped-call]
         ):
             module(**inputs)
         counts.append(draws.count)

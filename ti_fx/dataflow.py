@@ -329,9 +329,9 @@ def operands(node: Node) -> tuple[Node, ...]:
     # what baddbmm and addmm take first is added, not multiplied
     arguments: Iterable[object] = node.args[1:3] if name in ("baddbmm", "addmm") else node.args[:2]
     if name == "einsum":
-        arguments = node.args[1] if isinstance(node.args[1], tuple | list) else ()
-        if len(node.args[1]) == 2 and isinstance(node.args[1][0], Node) and node.args[1][0].op == "get_attr":
-            arguments = node.args[1][::-1]
+        factors = node.args[1] if isinstance(node.args[1], tuple | list) else ()
+        stored_first = len(factors) == 2 and isinstance(factors[0], Node) and factors[0].op == "get_attr"
+        arguments = reversed(factors) if stored_first else factors
     return tuple(argument for argument in arguments if isinstance(argument, Node))
 
 

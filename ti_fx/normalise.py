@@ -100,10 +100,11 @@ def _plain_signature(source: GraphModule, name: str) -> GraphModule:
     graph.output(structure.build(graph, info.out_spec, flat))
     root = nn.Module()
     root._modules, root._parameters, root._buffers = source._modules, source._parameters, source._buffers
-    for node in graph.find_nodes(op="get_attr"):  # constants made in forward are plain attributes
-        if "." not in node.target and isinstance(constant := getattr(source, node.target, None), Tensor):
-            if node.target not in (*root._parameters, *root._buffers):
-                root.register_buffer(node.target, constant, persistent=False)
+    for node in graph.find_nodes(op="get_attr"):
+        constant = None if "." in node.target else getattr(source, node.target, None)
+        known = node.target in root._parameters or node.target in root._buffers
+        if isinstance(constant, Tensor) and not known:  # made in forward: a plain attribute
+            root.register_buffer(node.target, constant, persistent=False)
     gm = GraphModule(root, graph, class_name=name)
     for node in gm.graph.nodes:
         if structure.is_container(node):

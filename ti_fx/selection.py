@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from ti_fx import encodings, numerics, roles
-from ti_fx.dataflow import projection_weight
+from ti_fx.dataflow import CAST, CONVOLUTION, MATMUL, SHAPE, projection_weight
 from ti_fx.errors import SelectionError, did_you_mean
 from ti_fx.graph import aten_name, tensor
+from ti_fx.numerics import Granularity
 from ti_fx.structure import named_leaves
 
 _INDEX_OPS = frozenset(
@@ -32,6 +35,8 @@ _INDEX_OPS = frozenset(
     ]
 )
 _LINEAR = frozenset(["linear", "addmm", "mm", "matmul"])
+_NORMS = frozenset(["layer_norm", "rms_norm", "group_norm"])
+_QUANTISED = (numerics.ternary, encodings.unpack_ternary)
 
 
 def projections(gm: GraphModule) -> list[Node]:
@@ -48,7 +53,9 @@ def projections(gm: GraphModule) -> list[Node]:
 
 def _is_matrix(gm: GraphModule, weight: Node) -> bool:
     value = tensor(gm, str(weight.target))
-    return value.dim() == 2 or value.dtype == torch.uint8  # uint8: packed codes
+    return (
+        isinstance(value, nn.Parameter) and value.dim() == 2
+    ) or value.dtype == torch.uint8  # packed codes
 
 
 def heads(gm: GraphModule) -> set[Node]:
@@ -84,7 +91,7 @@ def _is_parametric(gm: GraphModule, node: Node) -> bool:
     """Whether the node computes with a stored tensor; adding a bias or multiplying by one number does not count."""
     if not roles.is_student(node) or aten_name(node) == "add":
         return False
-    if node.target in (numerics.ternary, encodings.unpack_ternary):
+    if node.target in _QUANTISED:
         return False
     sources = [source for source in node.all_input_nodes if _stored(source)]
     if aten_name(node) == "mul":
@@ -93,7 +100,7 @@ def _is_parametric(gm: GraphModule, node: Node) -> bool:
 
 
 def _stored(node: Node) -> bool:
-    while node.target in (numerics.ternary, encodings.unpack_ternary) or aten_name(node) in (
+    while node.target in _QUANTISED or aten_name(node) in (
         "t",
         "transpose",
     ):
@@ -172,3 +179,131 @@ def _alike(glob: str, names: Sequence[str]) -> list[str]:
     if first != "*" or not parts:
         return paths
     return list(dict.fromkeys(".".join(["*", *path.split(".")[-len(parts) :]]) for path in paths))
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of a stored tensor.
+
+    Attributes:
+        granularity: of the scale of its ternary codes, None if it is kept as it is.
+        reason: what it is, or why it is kept.
+    """
+
+    granularity: Granularity | None
+    reason: str
+
+
+def fates(
+    gm: GraphModule,
+    *,
+    weights: Granularity | None,
+    embeddings: Granularity | None,
+    head: bool,
+    min_rows: int,
+    skip: Sequence[str],
+) -> dict[Node, Fate]:
+    """Return what ``Ternarize`` with these options makes of each floating-point tensor that the student reads.
+
+    By the get_attr node that reads it, in graph order. Of buffers only those that activations are multiplied by.
+
+    Raises:
+        SelectionError: a skip glob matches nothing that could be selected.
+    """
+    kept = set() if head else heads(gm)
+    products: dict[Node, list[Node]] = {}
+    for node in projections(gm):
+        if (weight := projection_weight(node)) is not None:
+            products.setdefault(weight, []).append(node)
+    tables = dict.fromkeys(table(node) for node in word_embeddings(gm, min_rows))
+    names = [str(node.target) for node in [*products, *tables]]
+    left = skipped(names, skip, "weight that ternarize could select")
+    constant = _constant(gm)
+    found: dict[Node, Fate] = {}
+    for node in constant:
+        if node.op != "get_attr" or not tensor(gm, str(node.target)).is_floating_point():
+            continue
+        own = products.get(node, [])
+        granularity: Granularity | None = None
+        if node.target in left:
+            reason = "skip"
+        elif node in tables and embeddings is not None:
+            granularity, reason = embeddings, "word embedding" + (", tied to a projection" if own else "")
+        elif own and all(product in kept for product in own):
+            reason = "head: no parametric operation follows it"
+        elif own:
+            granularity, reason = weights, "weights=none" if weights is None else "linear projection"
+        elif node in tables:
+            reason = "embeddings=none"
+        else:
+            reason = _why_kept(gm, node, constant, min_rows)
+        if reason:
+            found[node] = Fate(granularity, reason)
+    return found
+
+
+def _constant(gm: GraphModule) -> dict[Node, None]:
+    """Return the student's nodes that are computed from stored tensors alone."""
+    found: dict[Node, None] = {}
+    for node in gm.graph.nodes:
+        sources = node.all_input_nodes
+        if roles.is_student(node) and (
+            node.op == "get_attr" or (sources and all(source in found for source in sources))
+        ):
+            found[node] = None
+    return found
+
+
+def _why_kept(gm: GraphModule, node: Node, constant: Mapping[Node, None], min_rows: int) -> str:
+    """Say why no rule selects a tensor; nothing of a buffer by which no activation is multiplied.
+
+    1. buffers  2. vectors  3. tables  4. convolutions  5. weights that the graph computes  6. weights of more than two
+    dimensions  7. what is added  8. the rest
+    """
+    value = tensor(gm, str(node.target))
+    reads = _reads(node)
+    operations = {aten_name(reader) or str(reader.target) for reader, _ in reads}
+    is_factor = any(_multiplies(reader, source) for reader, source in reads)
+    if not isinstance(value, nn.Parameter):
+        return "buffer, which is not trained" if is_factor and value.dim() > 1 else ""
+    if value.dim() <= 1:
+        if operations & _NORMS:
+            return "norm"
+        return "bias" if operations & (_LINEAR | CONVOLUTION | {"add"}) else "vector: norm or scale"
+    if "embedding" in operations:
+        if value.shape[0] < min_rows:
+            return f"table of {value.shape[0]} rows; a word embedding has {min_rows} or more"
+        return "table not indexed by an input of the graph"
+    if operations & CONVOLUTION:
+        return "convolution, not a linear projection"
+    if any(reader in constant for reader, _ in reads):
+        return "a weight is computed from it (weight norm)"
+    if value.dim() > 2 and is_factor:
+        return f"weights of {value.dim()} dimensions (experts, heads); a linear projection has 2"
+    if operations and operations <= {"add", "add_", "cat", "where", "masked_scatter"}:
+        return "added to activations or put beside them, not multiplied"
+    return f"no linear projection (read by {', '.join(sorted(operations)) or 'nobody'})"
+
+
+def _multiplies(reader: Node, source: Node) -> bool:
+    """Whether a node is a matrix product with a stored tensor, also with those of several experts at once."""
+    name = aten_name(reader) or str(reader.target)
+    factors = reader.args[1:] if name in ("addmm", "baddbmm") else reader.args
+    is_product = name in _LINEAR | MATMUL or "grouped_mm" in name
+    return is_product and (source in factors or name == "einsum")
+
+
+def _reads(node: Node) -> list[tuple[Node, Node]]:
+    """Return who computes with a stored tensor, past its quantiser and what only moves it, and what each reads."""
+    found: list[tuple[Node, Node]] = []
+    queue, seen = [node], {node}
+    while queue:
+        source = queue.pop()
+        for user in source.users:
+            moves = user.target in _QUANTISED or aten_name(user) in SHAPE | CAST
+            if moves and user.all_input_nodes[0] is source:
+                queue += [] if user in seen else [user]
+                seen.add(user)
+            elif user.op != "output" and roles.is_student(user):
+                found.append((user, source))
+    return found

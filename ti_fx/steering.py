@@ -19,7 +19,20 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 # What turns a tensor's values into Python numbers or into sizes.
 _READS = frozenset(
-    "tolist item __bool__ __int__ __float__ __index__ numpy nonzero unique unique_consecutive masked_select equal".split()
+    (
+        "tolist",
+        "item",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "numpy",
+        "nonzero",
+        "unique",
+        "unique_consecutive",
+        "masked_select",
+        "equal",
+    )
 )
 
 

@@ -32,12 +32,12 @@ def traceable(model: nn.Module) -> Iterator[str | None]:
 
     Yields the attention implementation of a transformers model, None for any other.
     """
-    with _plain_torch_layers(), _eager_attention(model) as implementation:
+    with plain_torch_layers(), _eager_attention(model) as implementation:
         yield implementation
 
 
 @contextmanager
-def _plain_torch_layers() -> Iterator[None]:
+def plain_torch_layers() -> Iterator[None]:
     """torch.nn's transformer layers without what they decide by the mode or by values.
 
     Their fast path computes nothing at padding (zeros come out), and only in eval mode. Whether a mask is causal is a
@@ -206,7 +206,7 @@ def _trace(
 
 @contextmanager
 def _modules_stay() -> Iterator[None]:
-    """Let ``module.to(dtype)`` within forward return a module that has the dtype as it is: a trace can't swap weights."""
+    """Let ``module.to(dtype)`` within forward return a module that has that dtype: a trace can't swap weights."""
     original = nn.Module.to
 
     def stays(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:

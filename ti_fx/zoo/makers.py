@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ti_fx.tracing import plain_torch_layers
 from ti_fx.zoo import senses
 from ti_fx.zoo.request import Request
 from ti_fx.zoo.tiny import FIRST_SPECIAL
@@ -91,8 +92,8 @@ def _feature_count(request: Request, kind: str) -> int:
 
 
 def run(model: nn.Module, example: Mapping[str, Tensor]) -> Any:
-    """Return the model's outputs, computed without gradients."""
-    with torch.no_grad():
+    """Return the model's outputs, computed without gradients, and without torch.nn's fast path: it skips padding."""
+    with torch.no_grad(), plain_torch_layers():
         return model(**example)
 
 
