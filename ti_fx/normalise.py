@@ -59,7 +59,7 @@ def to_plain(
     _take_baked(gm, baked or {})
     _inline_subgraphs(gm)
     _drop_assertions(gm.graph)
-    _leaf_modules(gm)
+    _leaf_modules(gm, model.training)
     _share_model_tensors(gm, model)
     _one_read_each(gm)
     assign_roles(gm)
@@ -167,14 +167,18 @@ def _drop_assertions(graph: Graph) -> None:
             erase(node)
 
 
-def _leaf_modules(gm: GraphModule) -> None:
+def _leaf_modules(gm: GraphModule, training: bool) -> None:
     for node in list(gm.graph.nodes):
         name = aten_name(node)
-        if name == "dropout":
-            _replace_by_leaf(gm, node, nn.Dropout(float(node.args[1])), (node.args[0],))
+        if name in ("dropout", "dropout_") and training and not node.args[2]:
+            node.replace_all_uses_with(node.args[0])  # switched off for good, whatever the mode
+            erase(node)
+        elif name in ("dropout", "dropout_"):
+            leaf = nn.Dropout(float(node.args[1]), inplace=name == "dropout_")
+            _replace_by_leaf(gm, node, leaf, (node.args[0],))
         elif name == "scaled_dot_product_attention":
             arguments = _bound(node)
-            leaf = leaves.ScaledDotProductAttention(
+            fused = leaves.ScaledDotProductAttention(
                 float(arguments["dropout_p"]),
                 arguments["is_causal"],
                 arguments["scale"],
@@ -182,7 +186,7 @@ def _leaf_modules(gm: GraphModule) -> None:
             )
             operands = (arguments["query"], arguments["key"], arguments["value"], arguments["attn_mask"])
             node._rename("attention")
-            _replace_by_leaf(gm, node, leaf, operands if operands[3] is not None else operands[:3])
+            _replace_by_leaf(gm, node, fused, operands if operands[3] is not None else operands[:3])
         elif name in ("batch_norm", "native_dropout", "alpha_dropout", "feature_dropout", "rrelu"):
             _replace_mode_dependent(gm, node, name)
 
