@@ -32,7 +32,7 @@ def traceable(model: nn.Module) -> Iterator[str | None]:
 
     Yields the attention implementation of a transformers model, None for any other.
     """
-    with plain_torch_layers(), _eager_attention(model) as implementation:
+    with plain_torch_layers(), _batched_experts(model), _eager_attention(model) as implementation:
         yield implementation
 
 
@@ -55,24 +55,47 @@ def plain_torch_layers() -> Iterator[None]:
 
 
 @contextmanager
+def _batched_experts(model: nn.Module) -> Iterator[None]:
+    """Mixtures of experts as batched products: a loop over the experts that are hit depends on values.
+
+    transformers' ``grouped_mm`` can be traced, too, but is an operator of its own that ONNX has not.
+    """
+    switch = getattr(model, "set_experts_implementation", None)
+    current: Any = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    if switch is None or current is None:
+        yield
+        return
+    with _restored(model, "_experts_implementation_internal"):
+        switch("batched_mm")
+        yield
+
+
+@contextmanager
+def _restored(model: nn.Module, attribute: str) -> Iterator[None]:
+    """Put an attribute of every configuration in the model back as it was."""
+    configs = {
+        id(found): found for part in model.modules() if (found := getattr(part, "config", None)) is not None
+    }
+    before = [(found, getattr(found, attribute, None)) for found in configs.values()]
+    try:
+        yield
+    finally:
+        for found, value in before:
+            if hasattr(found, attribute):
+                setattr(found, attribute, value)
+
+
+@contextmanager
 def _eager_attention(model: nn.Module) -> Iterator[str | None]:
     """Eager attention in a transformers model: the map must be in the graph."""
     switch = getattr(model, "set_attn_implementation", None)
     if switch is None:
         yield None
         return
-    configs = {
-        id(found): found for part in model.modules() if (found := getattr(part, "config", None)) is not None
-    }
-    before = [(found, getattr(found, "_attn_implementation_internal", None)) for found in configs.values()]
-    try:
+    with _restored(model, "_attn_implementation_internal"):
         switch("eager")
         config: Any = model.config
         yield str(config._attn_implementation)
-    finally:
-        for found, value in before:
-            if hasattr(found, "_attn_implementation_internal"):
-                found._attn_implementation_internal = value
 
 
 def _dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[str, Any], dict[str, str]]:
