@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import huggingface_hub
 import onnx
 import pytest
-from models import Tiny, bert_model, vit_model
+from models import Tiny, bert_model, gpt2_model, vit_model
 
 import ti_fx
 from ti_fx import cli
 from ti_fx.cli import _loading
+from ti_fx.zoo import build
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -40,7 +42,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch, bert_layer: Tiny) -> str:
     """The name of a model that is captured already: for tests of what comes after loading."""
-    monkeypatch.setattr(_loading, "load_graph", lambda source: _loading.Loaded(source, bert_layer.fork()))
+    monkeypatch.setattr(
+        _loading, "load_graph", lambda source, meta: _loading.Loaded(source, bert_layer.fork())
+    )
     return "captured"
 
 
@@ -63,7 +67,7 @@ def test_help_names_every_command_and_option(run: Run) -> None:
     assert "Exit codes: 0 done, 1 a check failed, 2 bad input" in out
     code, out, _ = run("inspect", "--help")
     assert code == 0
-    for option in ("--recipe", "--diff", "--dump", "--ask", "--svg", "--html", "--graph", "--json"):
+    for option in ("--recipe", "--diff", "--dump", "--ask", "--svg", "--html", "--graph", "--json", "--meta"):
         assert option in out
     assert "Examples" in out
 
@@ -72,7 +76,16 @@ def test_a_folder_is_described(run: Run, folder: Path) -> None:
     code, out, err = run("inspect", folder)
     assert (code, err) == (0, "")
     assert "input_ids: [batch, sequence]" in out
-    assert "Attention blocks: 1" in out
+    assert "Attention blocks: 1 (1 self)" in out
+    assert "Feed-forward blocks: 1" in out
+    assert (
+        "Stack 0, layer 0\n  self-attention\n    query   bert.encoder.layer.*.attention.self.query.weight"
+        in out
+    )
+    assert "    up      bert.encoder.layer.*.intermediate.dense.weight" in out
+    assert (
+        "Activations: 5 values would be quantised (int8-tensor), those that 7 ternary projections read" in out
+    )
     assert "Ternary, a scale per row: word embedding" in out
     assert "Kept: head: no parametric operation follows it" in out
     assert "times smaller" in out
@@ -86,6 +99,13 @@ def test_json_says_it_all(run: Run, captured: str) -> None:
     facts = json.loads(out)
     assert facts["inputs"] == {"input_ids": ["batch", "sequence"], "attention_mask": ["batch", "sequence"]}
     assert [site["kind"] for site in facts["attention"]] == ["self"]
+    assert facts["stacks"] == [{"stack": 0, "layers": 1, "attention": 1, "feed_forward": 1}]
+    (block,) = facts["feed_forward"]
+    assert block["gate"] is None
+    assert block["weights"]["down"] == "bert.encoder.layer.0.output.dense.weight"
+    assert facts["attention"][0]["weights"]["key"] == "bert.encoder.layer.0.attention.self.key.weight"
+    assert facts["activations"]["encoding"] == "int8-tensor"
+    assert "bert.encoder.layer.0.output.dense.weight" in facts["activations"]["projections"]
     assert facts["bytes_after"] < facts["bytes_before"]
     names = [step["name"] for step in facts["passes"]]
     assert names[-1] == "intervene{at=output}"
@@ -137,14 +157,60 @@ def test_a_factory_and_a_folder_without_weights(
     assert code == 0
     assert "PlainTransformer from made_here:make" in out
     assert "Attention blocks: 2" in out
+    code, by_path, _ = run("inspect", tmp_path / "made_here.py:make")
+    assert code == 0
+    assert by_path.splitlines()[1:] == out.splitlines()[1:]
     vit_model().config.save_pretrained(tmp_path / "vit")
     config = json.loads((tmp_path / "vit/config.json").read_text())
     config["architectures"] = ["ViTForImageClassification"]
     (tmp_path / "vit/config.json").write_text(json.dumps(config))
     code, out, _ = run("inspect", tmp_path / "vit")
     assert code == 0
-    assert "no weights in the folder: random ones were made" in out
+    assert "no weights in the folder: made without values" in out
     assert "pixel_values: [batch, 3" in out
+
+
+def test_without_values_the_same_is_said(run: Run, folder: Path) -> None:
+    code, out, err = run("inspect", folder, "--meta")
+    assert (code, err) == (0, "")
+    assert "(made without values)" in out.splitlines()[0]
+    assert out.splitlines()[1:] == run("inspect", folder)[1].splitlines()[1:]
+
+
+def test_a_model_that_hears(run: Run, tmp_path: Path) -> None:
+    build("wav2vec2").model.save_pretrained(tmp_path / "speech")  # type: ignore[operator]
+    code, out, err = run("inspect", tmp_path / "speech")
+    assert (code, err) == (0, "")
+    assert "input_values: [batch, " in out
+    assert "Attention blocks: 2 (2 self)" in out
+    assert "Kept: a weight is computed from it (weight norm)" in out
+    assert "Kept: convolution, not a linear projection" in out
+
+
+def test_a_name_on_the_hub(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = tmp_path / "models--some--bert"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, cached / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    code, out, err = run("inspect", "some/bert")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "BertForSequenceClassification some/bert from the hub"
+    assert out.splitlines()[1:] == run("inspect", folder)[1].splitlines()[1:]
+    assert_one_line(
+        run("inspect", "some/gpt2"), "there is no folder some/gpt2, the cache of the hub has no such"
+    )
+    assert_one_line(run("inspect", "some/gpt2"), "offline mode is enabled")
+
+
+def test_layers_that_are_alike_are_one(run: Run, tmp_path: Path) -> None:
+    gpt2_model().save_pretrained(tmp_path / "gpt2")
+    code, out, _ = run("inspect", tmp_path / "gpt2")
+    assert code == 0
+    assert "Stack 0, layers 0 to 1\n  self-attention (one projection makes query, key and value)" in out
+    assert out.count("c_attn.weight") == 2
+    assert "Ternary, a scale per row: word embedding, tied to a projection" in out
 
 
 def test_an_onnx_file(run: Run, tmp_path: Path) -> None:
@@ -181,6 +247,7 @@ def broken_models(folder: Path, tmp_path: Path) -> list[tuple[list[object], str]
         "def mlp(): return torch.nn.Linear(2, 2), (torch.ones(2, 2),)\n"
         "def bad(): raise ValueError('no')\n"
     )
+    (tmp_path / "broken.py").write_text("nothing")
     (tmp_path / "file.txt").write_text("old")
     return [
         (["bogus"], "No such command 'bogus'"),
@@ -195,6 +262,8 @@ def broken_models(folder: Path, tmp_path: Path) -> list[tuple[list[object], str]
         (["inspect", "nowhere_at_all:make"], "can't import 'nowhere_at_all'"),
         (["inspect", "wrong:mlq"], "has no function 'mlq'; did you mean 'mlp'?"),
         (["inspect", "wrong:bad"], "raised ValueError: no"),
+        (["inspect", "nowhere.py:make"], "there is no file nowhere.py"),
+        (["inspect", "broken.py:make"], "importing broken.py raised NameError"),
         (["inspect", "wrong:mlp"], "has no attention block"),
     ]
 

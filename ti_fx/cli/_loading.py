@@ -1,15 +1,18 @@
-"""What ``MODEL`` may be on the command line, and inputs that fit it."""
+"""What ``MODEL`` may be on the command line."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
+import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,10 +21,15 @@ from torch.fx import GraphModule
 
 from ti_fx.errors import InputError, did_you_mean
 
-BATCH, TOKENS = 2, 8
+BATCH, TOKENS = 2, 12
 _CHECKPOINT = "ti_fx.json"
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
-_WAYS = "give a Hugging Face model folder, a ti_fx checkpoint, an .onnx file, or module:factory"
+_WAYS = (
+    "give a Hugging Face model folder, a name on its hub (organisation/name), a ti_fx checkpoint, an .onnx file, "
+    "module:factory, or path/file.py:factory"
+)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_SECONDS = 20.0  # for an answer; a download takes as long as it takes
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,13 @@ class Source:
     note: str = ""
 
 
-def load_graph(source: str) -> Loaded:
+def load_graph(source: str, meta: bool = False) -> Loaded:
     """Load and capture a model.
 
     Args:
-        source: a folder with config.json, a checkpoint of ours, or ``module:factory``.
+        source: a folder with config.json, a name on the hub, a checkpoint of ours, or ``module:factory``.
+        meta: make the model without values, so that its size does not matter; so is one of which only the
+            configuration is there.
 
     Raises:
         InputError, CheckpointError: nothing usable is there.
@@ -60,71 +70,90 @@ def load_graph(source: str) -> Loaded:
         from ti_fx.train.checkpoint import load
 
         return Loaded(f"checkpoint {source}", load(path), "the quantised student of a ti_fx checkpoint")
-    found = load_source(source)
+    found = load_source(source, meta or (path.is_dir() and not _has_weights(path)))
     return Loaded(found.name, capture(found.model, found.example), found.note)
 
 
-def load_source(source: str) -> Source:
+def load_source(source: str, meta: bool = False) -> Source:
     """Load a model that is no checkpoint of ours, with inputs that fit it.
 
     Args:
-        source: a folder with config.json, or ``module:factory``.
+        source: a folder with config.json, a name on the hub, or ``module:factory``.
+        meta: make the model without values.
 
     Raises:
         InputError: nothing usable is there.
     """
     path = Path(source)
     if path.is_dir():
-        model, note = _from_folder(path)
+        model, note = _from_folder(path, meta)
         return Source(f"{type(model).__name__} in {source}", model, example_for(model), note)
     if path.exists():
         raise InputError(f"{source} is a file that is no .onnx; {_WAYS}")
-    if ":" in source and os.sep not in source.partition(":")[0]:
-        model, example = _from_factory(source)
+    if ":" in source:
+        model, example = _from_factory(source, meta)
         return Source(f"{type(model).__name__} from {source}", model, example)
-    raise InputError(f"there is no file or folder {source}; {_WAYS}")
+    if not _HUB_NAME.fullmatch(source):
+        raise InputError(f"there is no file or folder {source}; {_WAYS}")
+    model, note = _from_folder(_from_hub(source, meta), meta)
+    return Source(f"{type(model).__name__} {source} from the hub", model, example_for(model), note)
 
 
 def example_for(model: nn.Module) -> dict[str, Tensor]:
-    """Return inputs that fit a Hugging Face model, from its config: ids and masks, or images.
+    """Return inputs that fit a Hugging Face model, by the rules of the zoo, on the model's device.
 
     Raises:
-        InputError: the model takes something else.
+        InputError: it is no such model, or no rule makes what it takes.
     """
+    from ti_fx.errors import DataError
+    from ti_fx.zoo.examples import example_inputs
+    from ti_fx.zoo.request import Sizes
+
     config: Any = getattr(model, "config", None)
-    main = getattr(model, "main_input_name", None)
-    if config is None or main is None:
+    if not hasattr(config, "model_type"):
         raise InputError(
             f"{type(model).__name__} is no Hugging Face model, so inputs for it can't be made up; let the factory "
             "return (model, example) with a dict of keyword tensors"
         )
-    generator = torch.Generator().manual_seed(0)
-    parameters = inspect.signature(model.forward).parameters
-    example: dict[str, Tensor] = {}
-    if main == "input_ids" or "input_ids" in parameters:
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        example["input_ids"] = torch.randint(1, text.vocab_size, (BATCH, TOKENS), generator=generator)
-        if "attention_mask" in parameters:
-            example["attention_mask"] = torch.ones(BATCH, TOKENS, dtype=torch.int64)
-    if "decoder_input_ids" in parameters and config.is_encoder_decoder:
-        example["decoder_input_ids"] = torch.randint(1, text.vocab_size, (BATCH, TOKENS), generator=generator)
-    if main == "pixel_values" or ("pixel_values" in parameters and hasattr(config, "vision_config")):
-        example["pixel_values"] = _images(getattr(config, "vision_config", config), generator)
-    if not example:
+    model.eval()
+    try:
+        (example,) = example_inputs(config.model_type, model, (Sizes(BATCH, TOKENS),), seed=0)
+    except DataError as error:
         raise InputError(
-            f"{type(model).__name__} takes {main!r}, for which no example is made up; use module:factory with a "
-            "function that returns (model, example)"
-        )
+            f"no example inputs: {error}; use module:factory with a function that returns (model, example)"
+        ) from error
     return example
 
 
-def _images(config: Any, generator: torch.Generator) -> Tensor:
-    size = config.image_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return torch.randn(BATCH, config.num_channels, height, width, generator=generator)
+def _from_hub(name: str, meta: bool) -> Path:
+    """Return the folder of a model's files: from the cache, else downloaded; without weights for ``meta``.
+
+    Raises:
+        InputError: the hub has no such model, or can't be reached.
+    """
+    import huggingface_hub
+
+    files = ["*.json", *([] if meta else ["*.safetensors"])]
+    try:
+        cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        if meta or _has_weights(cached):
+            return cached
+    except OSError:  # not in the cache
+        pass
+    try:
+        # fails at once where nothing can be reached; a download would go on trying
+        listed = huggingface_hub.HfApi().model_info(name, timeout=_HUB_SECONDS).siblings or []
+        if not meta and not any(file.rfilename.endswith(".safetensors") for file in listed):
+            files.append("*.bin")
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # the hub's errors and its transport's have no common base
+        raise InputError(
+            f"there is no folder {name}, the cache of the hub has no such model, and the hub gave none "
+            f"({type(error).__name__}: {_first_line(error)}); download it where there is a network, or {_WAYS}"
+        ) from error
 
 
-def _from_folder(folder: Path) -> tuple[nn.Module, str]:
+def _from_folder(folder: Path, meta: bool) -> tuple[nn.Module, str]:
     import transformers
 
     logging: Any = transformers.utils.logging
@@ -144,36 +173,37 @@ def _from_folder(folder: Path) -> tuple[nn.Module, str]:
         raise InputError(
             f"transformers {transformers.__version__} has no {names[0]!r}; upgrade it, or use module:factory"
         )
+    has_weights = _has_weights(folder)
     try:
-        if any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
+        if has_weights and not meta:
             return kind.from_pretrained(folder, local_files_only=True), ""
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        made = kind(config) if names else kind.from_config(config)
+        with torch.device("meta") if meta else nullcontext():
+            made = kind(config) if names else kind.from_config(config)
     except OSError:
         raise
     except Exception as error:
         raise InputError(
             f"{folder} can't be loaded as {kind.__name__}: {_first_line(error)}; is it complete?"
         ) from error
-    return made, "no weights in the folder: random ones were made from its config"
+    values = "made without values" if meta else "random ones were made from its config"
+    return made, values if has_weights else f"no weights in the folder: {values}"
 
 
-def _from_factory(source: str) -> tuple[nn.Module, Mapping[str, Any] | tuple[Any, ...]]:
-    module_name, _, name = source.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(
-            f"can't import {module_name!r} of {source}: {error}; it is looked for here and on PYTHONPATH"
-        ) from error
+def _has_weights(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES)
+
+
+def _from_factory(source: str, meta: bool) -> tuple[nn.Module, Mapping[str, Any] | tuple[Any, ...]]:
+    place, _, name = source.rpartition(":")
+    module = _module(place, source)
     factory = getattr(module, name, None)
     if not callable(factory):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(f"{module_name} has no function {name!r}{did_you_mean(name, known)}")
+        raise InputError(f"{place} has no function {name!r}{did_you_mean(name, known)}")
     try:
-        made = factory()
+        with torch.device("meta") if meta else nullcontext():
+            made = factory()
     except Exception as error:
         raise InputError(
             f"{source}() raised {type(error).__name__}: {_first_line(error)}; call it in Python"
@@ -182,6 +212,37 @@ def _from_factory(source: str) -> tuple[nn.Module, Mapping[str, Any] | tuple[Any
     if not isinstance(model, nn.Module):
         raise InputError(f"{source} returned a {type(model).__name__}; return a model, or (model, example)")
     return model, example_for(model) if example is None else example
+
+
+def _module(place: str, source: str) -> ModuleType:
+    """Import a module by its name, or run a file.
+
+    Raises:
+        InputError: there is none, or importing it fails.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        if not Path(place).is_file():
+            raise InputError(f"there is no file {place} for {source}")
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(
+            f"can't import {place!r} of {source}: {error}; it is looked for here and on PYTHONPATH"
+        ) from error
+    except Exception as error:
+        raise InputError(
+            f"importing {place} raised {type(error).__name__}: {_first_line(error)}; run it in Python"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _EXAMPLES = """[bold]Examples[/bold]
 
   ti-fx inspect ./my-bert
+  ti-fx inspect google/vit-base-patch16-224
+  ti-fx inspect ./a-large-model --meta
   ti-fx inspect mypackage.models:make_model --recipe ti-g
   ti-fx inspect ./my-bert --diff "ternarize{weights=row}"
   ti-fx inspect ./my-bert --diff "intervene{at=map}" --svg map.svg --layer 2
@@ -50,8 +52,9 @@ def inspect(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A Hugging Face model folder, a ti_fx checkpoint, an .onnx file, or module:factory, where factory() "
-            "returns a model, or (model, example) with example a dict of keyword tensors.",
+            help="A Hugging Face model folder, a name on its hub, a ti_fx checkpoint, an .onnx file, or module:factory "
+            "(also path/file.py:factory), where factory() returns a model, or (model, example) with example a dict "
+            "of keyword tensors.",
             show_default=False,
         ),
     ],
@@ -86,9 +89,17 @@ def inspect(
     ] = None,
     layer: Annotated[int, typer.Option(help="The layer to draw.", min=0)] = 0,
     stack: Annotated[int, typer.Option(help="The stack (tower) of that layer.", min=0)] = 0,
+    meta: Annotated[
+        bool,
+        typer.Option(
+            "--meta",
+            help="Make the model without values, so that one of any size fits into memory. A folder with a "
+            "configuration alone is read so anyway.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
 ) -> None:
-    """Show what is in a model: attention blocks, what would become ternary and why not the rest, sizes."""
+    """Show what is in a model: stacks, layers and their blocks, what would become ternary and why not the rest."""
     file = Path(model)
     if file.suffix == ".onnx" and not file.is_dir():
         _inspect_onnx(file, as_json)
@@ -100,7 +111,7 @@ def inspect(
 
     chosen = None if recipe is None else chosen_recipe(recipe)
     asked = [parsed(written) for written in diff or ()]
-    loaded = load_graph(model)
+    loaded = load_graph(model, meta)
     gm = loaded.graph
     captured = fork(gm)
     wants_text = dump or diff or ask
@@ -155,51 +166,45 @@ def _run_passes(
 
 
 def _facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> dict[str, Any]:
-    from ti_fx import capture_report, find_attention
+    from ti_fx import capture_report
     from ti_fx.analysis import stored_weights
+    from ti_fx.cli._structure import quantised_activations, structure
+    from ti_fx.passes import QuantizeActivations, Ternarize
 
-    weights = stored_weights(gm, recipe.ternarize if recipe else None)
+    ternarize = recipe.ternarize if recipe else Ternarize()
+    activations = recipe.activations if recipe else QuantizeActivations()
+    weights = stored_weights(gm, ternarize)
     return {
         "model": loaded.name,
         "note": loaded.note,
         "inputs": capture_report(gm).dims if "capture" in gm.meta.get("ti_fx", {}) else {},
         "nodes": len(gm.graph.nodes),
-        "attention": [
-            {
-                "stack": site.stack,
-                "layer": site.layer,
-                "kind": site.kind,
-                **{
-                    part: node.name if (node := getattr(site, part)) is not None else None
-                    for part in ("query", "key", "value", "scores", "map", "context", "output", "residual")
-                },
-            }
-            for site in find_attention(gm)
-        ],
+        **structure(gm),
         "weights": [asdict(row) for row in weights],
         "bytes_before": sum(row.bytes_before for row in weights),
         "bytes_after": sum(row.bytes_after for row in weights),
+        "activations": quantised_activations(gm, ternarize, activations),
     }
 
 
 def _print_facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> None:
     from ti_fx.analysis import stored_weights
+    from ti_fx.cli._structure import print_activations, print_structure
 
     facts = _facts(loaded, gm, recipe)
     output.say(loaded.name + (f" ({loaded.note})" if loaded.note else ""))
     for name, sizes in facts["inputs"].items():
         output.say(f"  {name}: [{', '.join(map(str, sizes))}]")
     output.say("")
-    stacks = len({site["stack"] for site in facts["attention"]})
-    parts = ("kind", "query", "key", "value", "scores", "map", "context", "output")
-    columns = (*(("stack",) if stacks > 1 else ()), "layer", *parts)
-    rows = [tuple(site[column] for column in columns) for site in facts["attention"]]
-    output.table(columns, rows, f"Attention blocks: {len(rows)}")
+    print_structure(facts)
     _print_weights(stored_weights(gm, recipe.ternarize if recipe else None))
+    print_activations(facts["activations"])
 
 
 def _print_weights(weights: list[StoredWeight]) -> None:
     """Print a table for each fate of a weight, ternary ones first; numbers in a path become stars."""
+    from ti_fx.cli._structure import starred
+
     before, after = sum(row.bytes_before for row in weights), sum(row.bytes_after for row in weights)
     unit, size = ("MB", 1e6) if before >= 1e7 else ("kB", 1e3)
     fates: dict[str, list[StoredWeight]] = {}
@@ -210,8 +215,7 @@ def _print_weights(weights: list[StoredWeight]) -> None:
     for fate, rows in fates.items():
         groups: dict[tuple[str, str], list[StoredWeight]] = {}
         for row in rows:
-            pattern = ".".join("*" if part.isdigit() else part for part in row.name.split("."))
-            groups.setdefault((pattern, "×".join(map(str, row.shape))), []).append(row)
+            groups.setdefault((starred(row.name), "×".join(map(str, row.shape))), []).append(row)
         shown = groups if "vectors" not in fate else {("in all", ""): rows}
         columns = ("weight", "count", "shape", f"{unit} now", f"{unit} then")
         output.table(columns, [_weight_row(*key, same, size) for key, same in shown.items()], _capital(fate))

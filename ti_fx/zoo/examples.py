@@ -31,6 +31,8 @@ def example_inputs(
 ) -> list[dict[str, Tensor]]:
     """Return keyword tensors for the model's forward, in each of these sizes, after running it on all of them.
 
+    They are on the model's device; on the meta device shapes are all that a run checks.
+
     Where an input comes in several shapes among models (images, their patches, or several a row), the first with
     which the forward runs is taken.
 
@@ -41,6 +43,7 @@ def example_inputs(
     keys = _keys(name, model, parameters)
     first: Exception | None = None
     also = ALSO.get(name, {})
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     makers = {key: (OTHER_MAKERS[also[key]],) if also.get(key) else MAKERS[key] for key in keys}
     for chosen in itertools.islice(itertools.product(*(makers[key] for key in keys)), TRIES):
         examples = []
@@ -49,8 +52,8 @@ def example_inputs(
                 generator = torch.Generator().manual_seed(seed + number)
                 request = Request(model.config, model, size, generator)  # type: ignore[arg-type]
                 for key, maker in zip(keys, chosen, strict=True):
-                    request.made[key] = maker(request)
-                _check_finite(run(model, request.made))
+                    request.made[key] = maker(request).to(device)
+                _try(model, request.made)
                 examples.append(request.made)
         except Exception as error:
             first = first or error
@@ -63,10 +66,21 @@ def example_inputs(
     ) from first
 
 
+def _try(model: nn.Module, example: Mapping[str, Tensor]) -> None:
+    """Run the model; one without values may stop where it looks at them."""
+    try:
+        _check_finite(run(model, example))
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta tensor" not in str(error):
+            raise
+
+
 def _check_finite(outputs: Any) -> None:
     """Raise ValueError if an output is no number: some masks leave a row nothing to attend to."""
     for leaf in pytree.tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()):
+        if not isinstance(leaf, Tensor) or leaf.is_meta:
+            continue
+        if leaf.is_floating_point() and bool(leaf.isnan().any()):
             raise ValueError("an output is not a number (NaN)")
 
 
