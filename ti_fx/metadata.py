@@ -38,7 +38,7 @@ def guard_count(gm: GraphModule) -> int:
     """Return how many guards the graph's symbolic sizes have collected.
 
     Not counted: what torch's own kernels ask about without fixing a size (is a tensor empty, which stride is larger,
-    has a view as many elements). An equality of a size with a number or another size is, wherever it comes from.
+    does a view have as many elements). An equality that gives a size is, wherever it comes from.
     """
     environment = fake_mode(gm).shape_env
     return 0 if environment is None else sum(not _is_about_strides(guard) for guard in environment.guards)
@@ -46,7 +46,7 @@ def guard_count(gm: GraphModule) -> int:
 
 def _is_about_strides(guard: Any) -> bool:
     asked = getattr(guard.sloc.framework_loc, "filename", "")
-    fixes = guard.expr.is_Equality and any(side.is_Symbol or side.is_Number for side in guard.expr.args)
+    fixes = guard.expr.is_Equality and any(side.is_Symbol for side in guard.expr.args)
     return not fixes and asked.startswith(torch.__path__[0])
 
 
