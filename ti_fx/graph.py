@@ -32,9 +32,9 @@ def erase(node: Node) -> None:
 
 
 def erase_dead(nodes: Iterable[Node]) -> None:
-    """Erase those of ``nodes`` (in graph order) that nobody reads, last first."""
+    """Erase those of ``nodes`` (in graph order) that nobody reads and that write into nothing, last first."""
     for node in reversed(list(nodes)):
-        if not node.users:
+        if not node.users and not node.is_impure():
             erase(node)
 
 
