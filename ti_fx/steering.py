@@ -34,6 +34,29 @@ _READS = frozenset(
         "equal",
     )
 )
+# What gives the same token ids in another place.
+_MOVES = frozenset(
+    (
+        "view",
+        "reshape",
+        "__getitem__",
+        "flatten",
+        "expand",
+        "contiguous",
+        "to",
+        "long",
+        "int",
+        "clone",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "masked_fill",
+        "where",
+        "cat",
+        "pad",
+        "clamp",
+    )
+)
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -49,12 +72,14 @@ class _Taint(TorchFunctionMode):
             inputs.values()
         )  # an id means something only as long as its tensor lives
         self.sources = {id(value): frozenset((name,)) for name, value in inputs.items()}
+        self.ids = dict(self.sources)  # inputs that a tensor has the numbers of
         self.read: set[str] = set()
         self.looked_up: set[str] = set()
 
-    def of(self, values: Any) -> frozenset[str]:
+    def of(self, values: Any, known: Mapping[int, frozenset[str]] | None = None) -> frozenset[str]:
         """Return the inputs that the values come from."""
-        return frozenset().union(*(self.sources.get(id(value), frozenset()) for value in _tensors(values)))
+        known = self.sources if known is None else known
+        return frozenset().union(*(known.get(id(value), frozenset()) for value in _tensors(values)))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,11 +90,13 @@ class _Taint(TorchFunctionMode):
         elif name == "repeat_interleave" and len(args) > 1:
             self.read |= self.of(args[1])
         elif name == "embedding":
-            self.looked_up |= self.of(args[0])
+            self.looked_up |= self.of(args[0], self.ids)
         result = func(*args, **kwargs)
+        ids = self.of((args, kwargs), self.ids) if name in _MOVES else frozenset()
         for value in _tensors(result):
             self.alive.append(value)
             self.sources[id(value)] = sources
+            self.ids[id(value)] = ids
         return result
 
 
