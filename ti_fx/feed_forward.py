@@ -81,14 +81,15 @@ def find_feed_forward(gm: GraphModule) -> list[FeedForwardSite]:
     student = roles.twins(gm.graph)
     teacher = {twin: node for node, twin in student.items()}
     finder = _Finder(gm, "teacher" if teacher else "student", find_attention(gm), teacher)
-    return [_mapped(site, student) for site in finder.sites()]
+    return [_mapped(site, student, finder) for site in finder.sites()]
 
 
-def _mapped(site: FeedForwardSite, student: dict[Node, Node]) -> FeedForwardSite:
+def _mapped(site: FeedForwardSite, student: dict[Node, Node], finder: _Finder) -> FeedForwardSite:
     """Return the site with each node replaced by its student twin; the student reads its own hidden features."""
     nodes = {name: student.get(node, node) for name, node in vars(site).items() if isinstance(node, Node)}
-    down = nodes["down"]
-    return replace(site, **{**nodes, "hidden": source_of(projection_input(down))})  # type: ignore[arg-type]
+    place = site.down.all_input_nodes.index(finder.reads(site.down))
+    nodes["hidden"] = source_of(nodes["down"].all_input_nodes[place])
+    return replace(site, **nodes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class _Finder(Walk):
         """Return the block that ends with a projection, None if none does."""
         if down in self.taken or down not in self.active or not self.multiplies(down):
             return None
-        hidden = source_of(projection_input(down))
+        hidden = source_of(self.reads(down))
         sources = self.sources.get(hidden, _MANY)
         ways = list(sources.values())
         if not any(way.active for way in ways) or any(node in self.taken for node, _ in sources):
@@ -162,7 +163,7 @@ class _Finder(Walk):
         if self.multiplies(node):
             if not self.is_depthwise(node):
                 return {(node, None): _Way()}
-            return _changed(self.sources.get(source_of(operands(node)[0]), _MANY), spatial=True)
+            return _changed(self.sources.get(source_of(self.reads(node)), _MANY), spatial=True)
         if node.op == "placeholder":
             return _MANY
         if self.is_view(node):
@@ -195,16 +196,33 @@ class _Finder(Walk):
 
     def multiplies(self, node: Node) -> bool:
         """Whether the node multiplies by a stored weight, also by those of several experts at once."""
-        if self.is_projection(node):
-            return True
-        if not isinstance(node.target, torch._ops.OpOverload) or len(node.args) < 2:
-            return False
-        left, right = node.args[:2]
-        if not isinstance(left, Node) or not isinstance(right, Node) or left not in self.active:
-            return False
-        if _is_pointwise(node) or self.is_view(node) or not is_float(node):
-            return False
-        return rank(right) >= 2 and self.before_views(right).op == "get_attr"
+        return self.is_projection(node) or self.weight_place(node) is not None
+
+    def weight_place(self, node: Node) -> int | None:
+        """Return whether the first or the second operand is a stored weight; experts' may stand on either side."""
+        is_call = isinstance(node.target, torch._ops.OpOverload) and len(node.args) >= 2
+        if not is_call or _is_pointwise(node) or self.is_view(node) or not is_float(node):
+            return None
+        for place, other in ((1, 0), (0, 1)):
+            weight, activation = node.args[place], node.args[other]
+            if (
+                not isinstance(weight, Node)
+                or not isinstance(activation, Node)
+                or activation not in self.active
+            ):
+                continue
+            is_stored = rank(weight) >= 2 and self.before_views(weight).op == "get_attr"
+            if is_stored and is_float(weight) and is_float(activation):
+                return place
+        return None
+
+    def reads(self, node: Node) -> Node:
+        """Return the activation that a projection reads."""
+        if not self.is_projection(node) and self.weight_place(node) == 0:
+            found = node.args[1]
+            assert isinstance(found, Node)
+            return found
+        return projection_input(node)
 
     def is_convolution(self, node: Node) -> bool:
         """Whether the node is a convolution over more than one position."""

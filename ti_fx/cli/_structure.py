@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import encodings, find_attention, find_feed_forward, fork
 from ti_fx.cli import _output as output
-from ti_fx.dataflow import projection_weight
+from ti_fx.dataflow import CAST, SHAPE, projection_weight
+from ti_fx.graph import aten_name
 from ti_fx.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _block(site: dict[str, Any]) -> list[str]:
     lines = [f"  {name}" + (f" ({'; '.join(remarks)})" if remarks else "")]
     for part, weight in site["weights"].items():
         if part not in site["fused"][1:]:
-            lines.append(f"    {part:<7} {starred(weight) if weight else '–'}")
+            lines.append(f"    {part:<7} {starred(weight) if weight else 'computed' if site[part] else '–'}")
     return lines
 
 
@@ -152,11 +153,15 @@ def _nodes(site: object, parts: Sequence[str]) -> dict[str, Any]:
 
 
 def _weight(node: Node | None) -> str | None:
-    """Return the name of the parameter that a projection reads; of one that is computed, the first it is made from."""
+    """Return the name of the parameter that a projection reads; None if the weight is computed."""
     if node is None:
         return None
     weight = projection_weight(node)
-    source = weight if weight is not None else node.args[1]
-    while isinstance(source, Node) and source.op != "get_attr" and source.all_input_nodes:
-        source = source.all_input_nodes[0]
-    return str(source.target) if isinstance(source, Node) and source.op == "get_attr" else None
+    starts = [weight] if weight is not None else node.all_input_nodes[::-1]
+    for start in starts:
+        source = start
+        while aten_name(source) in SHAPE | CAST:
+            source = source.all_input_nodes[0]
+        if source.op == "get_attr":
+            return str(source.target)
+    return None
