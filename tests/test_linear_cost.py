@@ -89,8 +89,6 @@ def test_node_visits_are_linear_in_the_layers(name: str, monkeypatch: pytest.Mon
             visits.setdefault(step, []).append(count[0])
     for step, (few, more, most) in visits.items():
         assert few > 0, step
-        print(step, few, more, most, most - more - 2 * (more - few))
-        continue
         assert most - more == 2 * (more - few), f"{step}: {few}, {more}, {most} visits at {LAYERS} layers"
 
 

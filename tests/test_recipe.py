@@ -24,7 +24,13 @@ from ti_fx.train.schedule import spans
 FULL = Recipe(
     "everything",
     ternarize=Ternarize(
-        weights="row", embeddings=None, head=True, min_rows=2000, clip=2.0, skip=("bert.encoder.layer.0.*",)
+        weights="row",
+        embeddings=None,
+        head=True,
+        tied="embedding",
+        min_rows=2000,
+        clip=2.0,
+        skip=("bert.encoder.layer.0.*",),
     ),
     activations=QuantizeActivations(encoding="int8-token", attention=True, skip=("bert.pooler.*",)),
     distill=Distill(

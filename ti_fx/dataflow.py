@@ -22,9 +22,10 @@ SHAPE = _names(
     """view reshape _unsafe_view transpose t permute contiguous clone expand expand_as unsqueeze squeeze flatten
     unflatten slice select split split_with_sizes chunk unbind narrow repeat repeat_interleave tile alias view_as
     reshape_as movedim moveaxis swapaxes swapdims roll pad constant_pad_nd index_select index gather as_strided
-    unfold diagonal flip T mT detach lift_fresh_copy stack"""
+    unfold diagonal flip T numpy_T mT detach lift_fresh_copy stack"""
 )
 CAST = _names("to _to_copy type_as float")
+WEIGHT_VIEWS = CAST | _names("t transpose T numpy_T permute")  # what may lie between a weight and its projection
 ELEMENTWISE = _names(
     """mul mul_ div div_ add add_ sub sub_ neg rsub cat concat tanh tanh_ where masked_fill masked_fill_ clamp clamp_
     clamp_min clamp_max maximum minimum max min nan_to_num masked_scatter index_put index_put_ scatter copy_
@@ -72,7 +73,7 @@ def _weight_chain(node: Node) -> list[Node]:
     chain: list[Node] = []
     while isinstance(argument, Node):
         chain.append(argument)
-        passed = argument.target in _READS or aten_name(argument) in CAST | {"t", "transpose", "T", "permute"}
+        passed = argument.target in _READS or aten_name(argument) in WEIGHT_VIEWS
         argument = argument.args[0] if passed else None
     return chain
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ti_fx import encodings, numerics, roles
-from ti_fx.dataflow import CAST, CONVOLUTION, MATMUL, SHAPE, projection_weight
+from ti_fx.dataflow import CAST, CONVOLUTION, MATMUL, SHAPE, WEIGHT_VIEWS, projection_weight
 from ti_fx.errors import SelectionError, did_you_mean
 from ti_fx.graph import aten_name, tensor
 from ti_fx.numerics import Granularity
@@ -100,10 +100,7 @@ def _is_parametric(gm: GraphModule, node: Node) -> bool:
 
 
 def _stored(node: Node) -> bool:
-    while node.target in _QUANTISED or aten_name(node) in (
-        "t",
-        "transpose",
-    ):
+    while node.target in _QUANTISED or aten_name(node) in WEIGHT_VIEWS:
         node = node.all_input_nodes[0]
     return node.op == "get_attr"
 
