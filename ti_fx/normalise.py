@@ -72,7 +72,8 @@ def to_plain(
 def drop_dead(gm: GraphModule) -> None:
     """Remove what no output depends on, and the tensors that only that read.
 
-    Comes after the comparison with the model: a dropout nobody reads draws from the random numbers of the next.
+    Comes after the comparison with the model: a dropout nobody reads draws from the random numbers of the next, so
+    that with the same seed the graph then draws others than the model.
     """
     gm.graph.eliminate_dead_code()
     prune(gm)

@@ -108,7 +108,8 @@ def _interventions(gm: GraphModule) -> Iterator[str]:
         ]
         if straying:
             yield f"%{straying[0]} reads the tap %{node.name}; at {point} it must read %{twins[node].name}"
-        if not any(roles.is_student(user) for user in twins[node].users):
+        returned = any(user.op == "output" or is_container(user) for user in node.users)
+        if not returned and not any(roles.is_student(user) for user in twins[node].users):
             yield f"%{node.name} is intervened at {point}, and no student node reads %{twins[node].name}"
         missing = set(roles.fact(node, "detaches") or ()) - detached.get(node.name, set())
         if missing:

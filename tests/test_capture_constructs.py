@@ -1,0 +1,211 @@
+"""Constructs that stand between a model and one graph: what is captured, what is fixed, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import ti_fx
+from ti_fx.errors import CaptureError, InputError, RandomnessError
+from ti_fx.passes import DuplicateTeacher, Strip
+from ti_fx.zoo import build
+
+
+def values(model: nn.Module, example: dict[str, Tensor], training: bool = False) -> Tensor:
+    model.train(training)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        result: Tensor = model(**example)
+    return result
+
+
+def equal(model: nn.Module, gm: GraphModule, example: dict[str, Tensor]) -> bool:
+    return all(
+        torch.equal(values(model, example, training), values(gm, example, training))
+        for training in (False, True)
+    )
+
+
+class Images(nn.Module):
+    """Attends within each image of a packed sequence, as vision towers of language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.places = nn.Embedding(16, 8)
+
+    def forward(self, pixels: Tensor, grid: Tensor, ids: Tensor) -> Tensor:
+        hidden = self.linear(pixels) + self.places(ids)
+        if max(grid.prod(-1).tolist()) > 5:
+            hidden = hidden * 2
+        return torch.cat([part - part.mean(0) for part in hidden.split(grid.prod(-1).tolist())])
+
+
+def test_an_input_that_steers_python_is_a_constant_and_said_so() -> None:
+    model = Images()
+    example = {
+        "pixels": torch.randn(10, 8),
+        "grid": torch.tensor([[2, 2], [2, 3]]),
+        "ids": torch.arange(10),
+    }
+    gm = ti_fx.capture(model, example)
+    assert equal(model, gm, example)
+    assert "Python numbers" in ti_fx.capture_report(gm).static["grid.0"]
+    assert "ids.0" not in {
+        name for name, why in ti_fx.capture_report(gm).static.items() if "Python numbers" in why
+    }
+    with pytest.raises(InputError, match="input 'grid' steers Python in the model"):
+        gm(**{**example, "grid": torch.tensor([[2, 3], [2, 2]])})
+    with pytest.raises(InputError, match="input 'grid' steers Python in the model"):
+        ti_fx.fork(gm)(**{**example, "grid": torch.tensor([[2, 3], [2, 2]])})
+
+
+class TokensSteer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden: Tensor = self.table(input_ids)
+        return hidden if bool((input_ids == 3).any()) else -hidden
+
+
+def test_token_ids_are_never_constants() -> None:
+    with pytest.raises(CaptureError, match="data-dependent"):
+        ti_fx.capture(TokensSteer(), {"input_ids": torch.tensor([[1, 2], [3, 4]])})
+
+
+class LayerDrop(nn.Module):
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.linear, self.dropout, self.probability = nn.Linear(4, 4), nn.Dropout(0.5), probability
+
+    def forward(self, value: Tensor) -> Tensor:
+        drawn = torch.rand([])
+        if not (self.training and drawn < self.probability):
+            value = self.linear(value)
+        result: Tensor = self.dropout(value)
+        return result
+
+
+def test_a_layer_dropped_at_random_is_refused_and_one_that_never_is_is_captured() -> None:
+    example = {"value": torch.randn(3, 4)}
+    with pytest.raises(
+        RandomnessError, match=r"decides by a random number .*test_capture_constructs\.py:\d+"
+    ):
+        ti_fx.capture(LayerDrop(0.1), example)
+    gm = ti_fx.capture(LayerDrop(0.0), example)
+    assert values(gm, example, training=True).count_nonzero() < 12
+
+
+class Clamped(nn.Module):
+    """Clamps overflows in training alone, as DETR's encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, value: Tensor) -> Tensor:
+        value = self.dropout(self.linear(value))
+        if self.training and not torch.isfinite(value).all():
+            value = value.clamp(-1e4, 1e4)
+        return value
+
+
+def test_control_flow_that_only_training_has_is_left_out_and_dropout_is_not() -> None:
+    model, example = Clamped(), {"value": torch.randn(3, 4)}
+    assert equal(model, ti_fx.capture(model, example), example)
+
+
+class Dropouts(nn.Module):
+    """A dropout in place, one that is off for good, and one as usual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, value: Tensor) -> Tensor:
+        value = nn.functional.dropout(self.first(value), 0.5, self.training, inplace=True)
+        value = nn.functional.dropout(self.second(value), 0.5, training=False)
+        return nn.functional.dropout(value, 0.5, self.training)
+
+
+def test_every_dropout_is_what_it_is_in_the_model() -> None:
+    model, example = Dropouts(), {"value": torch.randn(3, 4)}
+    assert equal(model, ti_fx.capture(model, example), example)
+
+
+class Written(nn.Module):
+    """Writes its values into an empty tensor, part by part, and casts a module to the dtype that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, value: Tensor) -> Tensor:
+        self.second = self.second.to(value.dtype)
+        result = torch.zeros_like(value)
+        result[:, :2] = self.first(value)[:, :2]
+        result[:, 2:] = self.second(value)[:, 2:]
+        return result
+
+
+def test_what_is_written_into_a_tensor_stays_and_each_role_has_its_own() -> None:
+    model, example = Written(), {"value": torch.randn(3, 4)}
+    expected = values(model, example)
+    gm = ti_fx.capture(model, example)
+    ti_fx.Pipeline(DuplicateTeacher())(gm)
+    with torch.no_grad():
+        model.first.weight.add_(1)  # the student alone: a teacher that wrote into its tensor would show
+    changed = values(model, example)
+    assert not torch.equal(changed, expected)
+    assert torch.equal(values(gm, example), changed)
+    ti_fx.Pipeline(Strip())(gm)
+    assert torch.equal(values(gm, example), changed)
+
+
+class Transposed(nn.Module):
+    """A linear over an input that is not contiguous: torch's kernel depends on whether the weight is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, value: Tensor) -> Tensor:
+        result: Tensor = self.linear(value.transpose(0, 1))
+        return result
+
+
+def test_a_frozen_teacher_computes_what_its_student_does() -> None:
+    example = {"value": torch.randn(5, 7, 64)}
+    gm = ti_fx.capture(Transposed(), example)
+    ti_fx.Pipeline(DuplicateTeacher())(gm)
+    student, teacher = (
+        next(node for node in gm.graph.nodes if node.name == name) for name in ("linear", "linear_t")
+    )
+    gm.graph.output_node().args = ((student, teacher),)
+    gm.recompile()
+    left, right = gm(**example)
+    assert torch.equal(left, right)
+
+
+def test_images_keep_their_size_unless_asked_for() -> None:
+    model = nn.Conv2d(3, 4, 3)
+    example = {"input": torch.randn(2, 3, 8, 8)}
+    assert ti_fx.capture_report(ti_fx.capture(model, example)).dims["input"] == ("batch", 3, 8, 8)
+    every = ti_fx.capture_report(ti_fx.capture(model, example, dynamic="all")).dims["input"]
+    assert [isinstance(size, str) for size in every] == [True, False, True, True]
+
+
+def test_experts_are_batched_products_in_the_graph_and_the_model_is_left_as_it_was() -> None:
+    entry = build("mixtral")
+    before = copy.deepcopy(entry.model.config.to_dict())
+    chosen = entry.model.config._experts_implementation
+    gm = ti_fx.capture(entry.model, entry.example)
+    assert entry.model.config._experts_implementation == chosen
+    assert entry.model.config.to_dict() == before
+    assert not any("grouped_mm" in str(node.target) for node in gm.graph.nodes)

@@ -1,0 +1,52 @@
+"""Every architecture that docs/zoo.json says passes the chain does; a few of each kind here, all of them when slow."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+from ti_fx.zoo.chain import STAGES, run_chain
+from ti_fx.zoo.results import Run
+from ti_fx.zoo.run import Job
+
+# What each of these alone has: in-place attention buffers, low-rank projections, learned queries, shifted windows,
+# ALiBi, relative positions by einsum, several score terms, values that steer Python, experts, clamps in training.
+EVERY_DAY = (
+    "led",
+    "deepseek_v3",
+    "aimv2",
+    "swin",
+    "bloom",
+    "deberta-v2",
+    "qwen2_5_vl_vision",
+    "mixtral",
+    "detr",
+)
+PASSED = sorted(
+    {
+        (result.job.name, result.job.attention)
+        for result in Run.read(Path(__file__).parent.parent / "docs" / "zoo.json").results
+        if result.verdict == "passed" and result.job.file is None
+    }
+)
+
+
+def params() -> list[object]:
+    slow = pytest.mark.slow
+    rest = [
+        pytest.param(*pair, marks=slow) for pair in PASSED if pair[0] not in EVERY_DAY or pair[1] != "eager"
+    ]
+    return [*(pytest.param(name, "eager") for name in EVERY_DAY), *rest]
+
+
+@pytest.mark.parametrize(("name", "attention"), params())
+def test_an_architecture_passes_the_chain(name: str, attention: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outcome = run_chain(name, Job(name, attention=attention).build, tmp_path, until="pack")
+    assert outcome.refused is None
+    assert outcome.stage == "pack"
+    assert outcome.sites == outcome.blocks
+    assert STAGES.index(outcome.stage) > STAGES.index("train")
