@@ -34,7 +34,13 @@ _RANDOM = re.compile(
     r"layer_?drop|drop_path|droppath|drop_connect|mask_time_prob|mask_feature_prob|mask_prob|mask_ratio"
     r"|stochastic|jitter_noise|quantizer_dropout|layerdrop"
 )
-_OFF = {"apply_spec_augment": False, "use_cache": False}
+_OFF = {
+    "apply_spec_augment": False,
+    "use_cache": False,
+    "pos_embed_shift": None,
+    "pos_embed_jitter": None,
+    "pos_embed_rescale": None,
+}
 _TOKEN = re.compile(r"(^|_)(tok|token)_?(id|ids|index|indices)$|_token$|_idx$")
 _LAYER_COUNT = re.compile(r"^(num_hidden_layers|n_layers?|num_layers|depth)$")
 _LAYER_INDICES = re.compile(r"(_indexes|_indices|_index|layer_ids?|_layers|_attention_blocks|_layer)$")
@@ -173,6 +179,8 @@ class _Tiny:
         """Return what the field becomes; the same object where no rule speaks of it."""
         if name in _OFF:
             return _OFF[name]
+        if _RANDOM.search(name) and isinstance(value, list | tuple):
+            return type(value)(0.0 for _ in value)
         if _RANDOM.search(name) and isinstance(value, float | int):
             return type(value)(0)
         if isinstance(value, bool | str | float):
