@@ -150,20 +150,38 @@ def export(
     with _python_randomness(model):
         if model.training and not any(value.is_meta for value in tensors.values()):
             _no_random_choice(model, tensors, constants)
+        first: Traced | None = None
+        known: TiFxError | None = None
         try:
-            return Traced(*_export(model, tensors, constants, dynamic, {}), {})
+            first = Traced(*_export(model, tensors, constants, dynamic, {}), {})
+            steered = _reads_values(first.program)
         except Exception as error:
             known = _capture_error(model, error, tensors, constants)
-            if "data-dependent" not in str(error) or not isinstance(known, CaptureError):
+            steered = "data-dependent" in str(error) and isinstance(known, CaptureError)
+            if not steered:
                 raise known from error
+        if steered:
             baked = {name: tensors[name] for name in steering_inputs(model, tensors, constants)}
-            if not baked or len(baked) == len(tensors):
-                raise known from error
             rest = {name: value for name, value in tensors.items() if name not in baked}
-            try:
-                return Traced(*_export(model, rest, constants, dynamic, baked), baked)
-            except Exception:
-                raise known from error
+            if baked and rest:
+                try:
+                    return Traced(*_export(model, rest, constants, dynamic, baked), baked)
+                except Exception as error:
+                    # what these values steer is not all that is in the way: the first attempt says what is
+                    if known is not None:
+                        raise known from error
+        if first is None:
+            assert known is not None
+            raise known
+        return first
+
+
+def _reads_values(program: torch.export.ExportedProgram) -> bool:
+    """Whether the program turns a tensor's value into a size or a flag."""
+    return any(
+        getattr(node.target, "__name__", "") in ("item.default", "_local_scalar_dense.default")
+        for node in program.graph.nodes
+    )
 
 
 def _no_random_choice(model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any]) -> None:
