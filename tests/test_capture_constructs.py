@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -193,6 +194,25 @@ def test_a_frozen_teacher_computes_what_its_student_does() -> None:
     assert torch.equal(left, right)
 
 
+class WantsLabels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, value: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.training and labels is None:
+            raise ValueError("labels are needed in training")
+        result: Tensor = self.linear(value)
+        return result
+
+
+def test_a_model_that_only_evaluates_is_captured_and_the_report_says_so() -> None:
+    model, example = WantsLabels(), {"value": torch.randn(3, 4)}
+    gm = ti_fx.capture(model, example)
+    assert torch.equal(values(gm, example), values(model, example))
+    assert "labels are needed in training" in str(ti_fx.capture_report(gm).unchecked)
+
+
 def test_images_keep_their_size_unless_asked_for() -> None:
     model = nn.Conv2d(3, 4, 3)
     example = {"input": torch.randn(2, 3, 8, 8)}
@@ -203,9 +223,8 @@ def test_images_keep_their_size_unless_asked_for() -> None:
 
 def test_experts_are_batched_products_in_the_graph_and_the_model_is_left_as_it_was() -> None:
     entry = build("mixtral")
-    before = copy.deepcopy(entry.model.config.to_dict())
-    chosen = entry.model.config._experts_implementation
+    config: Any = entry.model.config
+    before, chosen = copy.deepcopy(config.to_dict()), config._experts_implementation
     gm = ti_fx.capture(entry.model, entry.example)
-    assert entry.model.config._experts_implementation == chosen
-    assert entry.model.config.to_dict() == before
+    assert (config.to_dict(), config._experts_implementation) == (before, chosen)
     assert not any("grouped_mm" in str(node.target) for node in gm.graph.nodes)

@@ -104,14 +104,15 @@ def capture(
             gm, static, checked, unchecked = _traced(model, tensors, constants, dynamic, training=True)
         except RandomnessError:
             raise
-        except CaptureError as error:
+        except (CaptureError, InputError) as error:
             # Control flow that only training has (a clamp of overflows) is left out by a trace in eval mode; dropout
-            # is not. Whether that is the model in training, too, is compared like everything else.
+            # is not. Whether that is the model in training, too, is compared like everything else, unless the model
+            # does not run in training with these inputs (it wants labels), which the report says.
             try:
                 gm, static, checked, unchecked = _traced(model, tensors, constants, dynamic, training=False)
-            except CaptureError:
+            except (CaptureError, InputError):
                 raise error from None
-            if not _draws_alike(model, gm, tensors, constants):
+            if unchecked is None and not _draws_alike(model, gm, tensors, constants):
                 raise
     dims = _dims(gm, list(tensors))[0]
     for name, sizes in dims.items():
@@ -152,11 +153,12 @@ def _traced(
         state(gm)["dims"] = names
         _name_sizes(gm, names)
         state(gm)["guards"] = guard_count(gm)
-        unchecked = None
+        checked: dict[str, float] = {}
+        unchecked: str | None
         if any(value.is_meta for value in tensors.values()):
-            checked, unchecked = {}, _check_shapes(model, gm, tensors, constants)
+            unchecked = _check_shapes(model, gm, tensors, constants)
         else:
-            checked = _check(model, gm, tensors, constants)
+            checked, unchecked = _check(model, gm, tensors, constants)
         normalise.drop_dead(gm)
     return gm, static, checked, unchecked
 
@@ -267,8 +269,8 @@ def _name_sizes(gm: GraphModule, names: dict[str, str]) -> None:
 
 def _check(
     model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
-) -> dict[str, float]:
-    """Compare the graph with the source model on the example, in both modes."""
+) -> tuple[dict[str, float], str | None]:
+    """Compare the graph with the source model on the example, in both modes; return what could not be."""
     checked: dict[str, float] = {}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = sorted({value.device.index or 0 for value in tensors.values() if value.is_cuda})
@@ -280,8 +282,17 @@ def _check(
             torch.no_grad(),
         ):
             torch.manual_seed(0)
-            with Concrete():  # a number that nothing depends on is not drawn in the graph
-                expected = model(**tensors, **constants)
+            try:
+                with Concrete():  # a number that nothing depends on is not drawn in the graph
+                    expected = model(**tensors, **constants)
+            except Exception as error:
+                if not training:
+                    raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                return (
+                    checked,
+                    f"not compared with the model in train mode, where it fails on the example: {reason}",
+                )
             _restore(model, buffers)
             torch.manual_seed(0)
             actual = _run(gm, tensors, type(model).__name__)
@@ -293,7 +304,7 @@ def _check(
                 f"{checked[name]:.1e}): something is decided in Python by the mode or at random; turn it off in the "
                 "model's config (layerdrop, drop_path, masking)"
             )
-    return checked
+    return checked, None
 
 
 def _check_shapes(
