@@ -25,7 +25,9 @@ SHAPE = _names(
     unfold diagonal flip T numpy_T mT detach lift_fresh_copy stack"""
 )
 CAST = _names("to _to_copy type_as float")
-WEIGHT_VIEWS = CAST | _names("t transpose T numpy_T permute")  # what may lie between a weight and its projection
+WEIGHT_VIEWS = CAST | _names(
+    "t transpose T numpy_T permute"
+)  # what may lie between a weight and its projection
 ELEMENTWISE = _names(
     """mul mul_ div div_ add add_ sub sub_ neg rsub cat concat tanh tanh_ where masked_fill masked_fill_ clamp clamp_
     clamp_min clamp_max maximum minimum max min nan_to_num masked_scatter index_put index_put_ scatter copy_
