@@ -51,16 +51,16 @@ def dimensions(gm: GraphModule) -> dict[str, dict[int, str]]:
     return found
 
 
-def limits(gm: GraphModule) -> dict[str, int]:
-    """Return the largest size of each dynamic dimension that has one."""
+def limits(gm: GraphModule) -> dict[str, tuple[int, int | None]]:
+    """Return the smallest and the largest size of each dynamic dimension; None where there is no largest."""
     names = dimensions(gm)
-    found: dict[str, int] = {}
+    found: dict[str, tuple[int, int | None]] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         for index, name in names[str(node.target)].items():
             symbol = node.meta["val"].shape[index].node
-            upper = symbol.shape_env.bound_sympy(symbol.expr).upper
-            if upper.is_Integer:
-                found[name] = int(upper)
+            bounds = symbol.shape_env.bound_sympy(symbol.expr)
+            upper = int(bounds.upper) if bounds.upper.is_Integer else None
+            found[name] = max(_SHORTEST, int(bounds.lower)), upper
     return found
 
 
@@ -94,13 +94,14 @@ def other_sizes(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[dict[str,
     longer, shorter = {}, {}
     for name, size in own.items():
         step = 1 if name == BATCH else 3
+        lowest, highest = bounds[name]
         allowed = [
             candidate
             for candidate in (
                 *(size + step, size + 2 * step, size - step, size // 2),
                 *(size + 1, size - 1, 2 * size, 3 * size),
             )
-            if _SHORTEST <= candidate <= bounds.get(name, candidate) and _fits(gm, {**own, name: candidate})
+            if lowest <= candidate <= (highest or candidate) and _fits(gm, {**own, name: candidate})
         ] or [size]
         longer[name] = allowed[0]
         others = [candidate for candidate in allowed if candidate not in (size, allowed[0])]

@@ -376,8 +376,14 @@ def _validate_size(name: str, index: int, size: int, wanted: Any, sizes: dict[st
         raise InputError(
             f"input {name!r} has size {size} in dimension {index}, but {where} has {known}; they must be equal"
         )
-    limit = wanted.node.shape_env.bound_sympy(symbol).upper
-    if limit.is_Integer and size > int(limit):
+    bounds = wanted.node.shape_env.bound_sympy(symbol)
+    if bounds.upper.is_Integer and size > int(bounds.upper):
         raise InputError(
-            f"input {name!r} has size {size} in dimension {index}; the model takes at most {int(limit)}"
+            f"input {name!r} has size {size} in dimension {index}; the model takes at most {int(bounds.upper)}"
+        )
+    if (
+        size < int(bounds.lower) and int(bounds.lower) > 2
+    ):  # every dynamic size is taken for at least 2 by the trace
+        raise InputError(
+            f"input {name!r} has size {size} in dimension {index}; the model takes at least {int(bounds.lower)}"
         )
