@@ -25,6 +25,8 @@ from ti_fx.passes.canonicalize import Canonicalize
 from ti_fx.steering import Concrete
 from ti_fx.tracing import BATCH, Dynamic, export, traceable
 
+# Keywords that ask for a cache, which a training graph has not. XLNet's exists in evaluation alone.
+CACHES = ("use_cache", "use_mems")
 RELATIVE_TOLERANCE = (
     1e-5  # captured against source, of the largest entry: eager attention sums in another order
 )
@@ -122,7 +124,7 @@ def capture(
     state(gm)["capture"] = CaptureReport(
         dims=dims,
         static=static,
-        constants={name: value for name, value in constants.items() if name != "use_cache"},
+        constants={name: value for name, value in constants.items() if name not in CACHES},
         attention=attention,
         nodes=len(gm.graph.nodes),
         parameters=sum(parameter.numel() for parameter in gm.parameters()),
@@ -228,8 +230,9 @@ def _bind(
     devices = stored | {value.device for value in tensors.values()}
     if len(devices) > 1:
         raise InputError(f"model and example are on different devices: {sorted(map(str, devices))}")
-    if "use_cache" in signature.parameters:
-        constants.setdefault("use_cache", False)
+    for name in CACHES:
+        if name in signature.parameters:
+            constants.setdefault(name, False)
     return tensors, constants
 
 

@@ -37,6 +37,8 @@ _RANDOM = re.compile(
 _OFF = {
     "apply_spec_augment": False,
     "use_cache": False,
+    "use_mems_eval": False,
+    "use_mems_train": False,
     "pos_embed_shift": None,
     "pos_embed_jitter": None,
     "pos_embed_rescale": None,
