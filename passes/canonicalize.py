@@ -37,6 +37,9 @@ class Canonicalize(Pass):
     4. a linear or matmul whose input is not contiguous reads a contiguous copy: torch picks the kernel for such an
        input by whether the weight requires a gradient, so that a frozen teacher would differ by rounding
 
+    5. ``as_strided``, which reads memory and not the dimensions of its input, reads these in the order of memory: ONNX
+       has no memory, and takes every input for contiguous
+
     Values differ by rounding only: sums in another order.
     """
 
@@ -47,12 +50,25 @@ class Canonicalize(Pass):
             name = aten_name(node)
             if name in ("linear", "matmul"):
                 _contiguous_input(node, copies)
+            elif name == "as_strided":
+                _in_memory_order(node)
             elif name == "einsum":
                 _einsum(node)
             elif name == "sum":
                 _product_sum(node)
             elif name in ("div", "exp"):
                 _softmax(node)
+
+
+def _in_memory_order(node: Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    strides = [constant_size(stride) for stride in source.meta["val"].stride()]
+    known = [stride for stride in strides if stride is not None]
+    if len(known) < len(strides) or is_contiguous_or_false(source.meta["val"]):
+        return
+    order = sorted(range(len(known)), key=lambda dimension: -known[dimension])
+    node.update_arg(0, _call(node, aten.permute.default, source, order))
 
 
 def _contiguous_input(node: Node, copies: dict[Node, Node]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.fx import GraphModule
 
 import ti_fx
 from ti_fx.errors import CaptureError, InputError, RandomnessError
-from ti_fx.passes import DuplicateTeacher, Strip
+from ti_fx.export import to_onnx
+from ti_fx.passes import DuplicateTeacher, Pack, QuantizeActivations, Strip, Ternarize
 from ti_fx.zoo import build
 
 
@@ -211,6 +213,26 @@ def test_a_model_that_only_evaluates_is_captured_and_the_report_says_so() -> Non
     gm = ti_fx.capture(model, example)
     assert torch.equal(values(gm, example), values(model, example))
     assert "labels are needed in training" in str(ti_fx.capture_report(gm).unchecked)
+
+
+class Overlapping(nn.Module):
+    """Overlapping windows over a transposed sequence, as Longformer cuts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, value: Tensor) -> Tensor:
+        hidden: Tensor = self.linear(value).transpose(0, 1)
+        return hidden.as_strided((3, 5, 4, 4), (4, 12, 12, 1)) * 2
+
+
+def test_overlapping_windows_are_read_in_the_order_of_memory(tmp_path: Path) -> None:
+    model, example = Overlapping(), {"value": torch.randn(8, 3, 4)}
+    gm = ti_fx.capture(model, example, dynamic="none")
+    assert equal(model, gm, example)
+    ti_fx.Pipeline(Ternarize(head=True), QuantizeActivations("float"), Pack())(gm)
+    to_onnx(gm, tmp_path / "windows.onnx", example)  # compares ONNX Runtime with PyTorch
 
 
 def test_images_keep_their_size_unless_asked_for() -> None:
