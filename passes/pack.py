@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import encodings, numerics, roles
 from ti_fx.errors import PostconditionError, PreconditionError
-from ti_fx.graph import call, erase, get_attr, prune, register, tensor
+from ti_fx.graph import call, erase, get_attr, prune, register, supersede, tensor
 from ti_fx.pipeline import Pass
 
 
@@ -64,9 +64,6 @@ def _pack(gm: GraphModule, node: Node) -> None:
         parts.append(get_attr(node, target, f"{source.name}_{suffix}", "student", like=reader))
     arguments = (*parts, list(weight.shape), weight.dtype)
     unpacked = call(node, encodings.unpack_ternary, arguments, f"{name}_unpacked", "student", like=reader)
-    node.replace_all_uses_with(unpacked)
-    erase(node)
-    gm.graph._graph_namespace._used_names.discard(unpacked.name)
-    unpacked._rename(name)
+    supersede(node, unpacked)
     if not source.users:
         erase(source)

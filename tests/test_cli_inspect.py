@@ -16,27 +16,10 @@ import pytest
 from models import Tiny, bert_model, gpt2_model, vit_model
 
 import ti_fx
-from ti_fx import cli
 from ti_fx.cli import _loading
 from ti_fx.zoo import build
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run ti-fx in this process; return exit code, standard output and standard error."""
-
-    def called(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ti-fx", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, captured.out, captured.err
-
-    return called
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from ti_fx import cli
 from ti_fx.errors import InputError
 from ti_fx.zoo.chain import STAGES, Outcome
 from ti_fx.zoo.page import render
@@ -85,22 +84,6 @@ def raises():
 def returns_nothing():
     pass
 """
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Called:
-    """Run ti-fx in this process; return exit code, standard output and standard error."""
-
-    def called(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ti-fx", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, captured.out, captured.err
-
-    return called
 
 
 @pytest.fixture

@@ -20,7 +20,17 @@ from torch.fx import Graph, GraphModule, Node
 
 from ti_fx import leaves, roles, structure
 from ti_fx.errors import CaptureError, InputError
-from ti_fx.graph import aten_name, constant_size, erase, is_persistent, prune, register, state, tensor
+from ti_fx.graph import (
+    aten_name,
+    constant_size,
+    erase,
+    is_persistent,
+    prune,
+    register,
+    state,
+    supersede,
+    tensor,
+)
 
 ASSERTIONS = (
     "_assert_tensor_metadata",
@@ -228,11 +238,7 @@ def _replace_by_leaf(gm: GraphModule, node: Node, leaf: nn.Module, args: tuple[A
     with gm.graph.inserting_before(node):
         call = gm.graph.create_node("call_module", target, args)
     call.meta = dict(node.meta)
-    name = node.name
-    node.replace_all_uses_with(call)
-    erase(node)
-    gm.graph._graph_namespace._used_names.discard(call.name)
-    call._rename(name)
+    supersede(node, call)
 
 
 def _share_model_tensors(gm: GraphModule, model: nn.Module) -> None:
