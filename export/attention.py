@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from ti_fx.export.ops import attention
-from ti_fx.graph import aten_name
+from ti_fx.graph import aten_name, supersede
 
 ATTENTION_OPSET = 23
 # ONNX Runtime 1.31 gives zeros where a whole row of the mask is the lowest float or -inf; softmax gives the mean of V.
@@ -56,8 +56,7 @@ def fuse_attention(graph: Graph) -> int:
             read = None if mask is None else bounded[mask]
             arguments = (match.query, match.key, match.value, read, match.scale, match.heads)
             node = graph.call_function(attention, arguments)
-        node.meta["val"] = match.merged.meta["val"]
-        match.merged.replace_all_uses_with(node)
+        supersede(match.merged, node)
     return len(matches)
 
 

@@ -27,7 +27,7 @@ from ti_fx.export import ops
 from ti_fx.export.attention import ATTENTION_OPSET, fuse_attention
 from ti_fx.export.packed import BIASED
 from ti_fx.export.student import PackedWeight, as_packed, packed_weights
-from ti_fx.graph import aten_name, constant_size, fork, tensor
+from ti_fx.graph import aten_name, constant_size, fork, supersede, tensor
 
 INT2_OPSET = 25
 
@@ -111,13 +111,8 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
 def _drop_dropout(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.op == "call_module" and isinstance(gm.get_submodule(node.target), nn.Dropout):
-            _replace(node, node.args[0])
-
-
-def _replace(node: Node, new: Any) -> None:
-    new.meta.setdefault("val", node.meta.get("val"))
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
 
 
 def _insert(before: Node, function: Callable[..., Any], *args: Any) -> Node:
@@ -160,7 +155,7 @@ class _Weights:
         stored = self._biased(table, node, shape)
         marked = _insert(node, ops.packed, stored, table.codes_name, "uint2", shape, torch.uint8)
         arguments = (marked, self.scale(node, table), node.args[1], columns)
-        _replace(node, _insert(node, ops.gather_ternary, *arguments))
+        supersede(node, _insert(node, ops.gather_ternary, *arguments))
 
     def codes(self, weight: PackedWeight) -> Node:
         """Return the int8 codes of a packed weight, inserted once, right before it."""
@@ -189,7 +184,7 @@ class _Weights:
     def in_float(self, weight: PackedWeight) -> None:
         """General rule: codes * scale."""
         node = weight.node
-        _replace(node, _insert(node, ops.dequantised_weight, self.codes(weight), self.scale(node, weight)))
+        supersede(node, _insert(node, ops.dequantised_weight, self.codes(weight), self.scale(node, weight)))
 
     def _biased(self, weight: PackedWeight, before: Node, shape: tuple[int, int] | None) -> Node:
         """Return the codes of a looked-up table as GatherBlockQuantized reads them: code + 2."""
@@ -228,7 +223,7 @@ def _integer_products(gm: GraphModule, weights: _Weights, opset: int) -> dict[No
         if weights.scale_shape(product.weight):
             scale = _insert(product.node, torch.ops.aten.reshape.default, scale, [-1])
         arguments = (codes, scale, product.bias, product.transposed, lowering.per_token)
-        _replace(product.node, _insert(product.node, ops.integer_linear, *quantised[source], *arguments))
+        supersede(product.node, _insert(product.node, ops.integer_linear, *quantised[source], *arguments))
     return quantised
 
 
@@ -239,10 +234,10 @@ def _quantise(fake_quant: Node, lowering: ActivationLowering) -> tuple[Node, ...
 
 def _dequantise(fake_quant: Node, lowering: ActivationLowering, parts: tuple[Node, ...] | None) -> None:
     if lowering.value is not None:
-        _replace(fake_quant, _insert(fake_quant, lowering.value, fake_quant.args[0]))
+        supersede(fake_quant, _insert(fake_quant, lowering.value, fake_quant.args[0]))
     else:
         parts = parts or _quantise(fake_quant, lowering)
-        _replace(fake_quant, _insert(fake_quant, ops.dequantise, *parts))
+        supersede(fake_quant, _insert(fake_quant, ops.dequantise, *parts))
 
 
 def activation_lowering(argument: Any) -> ActivationLowering | None:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ti_fx.encodings import get_encoding
 from ti_fx.errors import EncodingMismatch, ParityError
 from ti_fx.export import inputs as io
+from ti_fx.export.nodes import compare_nodes
 from ti_fx.export.packed import FileContent, compare_tensors, open_file
 from ti_fx.export.report import OutputDifference, ParityReport
 from ti_fx.export.runtime import Runtime
@@ -66,10 +67,12 @@ def compare(
 ) -> ParityReport:
     """Compare a file with a graph of the same encoding (see :func:`check`)."""
     count = compare_tensors(content, student)
+    bound = io.bind(student, example)
+    single = compare_nodes(path, student, bound)
     runtime = Runtime(path)
     exact = get_encoding(encoding_of(student)).fake_quant is None
     rows: list[OutputDifference] = []
-    for case, inputs, order in _cases(student, io.bind(student, example)):
+    for case, inputs, order in _cases(student, bound):
         expected = io.run_graph(student, inputs)
         noise = None if exact else _rounding_noise(student, inputs, expected)
         if order is not None:
@@ -81,7 +84,7 @@ def compare(
         for name, value in expected.items():
             allowed = _allowed(value, None if noise is None else noise[name])
             rows.append(_difference(name, case, torch.from_numpy(found[name]), value, allowed))
-    report = ParityReport(tuple(rows), _tolerance_text(exact), count)
+    report = ParityReport(tuple(rows), _tolerance_text(exact), count, single)
     for row in rows:
         if not (row.maximum if exact else row.p99) <= row.allowed:  # NaN fails, too
             raise ParityError(

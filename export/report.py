@@ -34,6 +34,32 @@ class OutputDifference:
 
 
 @dataclass(frozen=True)
+class NodeReport:
+    """What the comparison of single nodes found.
+
+    Attributes:
+        nodes: how many nodes of the file were compared.
+        worst: the largest relative L2 distance of a node without quantised activations. worst_node: its name.
+        steps: the largest distance of a product of quantised activations, in steps of its quantiser; above 0.01 where
+            a value beside a rounding boundary fell on the other side. steps_node: its name.
+    """
+
+    nodes: int
+    worst: float
+    worst_node: str
+    steps: float
+    steps_node: str
+
+    def __str__(self) -> str:
+        text = f"{self.nodes} nodes were compared one by one on PyTorch's own inputs: relative at most {self.worst:.1e}"
+        if self.worst_node:
+            text += f" (%{self.worst_node})"
+        if self.steps_node:
+            text += f"; products of quantised activations within {self.steps:.2g} steps (%{self.steps_node})"
+        return text
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """ONNX Runtime against the packed graph in PyTorch.
 
@@ -41,11 +67,13 @@ class ParityReport:
         differences: one row per output and case.
         tolerance: what was allowed, and why.
         tensors: how many packed tensors of the file were compared with the graph's, byte by byte.
+        nodes: the comparison of single nodes.
     """
 
     differences: tuple[OutputDifference, ...]
     tolerance: str
     tensors: int = 0
+    nodes: NodeReport | None = None
 
     def __str__(self) -> str:
         rows = [("output", "case", "max", "p99", "mean", "range", "allowed")] + [
@@ -54,6 +82,8 @@ class ParityReport:
         lines = [_columns(rows), f"allowed: {self.tolerance}"]
         if self.tensors:
             lines.append(f"{self.tensors} packed tensors are equal byte for byte")
+        if self.nodes is not None:
+            lines.append(str(self.nodes))
         return "\n".join(lines)
 
 

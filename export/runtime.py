@@ -41,17 +41,22 @@ def session(path: str | os.PathLike[str], threads: int | None = None) -> onnxrun
         raise InputError(f"there is no file {path}; export one with ti_fx.export.to_onnx")
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; give at least 1, or None for one per core")
+    return session_of(str(path), str(path), threads)
+
+
+def session_of(model: str | bytes, name: str, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """As :func:`session`, of a path or of the file's content; ``name`` is what an error calls it."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base class but Exception
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"ONNX Runtime {onnxruntime.__version__} can't load {path}: {reason}; "
+            f"ONNX Runtime {onnxruntime.__version__} can't load {name}: {reason}; "
             "export the file again if it is damaged"
         ) from error
 

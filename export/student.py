@@ -48,6 +48,11 @@ def as_packed(argument: Any) -> PackedWeight | None:
     return PackedWeight(argument, codes, scale, tuple(shape), dtype)
 
 
+def fake_quantised(node: Node) -> str | None:
+    """Return the encoding whose activation fake-quantiser a node is, or None."""
+    return _NAMES.get(node.target) if callable(node.target) else None
+
+
 def packed_weights(gm: GraphModule) -> Iterator[PackedWeight]:
     """Yield the packed weights in graph order; a tied weight may be read more than once."""
     for node in gm.graph.nodes:

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from ti_fx import __version__
 from ti_fx.errors import ExportError, InputError
 from ti_fx.export import inputs as io
-from ti_fx.export import packed, parity
+from ti_fx.export import names, packed, parity
 from ti_fx.export.lowering import INT2_OPSET, lower
 from ti_fx.export.report import ExportReport, StoredTensor
 from ti_fx.export.student import (
@@ -137,6 +137,7 @@ def _require_cpu(gm: GraphModule) -> None:
 def _export(student: GraphModule, inputs: Mapping[str, Tensor], opset: int) -> ir.Model:
     flat, leaves = io.flat_outputs(student)
     lowered = lower(flat, opset)
+    names.keep_origins(lowered)
     dims: dict[str, Any] = {name: found or None for name, found in io.dimensions(student).items()}
     try:
         with mode(lowered, False), _quiet():
@@ -154,6 +155,8 @@ def _export(student: GraphModule, inputs: Mapping[str, Tensor], opset: int) -> i
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.onnx can't export the graph: {reason[0]}") from error
     assert program is not None
+    assert program.exported_program is not None
+    names.restore_names(program.model, program.exported_program, lowered)
     return program.model
 
 

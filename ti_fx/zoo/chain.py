@@ -298,6 +298,10 @@ class _Chain:
         for encoding, (path, gm) in self.files.items():
             report = to_onnx(gm, path, self.entry.example)
             self.outcome.numbers[f"{encoding} bytes"] = report.bytes
+            if report.parity.nodes is not None:
+                self.outcome.numbers[f"{encoding} nodes"] = report.parity.nodes.nodes
+                self.outcome.numbers[f"{encoding} worst node"] = report.parity.nodes.worst
+                self.outcome.numbers[f"{encoding} steps"] = report.parity.nodes.steps
 
     def runtime(self) -> None:
         for encoding, (path, gm) in self.files.items():

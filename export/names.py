@@ -1,0 +1,89 @@
+"""Which node of the packed graph each value of the ONNX graph is: the value gets the node's name.
+
+The exporter traces the graph twice, and each trace makes names of its own, but notes with every operation the node that
+it comes from (torch.fx's ``from_node``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.fx import GraphModule, Node
+
+
+def keep_origins(gm: GraphModule) -> None:
+    """Let torch.export note the node that each operation comes from: it notes none that has no metadata at all."""
+    for node in gm.graph.nodes:
+        node.meta.setdefault("val", None)
+
+
+def origins(program: torch.export.ExportedProgram, gm: GraphModule) -> dict[str, str]:
+    """Return the node of ``gm`` that each of the program's nodes comes from, by name."""
+    found = {}
+    for node in program.graph.nodes:
+        origin = _origin(node.meta.get("from_node") or (), id(gm.graph))
+        if origin:
+            found[node.name] = origin
+    return found
+
+
+def _origin(sources: Iterable[Any], graph: int) -> str:
+    for source in sources:
+        found = str(source.name) if source.graph_id == graph else _origin(source.from_node, graph)
+        if found:
+            return found
+    return ""
+
+
+def restore_names(model: ir.Model, program: torch.export.ExportedProgram, lowered: GraphModule) -> None:
+    """Name each value of the ONNX graph after the node that it is, and what leads to it ``node/Operator``.
+
+    Args:
+        model: the exported model, whose values have the names of the program's nodes.
+        program: what it was translated from.
+        lowered: the graph that was traced; a node has the name of the packed graph's node of the same value.
+    """
+    sources = origins(program, lowered)
+    last = {origin: name for name, origin in sources.items()}
+    nodes = {node.name: node for node in lowered.graph.nodes}
+    traced = {node.name: node for node in program.graph.nodes}
+    values = {
+        name: origin
+        for origin, name in last.items()
+        if origin in nodes and _same_kind(traced[name], nodes[origin])
+    }
+    fixed = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    inner = [
+        value for node in model.graph.all_nodes() if node.graph is not model.graph for value in node.outputs
+    ]
+    taken = {value.name or "" for value in (*fixed, *inner)}
+    owner = ""
+    for node in reversed(list(model.graph)):
+        names = [value.name or "" for value in node.outputs]
+        owner = next((sources[name] for name in names if name in sources), owner)
+        for value in node.outputs:
+            if value.is_graph_output():
+                continue
+            name = values.get(value.name or "") or f"{owner or 'graph'}/{node.op_type}"
+            value.name = _free(name, taken)
+        node.name = f"{node.outputs[0].name}" if node.outputs else ""
+
+
+def _same_kind(traced: Node, node: Node) -> bool:
+    """Whether a traced node can be a node's value: same dtype and rank, as far as known."""
+    left, right = traced.meta.get("val"), node.meta.get("val")
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
+        return False
+    return left.dtype == right.dtype and left.dim() == right.dim()
+
+
+def _free(name: str, taken: set[str]) -> str:
+    free, count = name, 1
+    while free in taken:
+        count += 1
+        free = f"{name}/{count}"
+    taken.add(free)
+    return free

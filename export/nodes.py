@@ -1,0 +1,192 @@
+"""ONNX Runtime against PyTorch, node by node: each node of the file gets the values that PyTorch's node read.
+
+The file's values have the names of the packed graph's nodes. A copy of the model is cut at each of them: what the
+PyTorch node gave goes in, what ONNX Runtime computes from it comes out, all in one run. So an error shows where it is
+made, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from ti_fx.encodings import ENCODINGS
+from ti_fx.errors import ParityError
+from ti_fx.export import inputs as io
+from ti_fx.export.report import NodeReport
+from ti_fx.export.runtime import session_of
+from ti_fx.export.student import as_packed, fake_quantised
+from ti_fx.graph import mode
+from ti_fx.text import module_path
+
+# A float node: two correct implementations of one operation on the same values, relative L2.
+NODE_TOLERANCE = 1e-5
+_GIVEN = "given/"
+
+
+def compare_nodes(
+    path: str | os.PathLike[str], student: GraphModule, inputs: Mapping[str, Tensor]
+) -> NodeReport:
+    """Compare every node that the file has a value of with PyTorch's, in the file's order.
+
+    Args:
+        path: the file.
+        student: the packed graph of the same encoding.
+        inputs: by name, of any size that the graph takes.
+
+    Raises:
+        ParityError: names the first node that differs, its module and layer.
+    """
+    flat, leaves = io.flat_outputs(student)
+    with mode(flat, False), torch.no_grad():
+        recorder = _Recorder(flat)
+        recorder.run(*inputs.values())
+    values = recorder.values
+    nodes = {node.name: node for node in flat.graph.nodes}
+    nodes |= {name: nodes[node.name] for name, node in leaves.items()}
+    model = onnx.load(os.fspath(path))
+    cut = _cut(model, {name: values[node] for name, node in nodes.items() if node in values})
+    feed = {f"{_GIVEN}{name}": values[nodes[name]].numpy() for name in cut.given}
+    feed |= {name: value.numpy() for name, value in inputs.items() if name in cut.inputs}
+    runtime = session_of(model.SerializeToString(), Path(path).name)
+    found = dict(zip(cut.compared, runtime.run(cut.compared, feed), strict=True))
+    return _compared(found, nodes, values)
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and keeps the value of every node that is a tensor."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.values: dict[Node, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            # a copy: a later node may write into it
+            self.values[n] = value.detach().clone(memory_format=torch.contiguous_format)
+        return value
+
+
+@dataclass(frozen=True)
+class _Cut:
+    compared: list[str]
+    given: set[str]
+    inputs: set[str]
+
+
+def _cut(model: onnx.ModelProto, values: Mapping[str, Tensor]) -> _Cut:
+    """Let every reader of a named value read an input instead, and return each named value."""
+    graph = model.graph
+    compared = [name for node in graph.node for name in node.output if name in values]
+    known, given = set(compared), set[str]()
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in known:
+                node.input[index] = _GIVEN + name
+                given.add(name)
+    for name in sorted(given):
+        kind = onnx.helper.np_dtype_to_tensor_dtype(values[name].numpy().dtype)
+        graph.input.append(onnx.helper.make_tensor_value_info(_GIVEN + name, kind, None))
+    inputs = {value.name for value in graph.input}
+    del graph.output[:]
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in compared)
+    return _Cut(compared, given, inputs)
+
+
+def _compared(
+    found: Mapping[str, Any], nodes: Mapping[str, Node], values: Mapping[Node, Tensor]
+) -> NodeReport:
+    worst, worst_node, most, most_node = 0.0, "", 0.0, ""
+    for name, array in found.items():
+        node = nodes[name]
+        got, expected = torch.from_numpy(array), values[node]
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            raise ParityError(
+                f"{where(node)} is the first node that differs: {got.dtype}{list(got.shape)} in ONNX Runtime, "
+                f"{expected.dtype}{list(expected.shape)} in PyTorch"
+            )
+        gap = _gap(got, expected)
+        if not expected.is_floating_point():
+            if gap.any():
+                raise ParityError(
+                    f"{where(node)} is the first node that differs: {int((gap > 0).sum())} of {gap.numel()} values"
+                )
+            continue
+        distance = _relative(gap, expected)
+        step = _product_step(node, values)
+        if step is None or distance <= NODE_TOLERANCE:
+            if not distance <= NODE_TOLERANCE:
+                raise ParityError(
+                    f"{where(node)} is the first node that differs from PyTorch on the same inputs: relative "
+                    f"{distance:.1e}, allowed {NODE_TOLERANCE:g}, most at {_place(gap)}"
+                )
+            worst, worst_node = max((worst, worst_node), (distance, name))
+            continue
+        allowed = step + NODE_TOLERANCE * float(expected.abs().max())
+        steps = float((gap / allowed).max())
+        if not steps <= 1:
+            raise ParityError(
+                f"{where(node)} is the first node that differs from PyTorch on the same inputs: by {steps:.2g} steps "
+                f"of its quantised input, allowed 1, most at {_place(gap)}"
+            )
+        most, most_node = max((most, most_node), (steps, name))
+    return NodeReport(len(found), worst, worst_node, most, most_node)
+
+
+def _gap(found: Tensor, expected: Tensor) -> Tensor:
+    """Return the absolute difference; equal infinities and NaNs are none, and a NaN in one alone is infinite."""
+    same = (
+        (found == expected) | (found.isnan() & expected.isnan())
+        if found.is_floating_point()
+        else found == expected
+    )
+    gap = (found.double() - expected.double()).abs().nan_to_num(float("inf"), float("inf"))
+    return gap.masked_fill(same, 0.0)
+
+
+def _relative(gap: Tensor, expected: Tensor) -> float:
+    if not gap.numel() or not gap.any():
+        return 0.0
+    size = expected.double().masked_fill(~expected.isfinite(), 0).norm()
+    return float(gap.norm() / size.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _place(gap: Tensor) -> list[int]:
+    return [int(index) for index in torch.unravel_index(gap.argmax(), gap.shape)]
+
+
+def _product_step(node: Node, values: Mapping[Node, Tensor]) -> Tensor | None:
+    """Return what one step of the activation's quantiser changes at most, for a product of a quantised activation."""
+    for argument in node.all_input_nodes:
+        encoding = fake_quantised(argument)
+        if encoding is None:
+            continue
+        size, result = values[argument].abs(), values[node]
+        by_row = ENCODINGS[encoding].batch_invariant and size.shape[:-1] == result.shape[:-1]
+        largest = size.amax(-1, keepdim=True) if by_row else size.max()
+        weights = [values[other] for other in node.all_input_nodes if as_packed(_untransposed(other))]
+        return largest.double() / 127 * max((float(weight.abs().max()) for weight in weights), default=1.0)
+    return None
+
+
+def _untransposed(node: Node) -> Node:
+    return node.args[0] if getattr(node.target, "__name__", "") == "t.default" else node  # type: ignore[return-value]
+
+
+def where(node: Node) -> str:
+    """Return how a user finds a node: its name, its module and its layer."""
+    path = module_path(node)
+    layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    inside = [path] if path else []
+    inside += [f"layer {layer[1]}"] if layer else []
+    return f"%{node.name}" + (f" ({', '.join(inside)})" if inside else "")
