@@ -8,7 +8,6 @@ made, and nowhere else.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from ti_fx.export.report import NodeReport
 from ti_fx.export.runtime import session_of
 from ti_fx.export.student import as_packed, fake_quantised
 from ti_fx.graph import mode
-from ti_fx.text import module_path
+from ti_fx.text import where
 
 # A float node: two correct implementations of one operation on the same values, relative L2.
 NODE_TOLERANCE = 1e-5
@@ -58,8 +57,12 @@ def compare_nodes(
     feed = {f"{_GIVEN}{name}": values[nodes[name]].numpy() for name in cut.given}
     feed |= {name: value.numpy() for name, value in inputs.items() if name in cut.inputs}
     runtime = session_of(model.SerializeToString(), Path(path).name)
-    found = dict(zip(cut.compared, runtime.run(cut.compared, feed), strict=True))
-    return _compared(found, nodes, values)
+    try:
+        computed = runtime.run(cut.compared, feed)
+    except Exception as error:  # ONNX Runtime's errors share no base class but Exception
+        reason = " ".join(str(error).split())[:300]
+        raise ParityError(f"ONNX Runtime can't run the nodes of {Path(path).name}: {reason}") from error
+    return _compared(dict(zip(cut.compared, computed, strict=True)), nodes, values)
 
 
 class _Recorder(Interpreter):
@@ -181,12 +184,3 @@ def _product_step(node: Node, values: Mapping[Node, Tensor]) -> Tensor | None:
 
 def _untransposed(node: Node) -> Node:
     return node.args[0] if getattr(node.target, "__name__", "") == "t.default" else node  # type: ignore[return-value]
-
-
-def where(node: Node) -> str:
-    """Return how a user finds a node: its name, its module and its layer."""
-    path = module_path(node)
-    layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-    inside = [path] if path else []
-    inside += [f"layer {layer[1]}"] if layer else []
-    return f"%{node.name}" + (f" ({', '.join(inside)})" if inside else "")

@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from torch.fx import GraphModule
 
 from ti_fx.errors import InputError, ParityError
+from ti_fx.export.layouts import LAYOUTS
 from ti_fx.export.ops import MARKER_DOMAIN
 from ti_fx.export.student import packed_weights
 from ti_fx.graph import tensor
+from ti_fx.text import where
 
 ENCODING_KEY = "ti_fx.encoding"
 REQUANTIZED_KEY = "ti_fx.requantized_from"
 TENSORS_KEY = "ti_fx.tensors"
-BIASED = 0b10101010  # exclusive-or turns four two's complement codes into codes + 2
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class PackedTensor:
     Attributes:
         target: the buffer's name in the packed graph.
         initializer: its name in the file.
-        kind: ``int2`` (two's complement codes), ``uint2`` (code + 2), ``bytes`` (as in the graph) or ``scale``.
+        kind: a layout of ``ti_fx.export.layouts``, or ``scale``.
     """
 
     target: str
@@ -57,7 +58,7 @@ def resolve_markers(model: ir.Model) -> list[PackedTensor]:
     """Take every marker out of the graph and return what they marked.
 
     int2:                 %c = Packed(%bytes)   becomes   %c = Cast(%codes: INT2 initialiser, to=INT8)
-    uint2, bytes, scale:  %s = Packed(%stored)  becomes   %stored
+    others:               %s = Packed(%stored)  becomes   %stored
     """
     found: dict[str, PackedTensor] = {}
     graph = model.graph
@@ -161,17 +162,35 @@ def compare_tensors(content: FileContent, gm: GraphModule) -> int:
         ParityError: a tensor is missing or differs.
     """
     stored = {item.target: item for item in content.tensors}
-    wanted = {name for weight in packed_weights(gm) for name in (weight.codes_name, weight.scale_name)}
-    for target in sorted(wanted):
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for weight in packed_weights(gm):
+        shapes |= {weight.codes_name: weight.shape, weight.scale_name: None}
+    for target, shape in sorted(shapes.items()):
         item = stored.get(target)
         if item is None or item.initializer not in content.initializers:
             raise ParityError(f"the file has no packed tensor {target}; check it with the graph it came from")
-        expected = tensor(gm, target).detach().contiguous().view(-1).view(torch.uint8).numpy()
+        expected = tensor(gm, target).detach()
+        if shape is not None and item.kind in LAYOUTS:
+            expected = LAYOUTS[item.kind].encode(expected, shape)
         found = raw_bytes(content.initializers[item.initializer])
-        if item.kind == "uint2":
-            expected = expected ^ BIASED
-        if not np.array_equal(found, expected):
+        if not np.array_equal(found, expected.contiguous().view(-1).view(torch.uint8).numpy()):
             raise ParityError(
-                f"packed tensor {target} in the file is not the graph's; check it with the graph it came from"
+                f"packed tensor {target}, read by {_reader(gm, target)}, is not the graph's in the file: "
+                f"{_difference(found, expected)}; check it with the graph it came from"
             )
-    return len(wanted)
+    return len(shapes)
+
+
+def _reader(gm: GraphModule, target: str) -> str:
+    """Return the first node that computes with a packed weight."""
+    for weight in packed_weights(gm):
+        if target in (weight.codes_name, weight.scale_name):
+            return where(next(iter(weight.node.users), weight.node))
+    raise AssertionError(target)
+
+
+def _difference(found: NDArray[Any], expected: NDArray[Any]) -> str:
+    if found.shape != expected.shape:
+        return f"{found.size} bytes instead of {expected.size}"
+    differing = np.flatnonzero(found != expected)
+    return f"{differing.size} of {expected.size} bytes differ, the first at {differing[0]}"

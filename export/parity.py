@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from ti_fx.encodings import get_encoding
 from ti_fx.errors import EncodingMismatch, ParityError
 from ti_fx.export import inputs as io
+from ti_fx.export.constants import compare_constants
 from ti_fx.export.nodes import compare_nodes
 from ti_fx.export.packed import FileContent, compare_tensors, open_file
 from ti_fx.export.report import OutputDifference, ParityReport
 from ti_fx.export.runtime import Runtime
-from ti_fx.export.student import encoding_of, require_packed, with_encoding
+from ti_fx.export.student import as_written, encoding_of, is_quantised, require_packed
 from ti_fx.graph import aten_name, constant_size, mode, state
 
 # Float: two correct float32 implementations, sums in another order; relative to the largest value above 1.
@@ -51,12 +51,13 @@ def check(
     """
     require_packed(gm)
     content = open_file(path)
-    trained = encoding_of(gm)
-    if content.encoding != trained and content.requantized_from != trained:
+    student = as_written(gm, content.encoding, content.requantized_from)
+    if student is None:
         raise EncodingMismatch(
-            f"{path} has encoding {content.encoding!r}, and the graph {trained!r}; check it with the graph it came from"
+            f"{path} has encoding {content.encoding!r}, and the graph {encoding_of(gm)!r}; "
+            "check it with the graph it came from"
         )
-    return compare(path, with_encoding(gm, content.encoding, requantize=True), example, content)
+    return compare(path, student, example, content)
 
 
 def compare(
@@ -66,11 +67,11 @@ def compare(
     content: FileContent,
 ) -> ParityReport:
     """Compare a file with a graph of the same encoding (see :func:`check`)."""
-    count = compare_tensors(content, student)
+    count = compare_tensors(content, student) + compare_constants(content, student)
     bound = io.bind(student, example)
     single = compare_nodes(path, student, bound)
     runtime = Runtime(path)
-    exact = get_encoding(encoding_of(student)).fake_quant is None
+    exact = not is_quantised(student)
     rows: list[OutputDifference] = []
     for case, inputs, order in _cases(student, bound):
         expected = io.run_graph(student, inputs)
@@ -115,9 +116,11 @@ def _permuted_outputs(gm: GraphModule, values: Mapping[str, Tensor], order: Tens
     _, leaves = io.flat_outputs(gm)
     result = {}
     for name, value in values.items():
-        shape = leaves[name].meta["val"].shape
-        by_batch = len(shape) > 0 and constant_size(shape[0]) is None and str(shape[0]) in symbols
-        result[name] = value.index_select(0, order) if by_batch else value
+        # each text against each image has the batch twice
+        for dim, size in enumerate(leaves[name].meta["val"].shape):
+            if constant_size(size) is None and str(size) in symbols:
+                value = value.index_select(dim, order)
+        result[name] = value
     return result
 
 

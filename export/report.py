@@ -66,7 +66,7 @@ class ParityReport:
     Attributes:
         differences: one row per output and case.
         tolerance: what was allowed, and why.
-        tensors: how many packed tensors of the file were compared with the graph's, byte by byte.
+        tensors: how many stored tensors of the file were compared with the graph's, byte by byte.
         nodes: the comparison of single nodes.
     """
 
@@ -81,7 +81,7 @@ class ParityReport:
         ]
         lines = [_columns(rows), f"allowed: {self.tolerance}"]
         if self.tensors:
-            lines.append(f"{self.tensors} packed tensors are equal byte for byte")
+            lines.append(f"{self.tensors} stored tensors are equal byte for byte")
         if self.nodes is not None:
             lines.append(str(self.nodes))
         return "\n".join(lines)

@@ -81,7 +81,7 @@ def test_check_accepts_its_own_file_and_refuses_another(
 ) -> None:
     ran = ti_fx_command("check", onnx_file, checkpoint)
     assert (ran.code, ran.err) == (0, "")
-    assert "packed tensors are equal byte for byte" in ran.out
+    assert "stored tensors are equal byte for byte" in ran.out
     untrained = tmp_path / "untrained.onnx"
     assert ti_fx_command("export", classifier, "--ternarize", "--out", untrained).code == 0
     assert ti_fx_command("check", untrained, classifier, "--ternarize").code == 0

@@ -42,7 +42,7 @@ def test_quickstart(tmp_path: Path) -> None:
     printed = run("quickstart.py", "--tiny", cwd=tmp_path)
     assert printed.count("stack 0, layer ") == 2
     assert "intervene{at=output}: " in printed
-    assert "packed tensors are equal byte for byte" in printed
+    assert "stored tensors are equal byte for byte" in printed
     assert printed.endswith("ONNX Runtime: logits of shape [5, 3]\n")
     assert (tmp_path / "runs/quickstart/student.onnx").is_file()
 

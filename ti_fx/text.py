@@ -140,6 +140,15 @@ def module_path(node: Node) -> str:
     return "" if path.startswith("_") else path
 
 
+def where(node: Node) -> str:
+    """Return how a user finds a node: ``%linear_3 (encoder.layer.0.intermediate.dense, layer 0)``."""
+    path = module_path(node)
+    layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    inside = [path] if path else []
+    inside += [f"layer {layer[1]}"] if layer else []
+    return f"%{node.name}" + (f" ({', '.join(inside)})" if inside else "")
+
+
 def operation(gm: GraphModule, node: Node) -> str:
     """Return the node's operation: ``linear``, ``softmax.int``, ``Dropout{p=0.1}``, ``input``, a tensor's path."""
     if node.op == "placeholder":

@@ -35,7 +35,7 @@ def check(
         bool, typer.Option("--ternarize", help="CHECKPOINT is a plain model, made ternary without training.")
     ] = False,
 ) -> None:
-    """Check an exported file: stored weights byte by byte, outputs by running ONNX Runtime beside PyTorch."""
+    """Check an exported file: stored weights, each node, and the outputs of ONNX Runtime beside PyTorch's."""
     from ti_fx import export
     from ti_fx.cli._student import packed_student
     from ti_fx.export.packed import open_file
@@ -53,7 +53,8 @@ def check(
         f"{file}: ONNX Runtime against PyTorch",
     )
     output.say(f"allowed: {report.tolerance}")
-    output.say(f"{report.tensors} packed tensors are equal byte for byte")
+    output.say(f"{report.tensors} stored tensors are equal byte for byte")
+    output.say(str(report.nodes))
 
 
 check.__doc__ = f"{check.__doc__}\n\n{_EXAMPLES}"

@@ -1,0 +1,90 @@
+"""The file's unpacked constants (biases, norms, masks, tables in full precision) against the graph's, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from torch.fx import GraphModule, Node
+
+from ti_fx.errors import ParityError
+from ti_fx.export.packed import FileContent
+from ti_fx.graph import tensor
+from ti_fx.text import where
+
+# The exporter stores a transposed weight under a name of its own. It is taken for one of which it has so much.
+_ALIKE = 0.9
+
+
+def compare_constants(content: FileContent, gm: GraphModule) -> int:
+    """Compare every stored tensor that the graph has, too, bit by bit; return how many there are.
+
+    One with the graph's name is the graph's tensor. One without is, if it has most of a matrix's values, perhaps
+    transposed. What the exporter has computed from several tensors is left to the comparison of nodes.
+
+    Raises:
+        ParityError: a constant differs; names the first node that reads it.
+    """
+    packed = {item.initializer for item in content.tensors}
+    stored = {name: onnx.numpy_helper.to_array(value) for name, value in _floats(content, packed).items()}
+    readers = {str(node.target): node for node in reversed(list(gm.graph.find_nodes(op="get_attr")))}
+    own = {name: tensor(gm, name).detach().cpu().numpy() for name in readers}
+    compared = [name for name in own if name in stored]
+    for name in compared:
+        _require_equal(name, stored.pop(name), own[name], readers[name])
+    named = set(compared)
+    for name, expected in own.items():
+        if name in named or expected.ndim != 2 or expected.dtype.kind != "f":
+            continue
+        for candidate, value in stored.items():
+            for found in (value, value.T):
+                if _is_the_same(found, expected):
+                    _require_equal(name, found, expected, readers[name])
+                    compared.append(candidate)
+                    break
+    return len(compared)
+
+
+def _is_the_same(found: NDArray[Any], expected: NDArray[Any]) -> bool:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    counted = expected != 0
+    return bool(counted.any()) and float(np.mean(_same(found, expected)[counted])) > _ALIKE
+
+
+def _floats(content: FileContent, packed: set[str]) -> Mapping[str, onnx.TensorProto]:
+    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
+    return {
+        name: value
+        for name, value in content.initializers.items()
+        if name not in packed and value.data_type in kinds
+    }
+
+
+def _same(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.bool_]:
+    both_nan = np.isnan(found) & np.isnan(expected) if found.dtype.kind == "f" else False
+    same: NDArray[np.bool_] = (found == expected) | both_nan
+    return same
+
+
+def _require_equal(name: str, found: NDArray[Any], expected: NDArray[Any], holder: Node) -> None:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        raise ParityError(
+            f"constant {name}, read by {_reader(holder)}, is {found.dtype}{list(found.shape)} in the file and "
+            f"{expected.dtype}{list(expected.shape)} in the graph"
+        )
+    same = _same(found, expected)
+    if not same.all():
+        place = [int(index) for index in np.argwhere(~same)[0]]
+        raise ParityError(
+            f"constant {name}, read by {_reader(holder)}, is not the graph's: {int((~same).sum())} of {same.size} "
+            f"values differ, the first at {place}"
+        )
+
+
+def _reader(holder: Node) -> str:
+    """Return the first node that computes with a stored tensor."""
+    return where(next(iter(holder.users), holder))

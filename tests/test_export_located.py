@@ -1,0 +1,190 @@
+"""Errors planted in an exported file: each is found, and the node where it is made is named."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import ti_fx
+from ti_fx.errors import ParityError
+from ti_fx.export import check, to_onnx
+from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
+from ti_fx.text import module_path
+
+EACH = 8  # errors of each kind
+
+
+class Block(nn.Module):
+    """Causal attention with a stored mask, and a feed-forward block."""
+
+    def __init__(self, width: int = 32, heads: int = 2, length: int = 16) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.output, self.up, self.down = nn.Linear(width, width), nn.Linear(width, 64), nn.Linear(64, width)
+        self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        for layer in (self.query, self.key, self.value, self.output, self.up, self.down):
+            nn.init.normal_(layer.bias, std=0.5)
+        self.register_buffer("mask", torch.full((length, length), -1e4).triu(1))
+        self.mask: Tensor
+
+    def split(self, hidden: Tensor) -> Tensor:
+        batch, length, width = hidden.shape
+        return hidden.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        query, key, value = (self.split(layer(hidden)) for layer in (self.query, self.key, self.value))
+        length = hidden.shape[1]
+        scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1]) + self.mask[:length, :length]
+        context = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        hidden = self.attention_norm(hidden + self.output(context))
+        return self.norm(hidden + self.down(nn.functional.gelu(self.up(hidden))))
+
+
+class Decoder(nn.Module):
+    """Two blocks with a table and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(1100, 32)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        hidden = self.table(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return {"logits": self.head(hidden)}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that agrees with its graph."""
+
+    gm: GraphModule
+    path: Path
+    example: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    example = {"input_ids": torch.randint(0, 1100, (3, 8), generator=torch.Generator().manual_seed(1))}
+    gm = ti_fx.capture(Decoder().eval(), example)
+    ti_fx.Pipeline(Ternarize(), QuantizeActivations(), Strip(), Pack())(gm)
+    path = tmp_path_factory.mktemp("located") / "decoder.onnx"
+    report = to_onnx(gm, path, example)
+    assert report.parity.nodes is not None
+    assert report.parity.nodes.nodes > 40
+    return Exported(gm, path, example)
+
+
+Plant = Callable[[onnx.ModelProto, Exported, random.Random], str]
+
+
+def stored(
+    model: onnx.ModelProto, choose: Callable[[onnx.TensorProto], bool], dice: random.Random
+) -> onnx.TensorProto:
+    return dice.choice([value for value in model.graph.initializer if choose(value)])
+
+
+def reader(model: onnx.ModelProto, gm: GraphModule, start: str) -> str:
+    """Follow a value forward to the first that is a node of the graph."""
+    names = {node.name for node in gm.graph.nodes} | {"logits"}
+    reached = {start}
+    for node in model.graph.node:
+        if reached & set(node.input):
+            found = names & set(node.output)
+            if found:
+                return found.pop()
+            reached |= set(node.output)
+    raise AssertionError(start)
+
+
+def trit(model: onnx.ModelProto, exported: Exported, dice: random.Random) -> str:
+    tensor = stored(model, lambda value: value.data_type == onnx.TensorProto.INT2, dice)
+    content = bytearray(tensor.raw_data)
+    place = dice.randrange(len(content))
+    content[place] ^= 1 if content[place] & 3 in (0, 1) else 3  # 0 and 1 change places, -1 becomes 0
+    tensor.raw_data = bytes(content)
+    return reader(model, exported.gm, tensor.name)
+
+
+def changed(model: onnx.ModelProto, exported: Exported, tensor: onnx.TensorProto, dice: random.Random) -> str:
+    """Move one element to the next number."""
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    place = dice.randrange(array.size)
+    array.reshape(-1)[place] = np.nextafter(array.reshape(-1)[place], np.float32(np.inf))
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    return reader(model, exported.gm, tensor.name)
+
+
+def scale(model: onnx.ModelProto, exported: Exported, dice: random.Random) -> str:
+    return changed(model, exported, stored(model, lambda value: value.name.endswith("_scale"), dice), dice)
+
+
+def bias(model: onnx.ModelProto, exported: Exported, dice: random.Random) -> str:
+    return changed(model, exported, stored(model, lambda value: value.name.endswith(".bias"), dice), dice)
+
+
+def mask(model: onnx.ModelProto, exported: Exported, dice: random.Random) -> str:
+    return changed(model, exported, stored(model, lambda value: value.name.endswith(".mask"), dice), dice)
+
+
+def edge(model: onnx.ModelProto, exported: Exported, dice: random.Random) -> str:
+    """Let a node read another node of the same shape that comes before it."""
+    shapes = {
+        node.name: (str(value.dtype), *map(str, value.shape))
+        for node in exported.gm.graph.nodes
+        if isinstance(value := node.meta.get("val"), Tensor) and value.is_floating_point()
+    }
+    possible = []
+    earlier: list[str] = []
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            others = [other for other in earlier if other != name and shapes.get(other) == shapes.get(name)]
+            if name in shapes and others and node.op_type != "DynamicQuantizeLinear":
+                possible.append((node, index, others))
+        earlier += [name for name in node.output if name in shapes]
+    node, index, others = dice.choice(possible)
+    node.input[index] = dice.choice(others)
+    owner = node.output[0]
+    return owner if owner in shapes or owner == "logits" else reader(model, exported.gm, owner)
+
+
+@pytest.mark.parametrize("seed", range(EACH))
+@pytest.mark.parametrize("plant", [trit, scale, bias, mask, edge])
+def test_a_planted_error_is_located_to_its_node(
+    plant: Plant, seed: int, exported: Exported, tmp_path: Path
+) -> None:
+    model = onnx.load(exported.path)
+    place = plant(model, exported, random.Random(seed))
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(model.SerializeToString())
+    with pytest.raises(ParityError) as error:
+        check(damaged, exported.gm, exported.example)
+    node = next((node for node in exported.gm.graph.nodes if node.name == place), None)
+    if node is None:  # the output has the model's name
+        (node,) = exported.gm.graph.output_node().all_input_nodes
+    assert f"%{node.name} " in str(error.value), place
+    path = module_path(node)
+    assert path in str(error.value)
+    if path.startswith("layers."):
+        assert f"layer {path.split('.')[1]}" in str(error.value)
+
+
+def test_the_file_itself_passes(exported: Exported) -> None:
+    report = check(exported.path, exported.gm, exported.example)
+    assert report.nodes is not None
+    assert report.nodes.worst < 1e-6
+    assert "compared one by one" in str(report)
