@@ -169,11 +169,12 @@ def compare_tensors(content: FileContent, gm: GraphModule) -> int:
         item = stored.get(target)
         if item is None or item.initializer not in content.initializers:
             raise ParityError(f"the file has no packed tensor {target}; check it with the graph it came from")
-        expected = tensor(gm, target).detach()
+        value = tensor(gm, target).detach()
         if shape is not None and item.kind in LAYOUTS:
-            expected = LAYOUTS[item.kind].encode(expected, shape)
+            value = LAYOUTS[item.kind].encode(value, shape)
+        expected = value.contiguous().view(-1).view(torch.uint8).numpy()
         found = raw_bytes(content.initializers[item.initializer])
-        if not np.array_equal(found, expected.contiguous().view(-1).view(torch.uint8).numpy()):
+        if not np.array_equal(found, expected):
             raise ParityError(
                 f"packed tensor {target}, read by {_reader(gm, target)}, is not the graph's in the file: "
                 f"{_difference(found, expected)}; check it with the graph it came from"

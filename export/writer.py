@@ -20,16 +20,20 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ti_fx import __version__
+from ti_fx.encodings import NEWEST_OPSET
 from ti_fx.errors import ExportError, InputError
 from ti_fx.export import inputs as io
 from ti_fx.export import names, packed, parity
-from ti_fx.export.lowering import INT2_OPSET, lower
+from ti_fx.export.layouts import LAYOUTS
+from ti_fx.export.lowering import lower
 from ti_fx.export.report import ExportReport, StoredTensor
 from ti_fx.export.student import (
     encoding_of,
     packed_weights,
     relative_distance,
     require_packed,
+    same_numerics,
+    weight_encodings,
     with_encoding,
 )
 from ti_fx.files import atomic_path, atomic_write, reported
@@ -37,7 +41,6 @@ from ti_fx.graph import mode, state
 
 OLDEST_OPSET = 18  # the oldest that torch.onnx writes
 MINIMUM_RUNTIME = {True: "1.31", False: "1.22"}  # INT2 weights, or the table of codes for older opsets
-_CODES = ("int2", "uint2", "bytes")
 
 
 class Saveable(Protocol):
@@ -66,29 +69,31 @@ def to_onnx(
         gm: a captured graph after ``Strip()`` and ``Pack()``.
         path: the file to write; what was there stays until the new file has passed.
         example: inputs of the graph, any sizes it takes; their values are used in the comparison.
-        encoding: None takes the one the student was trained with.
-        opset: None takes 25, whose INT2 type stores the codes directly; 18 to 24 store them as bytes, same size.
+        encoding: None takes the one the student was trained with; one of the same numerics stores it in another way.
+        opset: None takes 25, whose INT2 type stores the codes directly (``portable``: 18); 18 to 24 store them as
+            bytes, same size.
         requantize: allow another encoding than the trained one; the report says what it costs.
         config: a model configuration, saved beside the file (``config.json``).
         tokenizer: saved beside the file, too (``tokenizer.json``, ...).
 
     Raises:
         PreconditionError: the graph is not stripped and packed.
-        EncodingMismatch: ``encoding`` is not the trained one, and ``requantize`` is false.
+        EncodingMismatch: ``encoding`` does not compute what was trained, and ``requantize`` is false.
         InputError: the example does not fit, or the path can't be written.
         ExportError: the graph can't be expressed in ONNX.
         ParityError: ONNX Runtime computes something else.
     """
-    path, opset = Path(path), _opset(opset)
+    path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file name, such as {path / 'student.onnx'}")
     require_packed(gm)
     _require_cpu(gm)
     student = with_encoding(gm, encoding, requantize)
+    opset = _opset(opset, student)
     inputs = io.bind(student, example)
     outputs = io.run_graph(student, inputs)
     cost = None
-    if student is not gm:
+    if not same_numerics(student, gm):
         trained = io.run_graph(gm, inputs)
         cost = {name: relative_distance(value, trained[name]) for name, value in outputs.items()}
     model = _export(student, inputs, opset)
@@ -118,11 +123,13 @@ def to_onnx(
     )
 
 
-def _opset(opset: int | None) -> int:
+def _opset(opset: int | None, student: GraphModule) -> int:
     if opset is None:
-        return INT2_OPSET
-    if not OLDEST_OPSET <= opset <= INT2_OPSET:
-        raise InputError(f"opset is {opset}; use {OLDEST_OPSET} to {INT2_OPSET}, or None for {INT2_OPSET}")
+        return max(encoding.opset for encoding in weight_encodings(student).values())
+    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise InputError(
+            f"opset is {opset}; use {OLDEST_OPSET} to {NEWEST_OPSET}, or None for the encoding's own"
+        )
     return opset
 
 
@@ -198,9 +205,9 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
         packed.TENSORS_KEY: packed.to_json(tensors),
         "ti_fx.versions": json.dumps(versions),
         "ti_fx.opset": str(opset),
-        "ti_fx.minimum_onnxruntime": MINIMUM_RUNTIME[opset >= INT2_OPSET],
+        "ti_fx.minimum_onnxruntime": MINIMUM_RUNTIME[opset >= NEWEST_OPSET],
     }
-    if student is not gm:
+    if not same_numerics(student, gm):
         facts[packed.REQUANTIZED_KEY] = encoding_of(gm)
     recipe = state(gm).get("recipe")
     if recipe is not None:
@@ -230,7 +237,7 @@ def _stored(content: packed.FileContent) -> tuple[StoredTensor, ...]:
     rows = []
     for name, value in content.initializers.items():
         item = known.get(name)
-        kind = "other" if item is None else "codes" if item.kind in _CODES else "scale"
+        kind = "other" if item is None else "codes" if item.kind in LAYOUTS else "scale"
         label = name if item is None else item.target
         rows.append(StoredTensor(label, kind, tuple(value.dims), packed.raw_bytes(value).nbytes))
     return tuple(sorted(rows, key=lambda row: (-row.bytes, row.name)))

@@ -1,13 +1,16 @@
 """Fake-quantisation as plain functions with straight-through gradients; no graph code here.
 
 Sources: Ternary Weight Networks (Li et al., arXiv 1605.04711), TernaryBERT (Zhang et al., EMNLP 2020) and Teacher
-Intervention (Kim et al., EACL 2023, arXiv 2302.11812) for weights; ONNX DynamicQuantizeLinear-11 for ``int8_tensor``.
+Intervention (Kim et al., EACL 2023, arXiv 2302.11812) for weights; ONNX DynamicQuantizeLinear-11 for ``int8_tensor``;
+ONNX Runtime's MatMulNBits, by experiment, for ``int8_block_128``.
 
 Statistics are computed in at least float32, whatever autocast says; wider inputs keep their type.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -129,10 +132,25 @@ def _tensor_symmetric(value: Tensor) -> Tensor:
     return (value / scale).round_().clamp_(-127, 127).mul_(scale)
 
 
-_FAKE_QUANT = {
+def _block_symmetric(value: Tensor, block: int) -> Tensor:
+    length = value.shape[-1]
+    padded = torch.nn.functional.pad(value, (0, -length % block))
+    blocks = padded.reshape(*value.shape[:-1], (length + block - 1) // block, block)
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
+    # a tensor over a tensor: PyTorch computes 127 / tensor as 127 * (1 / tensor), which rounds otherwise
+    inverse = torch.full_like(largest, 127) / largest
+    inverse = torch.where(torch.isfinite(inverse), inverse, torch.zeros_like(inverse))
+    codes = (blocks * inverse).round_().clamp_(-127, 127)
+    return codes.mul_(largest / 127).reshape(padded.shape)[..., :length]
+
+
+_FAKE_QUANT: dict[str, Callable[[Tensor], Tensor]] = {
     "int8-tensor": _tensor_asymmetric,
     "int8-token": _token_symmetric,
     "reference": _tensor_symmetric,
+    "int8-block-32": functools.partial(_block_symmetric, block=32),
+    "int8-block-64": functools.partial(_block_symmetric, block=64),
+    "int8-block-128": functools.partial(_block_symmetric, block=128),
 }
 
 
@@ -158,6 +176,25 @@ def int8_token(value: Tensor) -> Tensor:
 def int8_reference(value: Tensor) -> Tensor:
     """Symmetric int8 over the whole tensor, scale = max|x| / 127: the activation quantiser of the published code."""
     return _fake_quant(value, "reference")
+
+
+def int8_block_32(value: Tensor) -> Tensor:
+    """Symmetric int8 with one scale per 32 neighbours along the last dimension: see :func:`int8_block_128`."""
+    return _fake_quant(value, "int8-block-32")
+
+
+def int8_block_64(value: Tensor) -> Tensor:
+    """Symmetric int8 with one scale per 64 neighbours along the last dimension: see :func:`int8_block_128`."""
+    return _fake_quant(value, "int8-block-64")
+
+
+def int8_block_128(value: Tensor) -> Tensor:
+    """Symmetric int8 with one scale per 128 neighbours along the last dimension; straight-through gradient.
+
+    What ONNX Runtime's MatMulNBits does to its input at accuracy_level 4: codes = round(x * (127 / max|x|)), half to
+    even, scale = max|x| / 127; the last block may be shorter; a block of zeros stays zero.
+    """
+    return _fake_quant(value, "int8-block-128")
 
 
 def detach(value: Tensor) -> Tensor:
