@@ -13,6 +13,8 @@ import onnx_ir as ir
 import torch
 from torch.fx import GraphModule, Node
 
+from ti_fx.graph import constant_size
+
 
 def keep_origins(gm: GraphModule) -> None:
     """Let torch.export note the node that each operation comes from: it notes none that has no metadata at all."""
@@ -73,11 +75,14 @@ def restore_names(model: ir.Model, program: torch.export.ExportedProgram, lowere
 
 
 def _same_kind(traced: Node, node: Node) -> bool:
-    """Whether a traced node can be a node's value: same dtype and rank, as far as known."""
+    """Whether a traced node can be a node's value: same dtype and rank, and no size that differs for certain."""
     left, right = traced.meta.get("val"), node.meta.get("val")
     if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
         return False
-    return left.dtype == right.dtype and left.dim() == right.dim()
+    if left.dtype != right.dtype or left.dim() != right.dim():
+        return False
+    sizes = [(constant_size(a), constant_size(b)) for a, b in zip(left.shape, right.shape, strict=True)]
+    return all(a is None or b is None or a == b for a, b in sizes)
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -24,12 +24,13 @@ from ti_fx.export import inputs as io
 from ti_fx.export.report import NodeReport
 from ti_fx.export.runtime import session_of
 from ti_fx.export.student import as_packed, fake_quantised
-from ti_fx.graph import mode
+from ti_fx.graph import aten_name, mode, written_arguments
 from ti_fx.text import where
 
 # A float node: two correct implementations of one operation on the same values, relative L2.
 NODE_TOLERANCE = 1e-5
 _GIVEN = "given/"
+_UNINITIALISED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
 def compare_nodes(
@@ -54,7 +55,7 @@ def compare_nodes(
     nodes |= {name: nodes[node.name] for name, node in leaves.items()}
     model = onnx.load(os.fspath(path))
     cut = _cut(model, {name: values[node] for name, node in nodes.items() if node in values})
-    feed = {f"{_GIVEN}{name}": values[nodes[name]].numpy() for name in cut.given}
+    feed = {f"{_GIVEN}{name}": values[nodes[name]].contiguous().numpy() for name in cut.given}
     feed |= {name: value.numpy() for name, value in inputs.items() if name in cut.inputs}
     runtime = session_of(model.SerializeToString(), Path(path).name)
     try:
@@ -66,18 +67,31 @@ def compare_nodes(
 
 
 class _Recorder(Interpreter):
-    """Runs a graph and keeps the value of every node that is a tensor."""
+    """Runs a graph and keeps the value of every node that is a tensor, and that nothing writes into."""
 
     def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm)
-        self.values: dict[Node, Tensor] = {}
+        super().__init__(gm, garbage_collect_values=False)
+        self._seen: dict[Node, Tensor] = {}
+        self._written: set[int] = set()
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            # a copy: a later node may write into it
-            self.values[n] = value.detach().clone(memory_format=torch.contiguous_format)
+            self._seen[n] = value.detach()
+        for argument in written_arguments(n):
+            self._written.add(self.env[argument].untyped_storage().data_ptr())
+        if aten_name(n) in _UNINITIALISED:
+            self._written.add(value.untyped_storage().data_ptr())
         return value
+
+    @property
+    def values(self) -> dict[Node, Tensor]:
+        """The values by node. ONNX has no writes, so what is written into is another value there."""
+        return {
+            node: value
+            for node, value in self._seen.items()
+            if value.untyped_storage().data_ptr() not in self._written
+        }
 
 
 @dataclass(frozen=True)

@@ -68,12 +68,14 @@ class ParityReport:
         tolerance: what was allowed, and why.
         tensors: how many stored tensors of the file were compared with the graph's, byte by byte.
         nodes: the comparison of single nodes.
+        skipped: cases that the model does not take, and why; the example itself was compared instead.
     """
 
     differences: tuple[OutputDifference, ...]
     tolerance: str
     tensors: int = 0
     nodes: NodeReport | None = None
+    skipped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [("output", "case", "max", "p99", "mean", "range", "allowed")] + [
@@ -84,6 +86,7 @@ class ParityReport:
             lines.append(f"{self.tensors} stored tensors are equal byte for byte")
         if self.nodes is not None:
             lines.append(str(self.nodes))
+        lines += [f"not compared at {case}" for case in self.skipped]
         return "\n".join(lines)
 
 

@@ -241,6 +241,18 @@ def aten_name(node: Node) -> str:
     return ""
 
 
+def written_arguments(node: Node) -> list[Node]:
+    """Return the nodes that an in-place operator writes into."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    return [
+        value
+        for argument, value in zip(schema.arguments, node.args, strict=False)
+        if isinstance(value, Node) and argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
 def constant_size(size: int | torch.SymInt) -> int | None:
     """Return the size if it is a number, None if it is a symbol."""
     if isinstance(size, torch.SymInt):
