@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.errors import ParityError
 from ti_fx.export.packed import FileContent
-from ti_fx.graph import tensor
+from ti_fx.graph import aten_name, tensor
+from ti_fx.leaves import BatchNorm
 from ti_fx.text import where
 
 # The exporter stores a transposed weight under a name of its own. It is taken for one of which it has so much.
@@ -23,7 +24,8 @@ def compare_constants(content: FileContent, gm: GraphModule) -> int:
     """Compare every stored tensor that the graph has, too, bit by bit; return how many there are.
 
     One with the graph's name is the graph's tensor. One without is, if it has most of a matrix's values, perhaps
-    transposed. What the exporter has computed from several tensors is left to the comparison of nodes.
+    transposed. What the exporter has computed from several tensors (a convolution's weight and a batch norm's) is left
+    to the comparison of nodes.
 
     Raises:
         ParityError: a constant differs; names the first node that reads it.
@@ -31,7 +33,11 @@ def compare_constants(content: FileContent, gm: GraphModule) -> int:
     packed = {item.initializer for item in content.tensors}
     stored = {name: onnx.numpy_helper.to_array(value) for name, value in _floats(content, packed).items()}
     readers = {str(node.target): node for node in reversed(list(gm.graph.find_nodes(op="get_attr")))}
-    own = {name: tensor(gm, name).detach().cpu().numpy() for name in readers}
+    own = {
+        name: tensor(gm, name).detach().cpu().numpy()
+        for name, holder in readers.items()
+        if not any(_is_normalised_convolution(reader, gm) for reader in holder.users)
+    }
     compared = [name for name in own if name in stored]
     for name in compared:
         _require_equal(name, stored.pop(name), own[name], readers[name])
@@ -46,6 +52,15 @@ def compare_constants(content: FileContent, gm: GraphModule) -> int:
                     compared.append(candidate)
                     break
     return len(compared)
+
+
+def _is_normalised_convolution(node: Node, gm: GraphModule) -> bool:
+    """Whether the exporter multiplies a batch norm into a node's weight."""
+    return "conv" in aten_name(node) and any(
+        aten_name(reader) == "batch_norm"
+        or (reader.op == "call_module" and isinstance(gm.get_submodule(str(reader.target)), BatchNorm))
+        for reader in node.users
+    )
 
 
 def _is_the_same(found: NDArray[Any], expected: NDArray[Any]) -> bool:

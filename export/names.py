@@ -6,6 +6,7 @@ it comes from (torch.fx's ``from_node``).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,9 +25,16 @@ def keep_origins(gm: GraphModule) -> None:
 
 def origins(program: torch.export.ExportedProgram, gm: GraphModule) -> dict[str, str]:
     """Return the node of ``gm`` that each of the program's nodes comes from, by name."""
+    parts = {
+        (node.args[0].name, node.args[1]): node.name
+        for node in gm.graph.nodes
+        if node.target is operator.getitem and isinstance(node.args[0], Node)
+    }
     found = {}
     for node in program.graph.nodes:
         origin = _origin(node.meta.get("from_node") or (), id(gm.graph))
+        if node.target is operator.getitem:  # noted as what it is a part of
+            origin = parts.get((origin, node.args[1]), origin)
         if origin:
             found[node.name] = origin
     return found
