@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ti_fx import numerics, roles
 from ti_fx.dataflow import MATMUL, is_ours, projection_weight, reads_ternary
-from ti_fx.encodings import ENCODINGS, get_encoding
+from ti_fx.encodings import ENCODINGS, Encoding, get_encoding
 from ti_fx.errors import PostconditionError, PreconditionError, SelectionError
 from ti_fx.graph import aten_name, call, erase, state
 from ti_fx.pipeline import Pass
@@ -17,6 +19,9 @@ from ti_fx.selection import projections, skipped
 from ti_fx.sites import find_attention
 
 _FAKE_QUANTS = frozenset(encoding.fake_quant for encoding in ENCODINGS.values() if encoding.fake_quant)
+
+FakeQuant = Callable[[Tensor], Tensor]
+Read = tuple[Node, int]  # a node, and which of its arguments is read
 
 
 @dataclass(frozen=True)
@@ -33,19 +38,31 @@ class QuantizeActivations(Pass):
 
     Attributes:
         encoding: a name from ``ti_fx.encodings.ENCODINGS``; recorded in the graph, and ``to_onnx`` takes it from there.
-        attention: whether Q, K, map and V are quantised.
+        encodings: other encodings of single weights, by globs over parameter names or module paths; of several that
+            match, the last counts. A table that is only looked up takes the storage alone from its encoding.
+        attention: whether Q, K, map and V are quantised, in ``encoding``.
         skip: globs over the projections' parameter names or module paths.
     """
 
     encoding: str = "int8-tensor"
     attention: bool = False
     skip: tuple[str, ...] = ()
+    encodings: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def requires(self, gm: GraphModule) -> None:
-        """Ternary weights; for ``attention``, attention that is not fused."""
-        get_encoding(self.encoding)
+        """Ternary weights; for ``attention``, attention that is not fused; for several encodings, no detach.
+
+        Readers of one detached input share the detach, so with several encodings it would be in the way.
+        """
+        for name in (self.encoding, *self.encodings.values()):
+            get_encoding(name)
         if not any(node.target is numerics.ternary for node in gm.graph.nodes):
             raise PreconditionError("quantize-activations needs ternary weights; run ternarize first")
+        several = self.encodings or len(set(state(gm).get("encodings", {}).values())) > 1
+        if several and any(node.target is numerics.detach for node in gm.graph.nodes):
+            raise PreconditionError(
+                "quantize-activations can't set several encodings under an intervention; run it before intervene"
+            )
         if self.attention:
             for site in find_attention(gm):
                 if site.map is None:
@@ -55,38 +72,74 @@ class QuantizeActivations(Pass):
                     )
 
     def apply(self, gm: GraphModule) -> None:
-        """Set the quantiser of every selected read."""
-        function = get_encoding(self.encoding).fake_quant
+        """Set the quantiser of every selected read, and record each weight's encoding."""
+        wanted = self.select(gm)
+        reads = self._reads(gm, wanted)
+        # all that go, first: a quantiser that comes may then take the name of one that went
+        for reader, position, function in reads:
+            present = _quantiser(reader, position)
+            if present is not None and present.target is not function:
+                _remove(reader, position, present)
         twins = roles.twins(gm.graph)
-        for reader, position in self._projections(gm):
-            _set(twins, reader, position, function)
-        for reader, position in _attention_reads(gm, self.attention):
-            _set(twins, reader, position, function if self.attention else None)
-        state(gm)["encoding"] = self.encoding
+        for reader, position, function in reads:
+            if function is not None and _quantiser(reader, position) is None:
+                _insert(twins, reader, position, function)
+        facts = state(gm)
+        recorded = {name: encoding.name for name, encoding in wanted.items()}
+        # a new dict: forks share the old one
+        facts["encoding"], facts["encodings"] = self.encoding, {**facts.get("encodings", {}), **recorded}
 
     def ensures(self, gm: GraphModule) -> None:
-        """Every selected read goes through this encoding's quantiser, and only through it."""
-        function = get_encoding(self.encoding).fake_quant
-        for reader, position in self._projections(gm):
+        """Every selected read goes through its encoding's quantiser, and only through it."""
+        for reader, position, function in self._reads(gm, self.select(gm)):
             found = _quantiser(reader, position)
             if (found.target if found is not None else None) is not function:
                 raise PostconditionError(f"quantize-activations did not set the input of %{reader.name}")
 
-    def _projections(self, gm: GraphModule) -> list[tuple[Node, int]]:
-        found: dict[Node, str] = {}
-        for node in projections(gm):
-            weight = projection_weight(node)
-            if weight is not None and reads_ternary(node):
-                found[node] = str(weight.target)
-        left = skipped(found.values(), self.skip, "ternary projection")
-        return [
-            (node, 1 if aten_name(node) == "addmm" else 0) for node, name in found.items() if name not in left
+    def select(self, gm: GraphModule) -> dict[str, Encoding]:
+        """Return the encoding of each ternary weight that is not skipped, by parameter name, in graph order.
+
+        Raises:
+            SelectionError: a glob matches nothing.
+        """
+        names = [
+            str(node.all_input_nodes[0].target)
+            for node in gm.graph.nodes
+            if node.target is numerics.ternary and roles.is_student(node)
         ]
+        left = skipped(_projections(gm).values(), self.skip, "ternary projection")
+        found = dict.fromkeys((name for name in names if name not in left), get_encoding(self.encoding))
+        for glob, encoding in self.encodings.items():
+            matching = skipped(names, (glob,), "ternary weight", "encodings")
+            found |= {name: get_encoding(encoding) for name in found if name in matching}
+        return found
+
+    def _reads(
+        self, gm: GraphModule, wanted: Mapping[str, Encoding]
+    ) -> list[tuple[Node, int, FakeQuant | None]]:
+        """Return every selected read and the quantiser that it goes through, None for none."""
+        own = get_encoding(self.encoding).fake_quant if self.attention else None
+        products = [
+            (node, 1 if aten_name(node) == "addmm" else 0, wanted[name].fake_quant)
+            for node, name in _projections(gm).items()
+            if name in wanted
+        ]
+        return products + [(*read, own) for read in _attention_reads(gm, self.attention)]
 
 
-def _attention_reads(gm: GraphModule, wanted: bool) -> list[tuple[Node, int]]:
+def _projections(gm: GraphModule) -> dict[Node, str]:
+    """Return the projections of ternary weights and the names of their parameters."""
+    found: dict[Node, str] = {}
+    for node in projections(gm):
+        weight = projection_weight(node)
+        if weight is not None and reads_ternary(node):
+            found[node] = str(weight.target)
+    return found
+
+
+def _attention_reads(gm: GraphModule, wanted: bool) -> list[Read]:
     """Return the reads of Q, K, map and V: before K's transpose, so that a token is a vector along the last axis."""
-    reads: list[tuple[Node, int]] = []
+    reads: list[Read] = []
     for site in find_attention(gm):
         if site.map is None or site.scores is None:
             continue
@@ -138,16 +191,8 @@ def _quantiser(reader: Node, position: int) -> Node | None:
     return next((node for node in _chain(reader, position) if node.target in _FAKE_QUANTS), None)
 
 
-def _set(twins: dict[Node, Node], reader: Node, position: int, function: object) -> None:
-    present = _quantiser(reader, position)
-    if present is not None:
-        if function is None:
-            _remove(reader, position, present)
-        elif callable(function):
-            present.target = function
-        return
-    if not callable(function):
-        return
+def _insert(twins: dict[Node, Node], reader: Node, position: int, function: FakeQuant) -> None:
+    """Let a read go through the source's quantiser of this kind, or through a new one."""
     *between, source = _chain(reader, position)
     quantiser = next(
         (user for user in source.users if user.target is function and roles.is_student(user)), None

@@ -32,7 +32,12 @@ FULL = Recipe(
         clip=2.0,
         skip=("bert.encoder.layer.0.*",),
     ),
-    activations=QuantizeActivations(encoding="int8-token", attention=True, skip=("bert.pooler.*",)),
+    activations=QuantizeActivations(
+        encoding="int8-token",
+        attention=True,
+        skip=("bert.pooler.*",),
+        encodings={"*.query": "nbits2", "*.key": "float"},
+    ),
     distill=Distill(
         logits=0.5,
         layer_outputs=0.0,

@@ -1,6 +1,7 @@
 """Options as text: a frozen dataclass's fields, written so that they parse back. Used by passes, recipes and the CLI.
 
-``name{key=value key=value}``, default values left out; None is ``none``, tuples are ``1,2``, odd text is quoted.
+``name{key=value key=value}``, default values left out; None is ``none``, tuples are ``1,2``, mappings ``a:1,b:2``, odd
+text is quoted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from ti_fx.errors import RecipeError, did_you_mean
 
-_PLAIN = re.compile(r"[A-Za-z0-9_.*?\[\]/+-]+")
+_PLAIN = re.compile(r"[A-Za-z0-9_.*?\[\]/+:-]+")
 _ITEM = r'"(?:[^"\\]|\\.)*"|[^\s{}",]*'
 _OPTION = re.compile(rf"\s*([A-Za-z_]\w*)=((?:{_ITEM})(?:,(?:{_ITEM}))*)")
 
@@ -90,8 +91,11 @@ def convert(value: Any, hint: Any) -> Any:
             return value
         raise ValueError(value)
     if origin is tuple:
-        items = re.findall(rf"(?:^|,)({_ITEM})", value) if isinstance(value, str) else list(value)
-        return tuple(convert(item, get_args(hint)[0]) for item in items if item != "")
+        items = _items(value) if isinstance(value, str) else list(value)
+        return tuple(convert(item, get_args(hint)[0]) for item in items)
+    if origin is Mapping:
+        pairs = [_pair(item) for item in _items(value)] if isinstance(value, str) else dict(value).items()
+        return {convert(key, get_args(hint)[0]): convert(item, get_args(hint)[1]) for key, item in pairs}
     if hint is type(None):
         if value is None or value == "none":
             return None
@@ -109,6 +113,17 @@ def convert(value: Any, hint: Any) -> Any:
     if hint is str and isinstance(value, str):
         return str(json.loads(value)) if value.startswith('"') else value
     raise ValueError(value)
+
+
+def _items(text: str) -> list[str]:
+    return [item for item in re.findall(rf"(?:^|,)({_ITEM})", text) if item]
+
+
+def _pair(item: str) -> tuple[str, str]:
+    key, colon, value = convert(item, str).rpartition(":")
+    if not colon:
+        raise ValueError(item)
+    return key, value
 
 
 def _convert_union(value: Any, choices: tuple[Any, ...]) -> Any:
@@ -131,6 +146,8 @@ def _text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple | list):
         return ",".join(_text(item) for item in value)
+    if isinstance(value, Mapping):
+        return ",".join(_text(f"{key}:{item}") for key, item in value.items())
     if isinstance(value, int | float):
         return repr(value)
     text = str(value)

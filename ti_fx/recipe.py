@@ -103,11 +103,11 @@ class Recipe:
                     f"phase {phase.name!r} of recipe {self.name!r} can't intervene at {phase.intervene.at!r}"
                     f"{did_you_mean(str(phase.intervene.at), POINTS)}"
                 )
-        if self.activations.encoding not in ENCODINGS:
-            raise RecipeError(
-                f"recipe {self.name!r} has an unknown encoding {self.activations.encoding!r}"
-                f"{did_you_mean(self.activations.encoding, ENCODINGS)}"
-            )
+        for encoding in (self.activations.encoding, *self.activations.encodings.values()):
+            if encoding not in ENCODINGS:
+                raise RecipeError(
+                    f"recipe {self.name!r} has an unknown encoding {encoding!r}{did_you_mean(encoding, ENCODINGS)}"
+                )
         for term in (*TERMS, "task"):
             weight = getattr(self.distill, term)
             if weight is not None and not (math.isfinite(weight) and weight >= 0):

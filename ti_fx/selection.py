@@ -149,8 +149,14 @@ def _is_input(argument: object) -> bool:
     return isinstance(node, Node) and node.op == "placeholder"
 
 
-def skipped(names: Iterable[str], globs: Sequence[str], what: str) -> set[str]:
-    """Return the parameter names that a skip glob matches (``*.query.weight``, or a module's path).
+def skipped(names: Iterable[str], globs: Sequence[str], what: str, option: str = "skip") -> set[str]:
+    """Return the parameter names that a glob matches (``*.query.weight``, or a module's path).
+
+    Args:
+        names: of the parameters that may be selected.
+        globs: the option's value.
+        what: what is called so, in an error.
+        option: what the user wrote the globs as.
 
     Raises:
         SelectionError: a glob matches none of ``names``; near names are listed.
@@ -164,7 +170,9 @@ def skipped(names: Iterable[str], globs: Sequence[str], what: str) -> set[str]:
             if fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.rpartition(".")[0], glob)
         }
         if not matching:
-            raise SelectionError(f"skip={glob!r} matches no {what}{did_you_mean(glob, _alike(glob, names))}")
+            raise SelectionError(
+                f"{option}={glob!r} matches no {what}{did_you_mean(glob, _alike(glob, names))}"
+            )
         found |= matching
     return found
 
