@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ti_fx
-from ti_fx.errors import CaptureError, InputError, RandomnessError
+from ti_fx.errors import InputError, RandomnessError
 from ti_fx.export import to_onnx
 from ti_fx.passes import DuplicateTeacher, Pack, QuantizeActivations, Strip, Ternarize
 from ti_fx.zoo import build
@@ -77,9 +77,15 @@ class TokensSteer(nn.Module):
         return hidden if bool((input_ids == 3).any()) else -hidden
 
 
-def test_token_ids_are_never_constants() -> None:
-    with pytest.raises(CaptureError, match="data-dependent"):
-        ti_fx.capture(TokensSteer(), {"input_ids": torch.tensor([[1, 2], [3, 4]])})
+def test_token_ids_are_never_constants_but_what_they_decide_is_checked() -> None:
+    model, example = TokensSteer(), {"input_ids": torch.tensor([[1, 2], [3, 4]])}
+    gm = ti_fx.capture(model, example)
+    other = {"input_ids": torch.tensor([[3, 2, 7]])}
+    assert torch.equal(values(gm, other), values(model, other))
+    with pytest.raises(
+        RuntimeError, match=r"decide otherwise at test_capture_constructs\.py:\d+, which read True"
+    ):
+        gm(input_ids=torch.tensor([[1, 2, 7]]))
 
 
 class LayerDrop(nn.Module):

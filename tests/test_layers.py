@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # DESIGN: "Dependencies point one way". Lowest first; a package's name stands for everything in it.
 LAYERS = (
     "errors files layout leaves numerics roles",
-    "dataflow encodings feed_forward graph losses metadata normalise options pipeline selection sites steering "
-    "structure text tracing verify",
+    "assertions comparison concrete dataflow decisions encodings feed_forward graph losses metadata normalise options "
+    "pipeline program randomness selection sites steering structure text tracing verify",
     "passes",
     "capture export",
     "recipe",

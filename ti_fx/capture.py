@@ -7,29 +7,28 @@ torch.export gives training-level ATen; what stands in the way of editing and tr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ti_fx import normalise
+from ti_fx.assertions import check_message
+from ti_fx.comparison import compare, compare_shapes, draws_alike
+from ti_fx.decisions import short
 from ti_fx.errors import CaptureError, InputError, RandomnessError
 from ti_fx.graph import aten_name, constant_size, mode, state
-from ti_fx.metadata import guard_count, refresh, signature
+from ti_fx.metadata import guard_count, refresh
 from ti_fx.passes.canonicalize import Canonicalize
-from ti_fx.steering import Concrete
-from ti_fx.tracing import BATCH, Dynamic, export, traceable
+from ti_fx.program import BATCH, Dynamic
+from ti_fx.tracing import Followed, Traced, export, follow, is_data_dependent, traceable
 
 # Keywords that ask for a cache, which a training graph has not. XLNet's exists in evaluation alone.
 CACHES = ("use_cache", "use_mems")
-RELATIVE_TOLERANCE = (
-    1e-5  # captured against source, of the largest entry: eager attention sums in another order
-)
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class CaptureReport:
         parameters: number of parameter elements the graph reads.
         checked: largest relative difference from the source model, in ``eval`` and ``train`` mode.
         unchecked: what could not be compared with the source model, and why; None if everything was.
+        followed: what the model decides by values, which the graph has as on the example.
     """
 
     dims: dict[str, tuple[str | int, ...]]
@@ -55,15 +55,27 @@ class CaptureReport:
     parameters: int
     checked: dict[str, float] = field(default_factory=dict)
     unchecked: str | None = None
+    followed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [f"{name}: [{', '.join(map(str, sizes))}]" for name, sizes in self.dims.items()] + [
             f"{where} is static: {why}" for where, why in self.static.items()
         ]
+        rows += self.followed
         checked = ", ".join(f"{name} {value:.1e}" for name, value in self.checked.items())
         compared = self.unchecked or f"relative difference: {checked}"
         rows.append(f"{self.nodes} nodes, {self.parameters:,} parameters; {compared}")
         return "\n".join(rows)
+
+
+class _Captured(NamedTuple):
+    """A graph, and what its report says."""
+
+    gm: GraphModule
+    static: dict[str, str]
+    checked: dict[str, float]
+    unchecked: str | None
+    followed: tuple[str, ...]
 
 
 def capture_report(gm: GraphModule) -> CaptureReport:
@@ -102,20 +114,8 @@ def capture(
         raise InputError(f"dynamic is {dynamic!r}; use {', '.join(map(repr, get_args(Dynamic)))}")
     tensors, constants = _bind(model, example)
     with traceable(model) as attention:
-        try:
-            gm, static, checked, unchecked = _traced(model, tensors, constants, dynamic, training=True)
-        except RandomnessError:
-            raise
-        except (CaptureError, InputError) as error:
-            # Control flow that only training has (a clamp of overflows) is left out by a trace in eval mode; dropout
-            # is not. Whether that is the model in training, too, is compared like everything else, unless the model
-            # does not run in training with these inputs (it wants labels), which the report says.
-            try:
-                gm, static, checked, unchecked = _traced(model, tensors, constants, dynamic, training=False)
-            except (CaptureError, InputError):
-                raise error from None
-            if unchecked is None and not _draws_alike(model, gm, tensors, constants):
-                raise
+        found = _captured(model, tensors, constants, dynamic)
+    gm, static = found.gm, found.static
     dims = _dims(gm, list(tensors))[0]
     for name, sizes in dims.items():
         for index, size in enumerate(sizes):
@@ -128,20 +128,54 @@ def capture(
         attention=attention,
         nodes=len(gm.graph.nodes),
         parameters=sum(parameter.numel() for parameter in gm.parameters()),
-        checked=checked,
-        unchecked=unchecked,
+        checked=found.checked,
+        unchecked=found.unchecked,
+        followed=found.followed,
     )
     gm.train(model.training)
     return gm
 
 
+def _captured(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
+) -> _Captured:
+    """Trace in training mode; where that fails in eval mode; where Python reads values, following the example's.
+
+    Control flow that only training has (a clamp of overflows) is left out by a trace in eval mode; dropout is not.
+    Whether that is the model in training, too, is compared like everything else, unless the model does not run in
+    training with these inputs (it wants labels), which the report says.
+    """
+    first: CaptureError | InputError | None = None
+    for trace in (export, follow):
+        for training in (True, False):
+            try:
+                found = _traced(model, tensors, constants, dynamic, training, trace)
+            except RandomnessError:
+                raise
+            except (CaptureError, InputError) as error:
+                first = first or error
+                continue
+            if training or found.unchecked is not None or draws_alike(model, found.gm, tensors, constants):
+                return found
+        assert first is not None
+        if not is_data_dependent(first):
+            break
+    assert first is not None
+    raise first
+
+
 def _traced(
-    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic, training: bool
-) -> tuple[GraphModule, dict[str, str], dict[str, float], str | None]:
-    """Trace in one mode and compare in both; return the graph, what is static, the differences, what is unchecked."""
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    constants: dict[str, Any],
+    dynamic: Dynamic,
+    training: bool,
+    trace: Callable[..., Traced],
+) -> _Captured:
+    """Trace in one mode and compare in both."""
     traced = {name: _at_least_two(value) for name, value in tensors.items()} if dynamic != "none" else tensors
     with mode(model, training):
-        found = export(model, traced, constants, dynamic)
+        found = trace(model, traced, constants, dynamic)
         gm = normalise.to_plain(found.program, model, found.baked)
         static = found.static
         for name, value in found.baked.items():
@@ -158,41 +192,29 @@ def _traced(
         checked: dict[str, float] = {}
         unchecked: str | None
         if any(value.is_meta for value in tensors.values()):
-            unchecked = _check_shapes(model, gm, tensors, constants)
+            unchecked = compare_shapes(model, gm, tensors, constants)
         else:
-            checked, unchecked = _check(model, gm, tensors, constants)
+            checked, unchecked = compare(model, gm, tensors, constants)
         normalise.drop_dead(gm)
-    return gm, static, checked, unchecked
+    return _Captured(gm, static, checked, unchecked, _said(gm, found.followed))
 
 
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operators that draw random numbers."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
-
-
-def _draws_alike(
-    model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
-) -> bool:
-    """Whether model and graph draw random numbers as often in training: a layer that is dropped at random does not."""
-    counts: list[int] = []
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    for module, inputs in ((model, {**tensors, **constants}), (gm, tensors)):
-        with (
-            mode(module, True),
-            torch.random.fork_rng(devices=[]),
-            torch.no_grad(),
-            Concrete(),
-            _Draws() as draws,  # type: ignore[no-untyped-call]
-        ):
-            module(**inputs)
-        counts.append(draws.count)
-        _restore(model, buffers)
-    return counts[0] == counts[1]
+def _said(gm: GraphModule, followed: Followed) -> tuple[str, ...]:
+    """Return one line for each decision that the graph checks, and for each loop over what a mask hits."""
+    checks = {message for node in gm.graph.nodes if (message := check_message(node)) is not None}
+    lines = [
+        f"{decision} on the example: the graph follows that and refuses inputs that decide otherwise, which an ONNX "
+        "file does not"
+        for decision in followed.decisions
+        if decision.message in checks
+    ]
+    for where, missed in followed.loops.items():
+        compared = "" if missed else ", which the example does not show: it hits them all"
+        lines.append(
+            f"{short(where)} runs over all rows that its mask may hit; one that is not hit is empty in the graph"
+            f"{compared}"
+        )
+    return tuple(dict.fromkeys(lines))
 
 
 def _bind(
@@ -268,112 +290,3 @@ def _name_sizes(gm: GraphModule, names: dict[str, str]) -> None:
         if isinstance(value, torch.SymInt) and str(value) in names and aten_name(node) == "sym_size":
             node._rename(names[str(value)])
     gm.recompile()
-
-
-def _check(
-    model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
-) -> tuple[dict[str, float], str | None]:
-    """Compare the graph with the source model on the example, in both modes; return what could not be."""
-    checked: dict[str, float] = {}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = sorted({value.device.index or 0 for value in tensors.values() if value.is_cuda})
-    for name, training in (("eval", False), ("train", True)):
-        with (
-            mode(model, training),
-            mode(gm, training),
-            torch.random.fork_rng(devices=devices),
-            torch.no_grad(),
-        ):
-            torch.manual_seed(0)
-            try:
-                with Concrete():  # a number that nothing depends on is not drawn in the graph
-                    expected = model(**tensors, **constants)
-            except Exception as error:
-                if not training:
-                    raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                return (
-                    checked,
-                    f"not compared with the model in train mode, where it fails on the example: {reason}",
-                )
-            _restore(model, buffers)
-            torch.manual_seed(0)
-            actual = _run(gm, tensors, type(model).__name__)
-            _restore(model, buffers)
-        checked[name] = _difference(expected, actual)
-        if not checked[name] <= _tolerance(expected):
-            raise CaptureError(
-                f"the captured graph of {type(model).__name__} differs from the model in {name} mode (relative "
-                f"{checked[name]:.1e}): something is decided in Python by the mode or at random; turn it off in the "
-                "model's config (layerdrop, drop_path, masking)"
-            )
-    return checked, None
-
-
-def _check_shapes(
-    model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
-) -> str:
-    """Compare shapes and dtypes where there are no values, in both modes, and return what that leaves open."""
-    for name, training in (("eval", False), ("train", True)):
-        with mode(model, training), mode(gm, training), torch.no_grad():
-            try:
-                expected = model(**tensors, **constants)
-            except (NotImplementedError, RuntimeError) as error:  # it looks at a value
-                reason = str(error).splitlines()[0]
-                return (
-                    f"not compared with the model in {name} mode: it does not run without values ({reason})"
-                )
-            if signature(expected) != signature(_run(gm, tensors, type(model).__name__)):
-                raise CaptureError(
-                    f"the captured graph of {type(model).__name__} returns other shapes or dtypes than the model in "
-                    f"{name} mode; capture it with values to see where they part"
-                )
-    return (
-        "values not compared with the model, whose tensors have none on the meta device; in eval and train mode shapes "
-        "and dtypes are equal"
-    )
-
-
-def _run(gm: GraphModule, tensors: dict[str, Tensor], name: str) -> Any:
-    try:
-        return gm(**tensors)
-    except (
-        Exception
-    ) as error:  # whatever an operation raises on sizes that only this example's values let pass
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CaptureError(
-            f"the captured graph of {name} fails on the example, where the model does not: {reason}; check that the "
-            "inputs' sizes fit each other"
-        ) from error
-
-
-def _restore(model: nn.Module, buffers: dict[str, Tensor]) -> None:
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-
-
-def _tolerance(value: Any) -> float:
-    leaves = [
-        leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
-    coarsest = max((torch.finfo(leaf.dtype).eps for leaf in leaves), default=0.0)
-    return max(RELATIVE_TOLERANCE, 8 * coarsest if coarsest > 1e-4 else 0.0)
-
-
-def _difference(expected: Any, actual: Any) -> float:
-    """Return the largest difference of two output structures, relative to each tensor's largest entry."""
-    left, right = pytree.tree_leaves(expected), pytree.tree_leaves(actual)
-    pairs = [(a, b) for a, b in zip(left, right, strict=False) if isinstance(a, Tensor)]
-    if len(left) != len(right):
-        return float("inf")
-    worst = 0.0
-    for a, b in pairs:
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return float("inf")
-        if torch.equal(a, b) or not a.numel():
-            continue
-        same_nan = a.isnan() & b.isnan()
-        gap = (a.double() - b.double()).abs().masked_fill(same_nan | (a == b), 0)
-        finite = a.double().masked_fill(~a.isfinite(), 0).abs().max().clamp(min=1e-30)
-        worst = max(worst, (gap.max() / finite).item())
-    return worst

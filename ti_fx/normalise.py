@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from ti_fx import leaves, roles, structure
+from ti_fx.assertions import drop_assertions, is_random
 from ti_fx.errors import CaptureError, InputError
 from ti_fx.graph import (
     aten_name,
@@ -32,31 +33,6 @@ from ti_fx.graph import (
     tensor,
 )
 
-ASSERTIONS = (
-    "_assert_tensor_metadata",
-    "_assert_scalar",
-    "_assert_async",
-    "sym_constrain_range_for_size",
-    "sym_constrain_range",
-)
-RANDOM_OPS = frozenset(
-    (
-        "rand",
-        "randn",
-        "rand_like",
-        "randn_like",
-        "randint",
-        "randint_like",
-        "randperm",
-        "bernoulli",
-        "bernoulli_",
-        "multinomial",
-        "normal",
-        "uniform_",
-        "normal_",
-    )
-)
-
 
 def to_plain(
     exported: torch.export.ExportedProgram, model: nn.Module, baked: Mapping[str, Tensor] | None = None
@@ -68,7 +44,7 @@ def to_plain(
     gm = _plain_signature(source, type(model).__name__)
     _take_baked(gm, baked or {})
     _inline_subgraphs(gm)
-    _drop_assertions(gm.graph)
+    drop_assertions(gm)
     _leaf_modules(gm, model.training)
     _share_model_tensors(gm, model)
     _one_read_each(gm)
@@ -170,12 +146,6 @@ def _inline(graph: Graph, caller: Node, inner: Graph, arguments: list[Any]) -> N
         user.replace_all_uses_with(results[user.args[1]])
         erase(user)
     erase(caller)
-
-
-def _drop_assertions(graph: Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if aten_name(node) in ASSERTIONS or (node.op == "call_function" and node.target is torch._check):
-            erase(node)
 
 
 def _leaf_modules(gm: GraphModule, training: bool) -> None:
@@ -283,11 +253,6 @@ def _one_read_each(gm: GraphModule) -> None:
             if source.op == "get_attr" and source not in moved:
                 moved.add(source)
                 node.prepend(source)
-
-
-def is_random(node: Node) -> bool:
-    """Whether the node draws random numbers in every mode."""
-    return aten_name(node) in RANDOM_OPS
 
 
 def assign_roles(gm: GraphModule) -> None:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-import io
-import random
+import itertools
 import re
-import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ti_fx.concrete import Concrete
+from ti_fx.decisions import Decision, Decisions
 from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError
-from ti_fx.steering import Concrete, decides_at_random, steering_inputs
-
-Dynamic = Literal["auto", "all", "batch", "none"]
-# Inputs of this many dimensions are images and videos: their sizes as symbols cost minutes of algebra.
-IMAGE_RANK = 4
-
-BATCH = "batch"
+from ti_fx.program import Dynamic, Known, export_program, first_line, unchanged_buffers, whole_numbers_stay
+from ti_fx.randomness import decides_at_random, no_python_randomness
+from ti_fx.steering import steering_inputs
 
 
 @contextmanager
@@ -32,7 +27,12 @@ def traceable(model: nn.Module) -> Iterator[str | None]:
 
     Yields the attention implementation of a transformers model, None for any other.
     """
-    with plain_torch_layers(), _batched_experts(model), _eager_attention(model) as implementation:
+    with (
+        plain_torch_layers(),
+        _unvalidated_distributions(),
+        _batched_experts(model),
+        _eager_attention(model) as implementation,
+    ):
         yield implementation
 
 
@@ -52,6 +52,18 @@ def plain_torch_layers() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         layers._detect_is_causal_mask = detect
+
+
+@contextmanager
+def _unvalidated_distributions() -> Iterator[None]:
+    """torch.distributions without a look at its arguments' values, which computes nothing."""
+    distribution = torch.distributions.Distribution
+    before = distribution._validate_args
+    distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        distribution.set_default_validate_args(before)
 
 
 @contextmanager
@@ -98,29 +110,17 @@ def _eager_attention(model: nn.Module) -> Iterator[str | None]:
         yield str(config._attn_implementation)
 
 
-def _dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[str, Any], dict[str, str]]:
-    if dynamic == "none":
-        return dict.fromkeys(tensors), {}
-    batch = next((value.shape[0] for value in tensors.values() if value.dim()), 0)
-    named = torch.export.Dim(BATCH)
-    shapes: dict[str, Any] = {}
-    static: dict[str, str] = {}
-    for name, value in tensors.items():
-        dims: dict[int, Any] = {}
-        for index, size in enumerate(value.shape):
-            if index == 0 and size == batch and batch > 1:
-                dims[index] = named
-            elif dynamic == "auto" and value.dim() >= IMAGE_RANK:
-                static[f"{name}.{index}"] = (
-                    f"dynamic='auto' fixes it at {size}, as in every input of {IMAGE_RANK} or more dimensions; "
-                    "dynamic='all' does not"
-                )
-            elif dynamic in ("auto", "all") and size > 1:
-                dims[index] = torch.export.Dim.AUTO
-            elif dynamic in ("auto", "all"):
-                static[f"{name}.{index}"] = f"the example's size is {size}; give an example of at least 2"
-        shapes[name] = dims or None
-    return shapes, static
+@dataclass(frozen=True)
+class Followed:
+    """What a trace followed of the example's values.
+
+    Attributes:
+        decisions: the values that Python read, in order.
+        loops: where it runs over the rows that a mask hits, and whether any row was not hit on the example.
+    """
+
+    decisions: tuple[Decision, ...] = ()
+    loops: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,13 @@ class Traced:
         program: the exported program.
         static: why a dimension is not dynamic, by ``input.dimension``.
         baked: the values of inputs that are constants of the program.
+        followed: what was decided by values, and the loops over what a mask hits.
     """
 
     program: torch.export.ExportedProgram
     static: dict[str, str]
     baked: dict[str, Tensor]
+    followed: Followed = field(default_factory=Followed)
 
 
 def export(
@@ -147,17 +149,17 @@ def export(
         InputError: the model itself fails on the example.
         CaptureError: it can't be traced, or draws random numbers in Python; names the source line where known.
     """
-    with _python_randomness(model):
-        if model.training and not any(value.is_meta for value in tensors.values()):
+    with no_python_randomness(model):
+        if model.training and not _is_meta(tensors):
             _no_random_choice(model, tensors, constants)
         first: Traced | None = None
         known: TiFxError | None = None
         try:
-            first = Traced(*_export(model, tensors, constants, dynamic, {}), {})
+            first = Traced(*export_program(model, tensors, constants, dynamic, Known()), {})
             steered = _reads_values(first.program)
         except Exception as error:
             known = _capture_error(model, error, tensors, constants)
-            steered = "data-dependent" in str(error) and isinstance(known, CaptureError)
+            steered = is_data_dependent(known)
             if not steered:
                 raise known from error
         if steered:
@@ -165,7 +167,7 @@ def export(
             rest = {name: value for name, value in tensors.items() if name not in baked}
             if baked and rest:
                 try:
-                    return Traced(*_export(model, rest, constants, dynamic, baked), baked)
+                    return Traced(*export_program(model, rest, constants, dynamic, Known(baked)), baked)
                 except Exception as error:
                     # what these values steer is not all that is in the way: the first attempt says what is
                     if known is not None:
@@ -174,6 +176,59 @@ def export(
             assert known is not None
             raise known
         return first
+
+
+def follow(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
+) -> Traced:
+    """Trace a model whose Python reads values: one graph follows what it decides on the example, and checks it.
+
+    Raises:
+        CaptureError: it can't be traced all the same, or has no values (the meta device); names the source line.
+    """
+    if _is_meta(tensors):
+        raise CaptureError(
+            f"{type(model).__name__} decides by values what it computes, and on the meta device there are none; "
+            "capture it with values"
+        )
+    with no_python_randomness(model), whole_numbers_stay(model) as numbers:
+        steering = {name: tensors[name] for name in steering_inputs(model, tensors, constants)}
+        if len(steering) == len(tensors):
+            steering = {}
+        first: Exception | None = None
+        for baked, level in (({}, False), *[(steering, False)][: len(steering)], (steering, True)):
+            decisions = Decisions(numbers=level)
+            rest = {name: value for name, value in tensors.items() if name not in baked}
+            try:
+                with (
+                    torch.no_grad(),
+                    torch.random.fork_rng(devices=[]),
+                    unchanged_buffers(model),
+                    Concrete([*baked.values(), *numbers], decisions=decisions) as concrete,
+                ):
+                    torch.manual_seed(0)
+                    model(**tensors, **constants)
+                known = Known(baked, numbers, decisions)
+                # numbers that Python read are sizes, mostly: those that they fit are fixed, too
+                found = export_program(model, rest, constants, "none" if level else dynamic, known)
+            except Exception as error:
+                first = first or error
+                continue
+            return Traced(
+                *found, baked, Followed(tuple(itertools.chain(*decisions.taken.values())), concrete.loops)
+            )
+    assert first is not None
+    raise _capture_error(model, first, tensors, constants) from first
+
+
+def is_data_dependent(error: Exception) -> bool:
+    """Whether an error of a trace says that Python reads values."""
+    said = "data-dependent|data is not allocated|not a subset of src_bound|cannot be solved"
+    return isinstance(error, CaptureError) and bool(re.search(said, str(error)))
+
+
+def _is_meta(tensors: dict[str, Tensor]) -> bool:
+    return any(value.is_meta for value in tensors.values())
 
 
 def _reads_values(program: torch.export.ExportedProgram) -> bool:
@@ -196,100 +251,6 @@ def _no_random_choice(model: nn.Module, tensors: dict[str, Tensor], constants: d
         )
 
 
-def _export(
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    constants: dict[str, Any],
-    dynamic: Dynamic,
-    baked: dict[str, Tensor],
-) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
-    shapes, static = _dynamic_shapes(tensors, dynamic)
-    constants = {**constants, **baked}
-    with Concrete(baked.values()):
-        try:
-            return _trace(model, tensors, constants, shapes), static
-        except Exception as error:
-            if dynamic not in ("auto", "all") or not (baked or _is_about_shapes(error)):
-                raise
-            reason = _shape_reason(error)
-        # The model ties or fixes sizes in a way that can't be expressed: keep the batch dynamic if it can be, and say
-        # so. Values that are constants mostly fix the batch, too.
-        batch = not baked
-        if batch:
-            try:
-                exported = _trace(model, tensors, constants, _dynamic_shapes(tensors, "batch")[0])
-            except Exception as error:
-                if not _is_about_shapes(error):
-                    raise
-                batch = False
-        if not batch:
-            exported = _trace(model, tensors, constants, _dynamic_shapes(tensors, "none")[0])
-    for name, value in tensors.items():
-        for index in range(int(batch), value.dim()):
-            static[f"{name}.{index}"] = reason
-    return exported, static
-
-
-def _trace(
-    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], shapes: dict[str, Any]
-) -> torch.export.ExportedProgram:
-    printed = io.StringIO()  # torch prints the half-made graph of a failed trace
-    with (
-        _modules_stay(),
-        _keywords_only(model, list(tensors), constants),
-        torch.random.fork_rng(devices=[]),
-        redirect_stderr(printed),
-    ):
-        exported = torch.export.export(model, (), tensors, dynamic_shapes=shapes, strict=False)
-    sys.stderr.write(printed.getvalue())
-    return exported
-
-
-@contextmanager
-def _modules_stay() -> Iterator[None]:
-    """Let ``module.to(dtype)`` within forward return a module that has that dtype: a trace can't swap weights."""
-    original = nn.Module.to
-
-    def stays(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if all(
-            (device is None or value.device == device) and (dtype is None or value.dtype == dtype)
-            for value in module.parameters()
-        ):
-            return module
-        return original(module, *args, **kwargs)
-
-    nn.Module.to = stays  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.to = original  # type: ignore[method-assign]
-
-
-@contextmanager
-def _keywords_only(model: nn.Module, inputs: list[str], constants: dict[str, Any]) -> Iterator[None]:
-    """Give ``forward`` the signature that the graph will have: torch.export can't name what ``**kwargs`` takes."""
-    forward = model.forward
-
-    def bound(**tensors: Tensor) -> Any:
-        return forward(**tensors, **constants)
-
-    kind = inspect.Parameter.KEYWORD_ONLY
-    bound.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in inputs])  # type: ignore[attr-defined]
-    own = model.__dict__.get("forward")
-    model.forward = bound
-    try:
-        yield
-    finally:
-        del model.forward
-        if own is not None:
-            model.forward = own
-
-
-def _is_about_shapes(error: Exception) -> bool:
-    return bool(re.search(r"[Cc]onstraint|dynamic_shapes|specializ", str(error)))
-
-
 def _capture_error(
     model: nn.Module, error: Exception, tensors: dict[str, Tensor], constants: dict[str, Any]
 ) -> TiFxError:
@@ -298,34 +259,21 @@ def _capture_error(
         return error
     name = type(model).__name__
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), unchanged_buffers(model):
             model(**tensors, **constants)
     except Exception as own:
         return InputError(
-            f"{name} fails on the example{_at(own)}: {_first_line(own)}; give inputs that it takes"
+            f"{name} fails on the example{_at(own)}: {first_line(own)}; give inputs that it takes"
         )
     advice = "make it a tensor operation, or leave that part out of the model"
     if "data-dependent" in str(error):
         advice = f"control flow that depends on tensor values has no place in one graph: {advice}"
-    return CaptureError(f"{name} can't be captured{_at(error)}: {_first_line(error)}; {advice}")
+    return CaptureError(f"{name} can't be captured{_at(error)}: {first_line(error)}; {advice}")
 
 
 def _at(error: BaseException) -> str:
     where = _user_line(error)
     return f" ({where})" if where else ""
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].strip() if text else type(error).__name__
-
-
-def _shape_reason(error: BaseException) -> str:
-    """Return which size the model's code fixes, as far as torch.export tells."""
-    found = re.search(
-        r"marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)", str(error)
-    )
-    return f"the model's code fixes {found[1]} at {found[2]}" if found else _first_line(error)
 
 
 def _user_line(error: BaseException) -> str:
@@ -335,67 +283,3 @@ def _user_line(error: BaseException) -> str:
         if not re.search(r"[/\\](torch|ti_fx)[/\\]", frame.filename) and not frame.filename.startswith("<"):
             return f"{frame.filename}:{frame.lineno}"
     return ""
-
-
-_RANDOM_FUNCTIONS = (
-    "random",
-    "uniform",
-    "randint",
-    "choice",
-    "choices",
-    "sample",
-    "shuffle",
-    "gauss",
-    "randrange",
-)
-_NUMPY_FUNCTIONS = (
-    "rand",
-    "random",
-    "uniform",
-    "randint",
-    "choice",
-    "permutation",
-    "normal",
-    "randn",
-    "shuffle",
-)
-
-
-@contextmanager
-def _python_randomness(model: nn.Module) -> Iterator[None]:
-    """Raise if the model decides anything by Python's or NumPy's random numbers: the trace would bake one outcome."""
-    import numpy
-
-    found: list[str] = []
-
-    def recording(function: Any) -> Any:
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            frames = traceback.extract_stack()[:-1]
-            frame = next(
-                (f for f in reversed(frames) if not re.search(r"[/\\](torch|numpy|random\.py)", f.filename)),
-                None,
-            )
-            if frame is not None and "ti_fx" not in frame.filename:
-                found.append(f"{frame.filename}:{frame.lineno}")
-            return function(*args, **kwargs)
-
-        return recorded
-
-    patched: list[tuple[Any, str, Any]] = []
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    for module, names in ((random, _RANDOM_FUNCTIONS), (numpy.random, _NUMPY_FUNCTIONS)):
-        for name in names:
-            patched.append((module, name, getattr(module, name)))
-            setattr(module, name, recording(getattr(module, name)))
-    try:
-        yield
-    finally:
-        for module, name, function in patched:
-            setattr(module, name, function)
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
-    if found:
-        raise RandomnessError(
-            f"{type(model).__name__} draws random numbers in Python ({found[0]}), which a trace would freeze into one "
-            "outcome; turn that off (layerdrop=0, apply_spec_augment=False, ...) or draw them with torch"
-        )

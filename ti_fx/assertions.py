@@ -1,0 +1,82 @@
+"""What asserts in an exported program: torch.export's own assertions go, checks of decisions stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from ti_fx.decisions import MARK
+from ti_fx.errors import CaptureError, RandomnessError
+from ti_fx.graph import ancestors, aten_name, erase, tensor
+
+ASSERTIONS = (
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range_for_size",
+    "sym_constrain_range",
+)
+# Tests that come out alike for every sound set of weights.
+FINITENESS = ("isfinite", "isinf", "isnan")
+RANDOM_OPS = frozenset(
+    (
+        "rand",
+        "randn",
+        "rand_like",
+        "randn_like",
+        "randint",
+        "randint_like",
+        "randperm",
+        "bernoulli",
+        "bernoulli_",
+        "multinomial",
+        "normal",
+        "uniform_",
+        "normal_",
+    )
+)
+
+
+def check_message(node: Node) -> str | None:
+    """Return what a check of a decision says when it fails; None for any other node."""
+    if aten_name(node) == "_assert_async" and len(node.args) == 2 and str(node.args[1]).startswith(MARK):
+        return str(node.args[1])
+    return None
+
+
+def drop_assertions(gm: GraphModule) -> None:
+    """Drop torch.export's assertions, and those of our checks that only constants decide.
+
+    Raises:
+        CaptureError: a weight decides, or a random number; training changes the one, and every run the other.
+    """
+    for node in reversed(list(gm.graph.nodes)):
+        asserts = aten_name(node) in ASSERTIONS or node.target is torch._check
+        if asserts and not (check_message(node) and _varies(gm, node)):
+            erase(node)
+
+
+def _varies(gm: GraphModule, check: Node) -> bool:
+    """Whether a decision depends on inputs or stored tensors."""
+    sources = ancestors(check.all_input_nodes)
+    place = str(check_message(check)).removeprefix(MARK)
+    stored = [source for source in sources if source.op == "get_attr"]
+    trained = any(isinstance(tensor(gm, str(source.target)), nn.Parameter) for source in stored)
+    if trained and not any(aten_name(source) in FINITENESS for source in sources):
+        raise CaptureError(
+            "data-dependent control flow by what the weights compute, which training changes: "
+            f"{place.partition(', and')[0]}; make it a tensor operation, or leave that part out of the model"
+        )
+    if stored or any(source.op == "placeholder" for source in sources):
+        return True
+    if any(is_random(source) for source in sources):
+        raise RandomnessError(
+            f"a random number decides in Python: {place.partition(', and')[0]}; turn that off"
+        )
+    return False
+
+
+def is_random(node: Node) -> bool:
+    """Whether the node draws random numbers in every mode."""
+    return aten_name(node) in RANDOM_OPS

@@ -1,0 +1,263 @@
+"""One model through torch.export: which sizes are dynamic, and what Python may read on the way."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+from ti_fx.concrete import Concrete
+from ti_fx.decisions import Decisions
+
+Dynamic = Literal["auto", "all", "batch", "none"]
+# Inputs of this many dimensions are images and videos: their sizes as symbols cost minutes of algebra.
+IMAGE_RANK = 4
+
+BATCH = "batch"
+
+
+def _dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[str, Any], dict[str, str]]:
+    if dynamic == "none":
+        return dict.fromkeys(tensors), {}
+    batch = next((value.shape[0] for value in tensors.values() if value.dim()), 0)
+    named = torch.export.Dim(BATCH)
+    shapes: dict[str, Any] = {}
+    static: dict[str, str] = {}
+    for name, value in tensors.items():
+        dims: dict[int, Any] = {}
+        for index, size in enumerate(value.shape):
+            if index == 0 and size == batch and batch > 1:
+                dims[index] = named
+            elif dynamic == "auto" and value.dim() >= IMAGE_RANK:
+                static[f"{name}.{index}"] = (
+                    f"dynamic='auto' fixes it at {size}, as in every input of {IMAGE_RANK} or more dimensions; "
+                    "dynamic='all' does not"
+                )
+            elif dynamic in ("auto", "all") and size > 1:
+                dims[index] = torch.export.Dim.AUTO
+            elif dynamic in ("auto", "all"):
+                static[f"{name}.{index}"] = f"the example's size is {size}; give an example of at least 2"
+        shapes[name] = dims or None
+    return shapes, static
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a trace knows beside the model.
+
+    Attributes:
+        baked: values of inputs that are constants of the program.
+        numbers: the model's buffers of one whole number.
+        decisions: what Python read on the example; None: what it reads may not depend on values.
+    """
+
+    baked: dict[str, Tensor] = field(default_factory=dict)
+    numbers: tuple[Tensor, ...] = ()
+    decisions: Decisions | None = None
+
+
+def export_program(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic, known: Known
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """Return the program, and why a dimension is not dynamic, by ``input.dimension``.
+
+    Sizes that the model ties or fixes in a way that can't be expressed are fixed: all but the batch, or all.
+    """
+    shapes, static = _dynamic_shapes(tensors, dynamic)
+    constants = {**constants, **known.baked}
+    follows = known.decisions is not None
+
+    def traced(shapes: dict[str, Any]) -> torch.export.ExportedProgram:
+        return _trace(model, tensors, constants, shapes, known)
+
+    try:
+        return traced(shapes), static
+    except Exception as error:
+        # what reads values may do without them where sizes are numbers; values that are constants mostly fix sizes
+        if dynamic not in ("auto", "all") or not (known.baked or follows or _is_about_shapes(error)):
+            raise
+        reason = _shape_reason(error)
+    batch = not known.baked
+    if batch:
+        try:
+            exported = traced(_dynamic_shapes(tensors, "batch")[0])
+        except Exception as error:
+            if not (follows or _is_about_shapes(error)):
+                raise
+            batch = False
+    if not batch:
+        exported = traced(_dynamic_shapes(tensors, "none")[0])
+    for name, value in tensors.items():
+        for index in range(int(batch), value.dim()):
+            static[f"{name}.{index}"] = reason
+    return exported, static
+
+
+def _trace(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    constants: dict[str, Any],
+    shapes: dict[str, Any],
+    known: Known,
+) -> torch.export.ExportedProgram:
+    printed = io.StringIO()  # torch prints the half-made graph of a failed trace
+    if known.decisions is not None:
+        known.decisions.restart()
+    with (
+        _modules_stay(),
+        _keywords_only(model, list(tensors), constants),
+        torch.random.fork_rng(devices=[]),
+        redirect_stderr(printed),
+        _taken_for_hit(known.decisions is not None),
+        _without_checks(known.decisions is not None),
+        Concrete([*known.baked.values(), *known.numbers], decisions=known.decisions),
+    ):
+        exported = torch.export.export(model, (), tensors, dynamic_shapes=shapes, strict=False)
+    sys.stderr.write(printed.getvalue())
+    return exported
+
+
+@contextmanager
+def _taken_for_hit(active: bool) -> Iterator[None]:
+    """Take what a mask selects for not empty, which torch.export refuses to: ``if not rows.numel(): continue``."""
+    if not active:
+        yield
+        return
+    original: Any = ShapeEnv.evaluate_expr
+
+    def evaluated(environment: ShapeEnv, expression: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(environment, expression, *args, **kwargs)
+        except GuardOnDataDependentSymNode:
+            if getattr(expression, "rhs", None) != 0 or expression.rel_op not in ("==", "!="):
+                raise
+            return original(
+                environment, expression, *args, **{**kwargs, "fallback_value": expression.rel_op == "!="}
+            )
+
+    ShapeEnv.evaluate_expr = evaluated  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        ShapeEnv.evaluate_expr = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _without_checks(active: bool) -> Iterator[None]:
+    """Leave out transformers' own checks of values, which compute nothing; the model has run on the example."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    if active:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if active and before is None:
+            del os.environ[name]
+        elif active and before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
+def whole_numbers_stay(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+    """Take the model's buffers of one whole number (a stride, a kernel's size) for constants, and yield them."""
+    found = [
+        (module, name, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+        and buffer.numel() == 1
+        and not (buffer.is_floating_point() or buffer.is_complex())
+    ]
+    before = [(module, dict(module._buffers)) for module in {id(one[0]): one[0] for one in found}.values()]
+    try:
+        for module, name, buffer in found:
+            del module._buffers[name]
+            module.__dict__[name] = buffer
+        yield tuple(buffer for _, _, buffer in found)
+    finally:
+        for module, name, _ in found:
+            del module.__dict__[name]
+        for module, buffers in before:
+            module._buffers.clear()
+            module._buffers.update(buffers)  # in their order, which state_dict() has
+
+
+@contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Put every buffer's values back as they were: running statistics change with every forward in training."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+
+
+@contextmanager
+def _modules_stay() -> Iterator[None]:
+    """Let ``module.to(dtype)`` within forward return a module that has that dtype: a trace can't swap weights."""
+    original = nn.Module.to
+
+    def stays(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if all(
+            (device is None or value.device == device) and (dtype is None or value.dtype == dtype)
+            for value in module.parameters()
+        ):
+            return module
+        return original(module, *args, **kwargs)
+
+    nn.Module.to = stays  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _keywords_only(model: nn.Module, inputs: list[str], constants: dict[str, Any]) -> Iterator[None]:
+    """Give ``forward`` the signature that the graph will have: torch.export can't name what ``**kwargs`` takes."""
+    forward = model.forward
+
+    def bound(**tensors: Tensor) -> Any:
+        return forward(**tensors, **constants)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    bound.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in inputs])  # type: ignore[attr-defined]
+    own = model.__dict__.get("forward")
+    model.forward = bound
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def _is_about_shapes(error: Exception) -> bool:
+    return bool(re.search(r"[Cc]onstraint|dynamic_shapes|specializ", str(error)))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, its type if it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0].strip() if text else type(error).__name__
+
+
+def _shape_reason(error: BaseException) -> str:
+    """Return which size the model's code fixes, as far as torch.export tells."""
+    found = re.search(
+        r"marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)", str(error)
+    )
+    return f"the model's code fixes {found[1]} at {found[2]}" if found else first_line(error)
