@@ -15,7 +15,6 @@ before:  %x_q = int8_block_128(%x)                 after:  %h = block_linear(%x,
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,15 +49,14 @@ class ActivationLowering:
 
     fake_quant: Callable[[Tensor], Tensor]
     quantise: Callable[[Tensor], ops.Quantised] | None
-    value: Callable[[Tensor], Tensor] | None
+    value: Callable[..., Tensor] | None
     per_token: bool
     opset: int
     block: int = 0
 
 
 def _blocks(fake_quant: Callable[[Tensor], Tensor], block: int) -> ActivationLowering:
-    value = functools.partial(ops.fake_quant_block, block=block)
-    return ActivationLowering(fake_quant, None, value, False, 18, block)
+    return ActivationLowering(fake_quant, None, ops.fake_quant_block, False, 18, block)
 
 
 ACTIVATIONS: tuple[ActivationLowering, ...] = (
@@ -173,7 +171,8 @@ def _quantise(fake_quant: Node, lowering: ActivationLowering) -> tuple[Node, ...
 
 def _dequantise(fake_quant: Node, lowering: ActivationLowering, parts: tuple[Node, ...] | None) -> None:
     if lowering.value is not None:
-        supersede(fake_quant, insert(fake_quant, lowering.value, fake_quant.args[0]))
+        options = (lowering.block,) if lowering.block else ()
+        supersede(fake_quant, insert(fake_quant, lowering.value, fake_quant.args[0], *options))
     else:
         parts = parts or _quantise(fake_quant, lowering)
         supersede(fake_quant, insert(fake_quant, ops.dequantise, *parts))

@@ -171,7 +171,7 @@ def fake_quant_token(value: Tensor) -> Tensor:
 def fake_quant_block(value: Tensor, block: int) -> Tensor:
     """``numerics.int8_block_128`` and its kin in floating point; the last dimension may be dynamic."""
     length = value.shape[-1]
-    blocks = -(-length // block)
+    blocks = (length + block - 1) // block  # of positive numbers: ONNX divides negative ones in another way
     padded = torch.nn.functional.pad(value, (0, blocks * block - length))
     parts = padded.reshape([*value.shape[:-1], blocks, block])
     largest = parts.abs().amax(dim=-1, keepdim=True)

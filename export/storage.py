@@ -34,7 +34,8 @@ class Weights:
     Args:
         gm: the graph that is being lowered; stored bytes and tables become its buffers.
         opset: of the file.
-        by_blocks: the weights that a MatMulNBits would read, and whether each is stored as nn.Linear stores it.
+        by_blocks: the weights that a MatMulNBits would read, and whether each is ``(outputs, inputs)``; it can read
+            those whose inputs are a multiple of 4.
 
     Raises:
         ExportError: a packed weight is not float32.
@@ -60,7 +61,7 @@ class Weights:
                 layout = BASE3 if storage == "base3" else BYTES
             elif name in tables:
                 layout = UINT2 if whole else BYTES
-            elif name in by_blocks:
+            elif name in by_blocks and not weight.shape[int(by_blocks[name])] % CODES_PER_BYTE:
                 layout = UINT2 if by_blocks[name] else UINT2_TRANSPOSED
             else:
                 layout = INT2 if opset >= NEWEST_OPSET else BYTES

@@ -15,6 +15,8 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from ti_fx import numerics
+from ti_fx.encodings import pack_codes
+from ti_fx.export.layouts import LAYOUTS
 
 ROWS, COLUMNS = 200, 500  # 1e5 values
 
@@ -36,7 +38,8 @@ def run_nodes(
         [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
         [onnx.numpy_helper.from_array(value, name) for name, value in (constants or {}).items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(
@@ -117,6 +120,73 @@ def test_quantisers_of_onnx_runtime_equal_the_training_numerics_bit_for_bit(
         kept = {name: constant for name, constant in constants.items() if name in used}
         found = run_nodes(nodes, {"x": value.numpy()}, kept)
         np.testing.assert_array_equal(found, function(value).numpy())
+
+
+def block_product(codes: NDArray[np.int8], block: int, bias: bool) -> list[onnx.NodeProto]:
+    outputs, inputs = codes.shape
+    return [
+        helper.make_node(
+            "MatMulNBits",
+            ["x", "codes", "scale", *(["", "", "bias"] if bias else [])],
+            ["out"],
+            domain="com.microsoft",
+            K=inputs,
+            N=outputs,
+            bits=2,
+            block_size=block,
+            accuracy_level=4,
+        )
+    ]
+
+
+def block_constants(codes: NDArray[np.int8], block: int, scale: float) -> dict[str, NDArray[Any]]:
+    outputs, inputs = codes.shape
+    blocks = -(-inputs // block)
+    whole = np.pad(codes, ((0, 0), (0, blocks * block - inputs)))
+    stored = LAYOUTS["uint2"].encode(pack_codes(torch.from_numpy(whole)), whole.shape).numpy()
+    return {
+        "codes": stored.reshape(outputs, blocks, block // 4),
+        "scale": np.full((outputs, blocks), scale, np.float32),
+    }
+
+
+BLOCK_FUNCTIONS = {128: numerics.int8_block_128, 64: numerics.int8_block_64, 32: numerics.int8_block_32}
+
+
+@pytest.mark.parametrize("block", BLOCK_FUNCTIONS)
+@pytest.mark.parametrize("rows", [1, 300])
+def test_block_products_round_as_the_training_numerics(block: int, rows: int) -> None:
+    """Values on, above and below every rounding boundary, through the identity: the codes come out, times the scale.
+
+    Only the last bits of the sum differ, far less than one code. One row and many rows take different ways.
+    """
+    inputs = 200  # the last block is shorter
+    random = np.random.default_rng(0)
+    largest = np.exp(random.standard_normal((rows, 1))).astype(np.float32)
+    halves = random.integers(-126, 126, (rows, inputs)).astype(np.float32) + np.float32(0.5)
+    value = halves * (
+        largest / np.float32(127)
+    )  # float32 puts these a hair above or below the boundary, or on it
+    value[:, ::32] = largest
+    value[-1, :block] = 0
+    identity = np.eye(inputs, dtype=np.int8)
+    found = run_nodes(
+        block_product(identity, block, False), {"x": value}, block_constants(identity, block, 1.0)
+    )
+    expected = BLOCK_FUNCTIONS[block](torch.from_numpy(value)).numpy()
+    np.testing.assert_allclose(found, expected, atol=0.01 * float(largest.max()) / 127)
+
+
+@pytest.mark.parametrize("block", BLOCK_FUNCTIONS)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_block_products_keep_the_bias(block: int, rows: int) -> None:
+    random = np.random.default_rng(0)
+    codes = random.integers(-1, 2, (24, 200)).astype(np.int8)
+    value = random.standard_normal((rows, 200)).astype(np.float32)
+    constants = block_constants(codes, block, 0.03) | {"bias": np.full(24, 100, np.float32)}
+    found = run_nodes(block_product(codes, block, True), {"x": value}, constants)
+    quantised = BLOCK_FUNCTIONS[block](torch.from_numpy(value)).double().numpy()
+    np.testing.assert_allclose(found, quantised @ (codes.T * np.float32(0.03)) + 100, rtol=1e-6)
 
 
 def integer_product(order: list[tuple[str, str, str]]) -> list[onnx.NodeProto]:
