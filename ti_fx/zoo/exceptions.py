@@ -124,6 +124,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "merge_index": 0,
         "intermediate_hidden_state_indices": [1, 2, 3],
     },
+    # its dropout is an autograd function of its own, which a trace in train mode keeps for ever
+    "sew-d": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
     "siglip2_vision_model": {"vision_use_head": False},
     "siglip_vision_model": {
         "vision_use_head": False
@@ -157,6 +159,7 @@ ALSO: dict[str, dict[str, str]] = {
         "timesteps": "",
     },
     "deepseek_vl_hybrid": {"high_res_pixel_values": ""},
+    "diffusion_gemma": {"decoder_input_ids": "words"},  # drawn at random without
     "dia": {"decoder_input_ids": "code words"},
     "idefics": {"image_attention_mask": "", "pixel_values": "image lists"},
     "kosmos-2": {"input_ids": "long words", "image_embeds_position_mask": ""},
@@ -172,6 +175,7 @@ ALSO: dict[str, dict[str, str]] = {
         "cross_attention_mask": "",
     },
     "qwen2_audio": {"input_ids": "quarter words"},
+    "vit_mae": {"noise": ""},  # drawn at random without
     "seggpt": {
         "pixel_values": "square images",
         "prompt_pixel_values": "square images",

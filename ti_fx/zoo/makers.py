@@ -126,6 +126,13 @@ def _numbers(*shape: int) -> Maker:
     return lambda request: request.normal(request.batch, *shape)
 
 
+def _patch_numbers(request: Request) -> Tensor:
+    """Return a number for each patch of an image: [batch, patches]."""
+    patch = request.number("patch_size", default=16)
+    height, width = request.made["pixel_values"].shape[-2:]
+    return _numbers((height // patch) * (width // patch))(request)
+
+
 def _same(*shape: int, value: int = 1) -> Maker:
     """Return a maker of one whole number everywhere: [batch, *shape]."""
     return lambda request: torch.full((request.batch, *shape), value)
@@ -301,6 +308,7 @@ MAKERS: dict[str, tuple[Maker, ...]] = {
     "future_values": (_future_values,),
     "future_time_features": (_future_times,),
     "latents": (_numbers(64, 16),),
+    "noise": (_patch_numbers,),
 }
 # Shapes that only some models take, tried in place of the rule's.
 OTHER_MAKERS: dict[str, Maker] = {
