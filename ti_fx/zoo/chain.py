@@ -36,10 +36,12 @@ from ti_fx.structure import named_leaves
 from ti_fx.zoo.count import attention_calls, replaced, uniform
 from ti_fx.zoo.makers import run
 from ti_fx.zoo.models import Entry
+from ti_fx.zoo.points import replacements
 
 STAGES = ("build", "count", "capture", "sites", "teacher", "prepare", "train", "pack", "export", "runtime")
 CAPTURED = 1e-5  # relative distance of the captured graph's outputs from the model's
 REPLACED = 1e-4  # the same with one block's map replaced in both, where differences are amplified
+MOVED = 0.01  # how far a known tensor must move the outputs to prove anything
 # ONNX Runtime's outputs against the packed student's: the median over vectors of the relative distance.
 FLOAT, QUANTISED = 1e-3, 0.03
 
@@ -200,6 +202,32 @@ class _Chain:
                 f"a uniform map of {sites[differences.index(worst)].where} changes the graph and the model differently "
                 f"(relative {worst:.1e})"
             )
+
+        self._points(sites)
+
+    def _points(self, sites: list[AttentionSite]) -> None:
+        """Put known tensors at contexts and outputs, in the graph and by hooks in the model."""
+        model, example = self.entry.model, self.entry.example
+        before = _tensors(run(model, example))
+        for change in replacements(sites, self.calls, model, lambda: run(model, example)):
+            with change.in_module():
+                expected = _tensors(run(model, example))
+            changes = {change.node: change.value}
+            with torch.no_grad():
+                found = _tensors(_Replaced(self.gm, changes).run(*_ordered(self.gm, example)))
+            gap = distance(found, expected)
+            if distance(expected, before) >= MOVED:
+                self._worst(f"replaced {change.point}", gap)
+            if not gap <= REPLACED:
+                raise CoverageError(
+                    f"a known {change.point} at %{change.node.name} changes the graph and the model differently "
+                    f"(relative {gap:.1e})"
+                )
+
+    def _worst(self, name: str, value: float) -> None:
+        numbers = self.outcome.numbers
+        numbers[name] = max(numbers.get(name, 0.0), value)
+        numbers[f"{name} sites"] = numbers.get(f"{name} sites", 0) + 1
 
     def _miscounted(self, sites: list[AttentionSite]) -> str:
         text = f"{len(sites)} attention blocks found, {len(self.calls)} counted"

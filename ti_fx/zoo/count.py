@@ -85,6 +85,8 @@ class AttentionCall:
         used: whether the model's outputs depend on it.
         moot: whether every position has the same value, so that no map would make a difference: the first block of
             a decoder whose queries begin as zeros, or a map over one position.
+        projection: path of the module that multiplies the context by a stored weight, empty if none does.
+        moved: whether the context reaches it with nothing but its place changed (no gate, no norm on the way).
     """
 
     index: int
@@ -95,6 +97,8 @@ class AttentionCall:
     has_value: bool
     used: bool = False
     moot: bool = False
+    projection: str = ""
+    moved: bool = False
 
 
 @dataclass
@@ -105,6 +109,8 @@ class _Facts:
         free: no input and no product in it.
         scores: it comes from a product of two activations by elementwise operators and moves alone.
         maps: softmaxes that it comes from in that way.
+        contexts: softmaxes whose map times values it is, in another place at most. blended: the same after elementwise
+            operators, too.
         exponent: what the softmax that is written out began with, if this is its exponential.
         total: the same, if this is the sum of that exponential, or its logarithm.
         normalised: the logarithm of a softmax: scores less the logarithm of their total.
@@ -114,6 +120,8 @@ class _Facts:
     free: bool = False
     scores: bool = False
     maps: frozenset[int] = frozenset()
+    contexts: frozenset[int] = frozenset()
+    blended: frozenset[int] = frozenset()
     exponent: int | None = None
     total: int | None = None
     normalised: bool = False
@@ -151,6 +159,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         facts = self._joined(func, name, given)
         if name in _PRODUCTS:
             facts = self._product(name, given, tensors[-2:])
+            self._projected(given[-2:])
         elif name == "aten::exp" and given[0].normalised:
             return self._softmax("exp/sum", result, given)
         elif name == "aten::exp" and facts.scores:
@@ -174,7 +183,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _joined(self, func: Any, name: str, given: list[_Facts]) -> _Facts:
         """Return what an operator's result is, if the operator is no product."""
         free = all(facts.free for facts in given)
-        keeps = func.is_view or name in _MOVES or torch.Tag.pointwise in func.tags
+        moves = func.is_view or name in _MOVES
+        keeps = moves or torch.Tag.pointwise in func.tags
         if not keeps:
             return _Facts(free=free)
         exponents = {facts.exponent for facts in given if facts.exponent is not None}
@@ -183,17 +193,33 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             free=free,
             scores=any(facts.scores for facts in given),
             maps=frozenset().union(*(facts.maps for facts in given)),
+            contexts=given[0].contexts if moves and given else frozenset(),
+            blended=frozenset().union(*(facts.blended for facts in given)),
             exponent=exponents.pop() if len(exponents) == 1 and not totals else None,
             total=totals.pop() if len(totals) == 1 and not exponents else None,
         )
 
     def _product(self, name: str, given: list[_Facts], operands: list[Tensor]) -> _Facts:
         left, right = given[-2:]
+        contexts = frozenset[int]()
         for one, other, value, axis in ((left, right, operands[1], -2), (right, left, operands[0], -1)):
             if not other.free:
                 self._multiplied(one.maps, value, axis)
+                contexts |= one.maps
         queries = not left.free or name in _BATCHED
-        return _Facts(scores=(queries and not right.free) or any(facts.scores for facts in given[:-2]))
+        return _Facts(
+            scores=(queries and not right.free) or any(facts.scores for facts in given[:-2]),
+            contexts=contexts,
+            blended=contexts,
+        )
+
+    def _projected(self, given: list[_Facts]) -> None:
+        """Note the module that multiplies a context by a weight."""
+        for one, other in (given, given[::-1]):
+            for index in one.blended if other.free else ():
+                if not self.calls[index].projection and self.path:
+                    moved = index in one.contexts
+                    self.calls[index] = replace(self.calls[index], projection=self.path[-1], moved=moved)
 
     def _multiplied(self, maps: frozenset[int], value: Tensor, axis: int) -> None:
         for index in maps:
@@ -220,9 +246,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if index == self.index and self.change is not None:
                 context = _attention(self.change, *args, **kwargs)
                 result = (context, *result[1:]) if isinstance(result, tuple) else context
+        contexts = frozenset((len(self.calls) - 1,)) if not given[1].free else frozenset[int]()
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._set(leaf, _Facts())
+                self._set(leaf, _Facts(contexts=contexts, blended=contexts))
         return result
 
     def _call(self, op: str, shape: tuple[int, ...], has_value: bool) -> int:
@@ -261,6 +288,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             free=facts.free and written.free,
             scores=facts.scores or written.scores,
             maps=facts.maps | written.maps,
+            contexts=facts.contexts | written.contexts,
+            blended=facts.blended | written.blended,
         )
 
 

@@ -125,7 +125,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "intermediate_hidden_state_indices": [1, 2, 3],
     },
     # its dropout is an autograd function of its own, which a trace in train mode keeps for ever
-    "sew-d": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "sew-d": {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
     "siglip2_vision_model": {"vision_use_head": False},
     "siglip_vision_model": {
         "vision_use_head": False
