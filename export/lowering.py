@@ -6,7 +6,7 @@ general:  a fake-quant node becomes ONNX nodes of the same numerics; a packed we
 fused:    fake-quant + linear + packed weight becomes one integer product; embedding + packed table a packed look-up
 
 before:  %w = unpack_ternary(%codes, %scale)       after:  %q, %s, %z = quantise_tensor(%x)
-         %x_q = int8_tensor(%x)                            %w = codes_from_int2(%codes)
+         %x_q = int8_tensor(%x)                            %w = packed(%codes)
          %h = linear(%x_q, %w, %bias)                      %h = integer_linear(%q, %s, %z, %w, %scale, %bias)
 
 before:  %x_q = int8_block_128(%x)                 after:  %h = block_linear(%x, %codes, %scale, %bias)
@@ -28,7 +28,7 @@ from ti_fx import numerics
 from ti_fx.errors import ExportError
 from ti_fx.export import ops
 from ti_fx.export.attention import ATTENTION_OPSET, fuse_attention
-from ti_fx.export.layouts import UINT2, UINT2_TRANSPOSED
+from ti_fx.export.layouts import UINT2
 from ti_fx.export.storage import Weights, insert, looked_up
 from ti_fx.export.student import PackedWeight, as_packed, packed_weights
 from ti_fx.graph import aten_name, constant_size, fork, supersede
@@ -96,8 +96,11 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
     copy._forward_pre_hooks_with_kwargs.clear()
     _drop_dropout(copy)
     products = [found for node in copy.graph.nodes if (found := match_product(node)) is not None]
-    by_blocks = {one.weight.codes_name: one.transposed for one in products if one.lowering.block}
-    weights = Weights(copy, opset, by_blocks)
+    integers, blocks = (
+        {one.weight.codes_name: one.transposed for one in products if bool(one.lowering.block) == by_blocks}
+        for by_blocks in (False, True)
+    )
+    weights = Weights(copy, opset, integers, blocks)
     for node in list(copy.graph.nodes):
         table = looked_up(node)
         if table is not None:
@@ -134,7 +137,7 @@ def _drop_dropout(gm: GraphModule) -> None:
 def _block_product(product: Product, weights: Weights) -> None:
     """Apply the fused rule for MatMulNBits, if the weight is stored as it reads it; else the general rule applies."""
     node, weight = product.node, product.weight
-    layout = UINT2 if product.transposed else UINT2_TRANSPOSED
+    layout = UINT2 if product.transposed else UINT2.turned
     if weights.layouts[weight.codes_name] is not layout:
         return
     shape = weight.shape if product.transposed else weight.shape[::-1]
@@ -154,11 +157,11 @@ def _integer_products(products: list[Product], weights: Weights, opset: int) -> 
             )
         if source not in quantised:
             quantised[source] = _quantise(source, lowering)
-        codes = weights.codes(product.weight)
+        codes = weights.codes(product.weight, transposed=product.transposed)
         scale = weights.scale(product.node, product.weight)
         if weights.scale_shape(product.weight):
             scale = insert(product.node, torch.ops.aten.reshape.default, scale, [-1])
-        arguments = (codes, scale, product.bias, product.transposed, lowering.per_token)
+        arguments = (codes, scale, product.bias, lowering.per_token)
         supersede(product.node, insert(product.node, ops.integer_linear, *quantised[source], *arguments))
     return quantised
 

@@ -38,23 +38,22 @@ def _many(
 def packed(stored: Tensor, target: str, kind: str, shape: Size, dtype: torch.dtype) -> Tensor:
     """Mark a stored tensor as the packed graph's tensor ``target``, so that it is found again in the finished file.
 
-    ``kind``: a layout of ``ti_fx.export.layouts`` or ``scale``. Of ``int2`` a Cast of an INT2 initialiser is left, the
-    other markers vanish.
+    ``kind``: a layout of ``ti_fx.export.layouts`` or ``scale``. Of ``int2`` and its transposed twin, whose
+    ``dtype`` is int8, a Cast of an INT2 initialiser is left; the other markers vanish.
     """
-    attributes = {"target": target, "kind": kind} | ({"codes_shape": list(shape)} if kind == "int2" else {})
+    attributes = {"target": target, "kind": kind} | (
+        {"codes_shape": list(shape)} if dtype == torch.int8 else {}
+    )
     return _node(f"{MARKER_DOMAIN}::{MARKER}", (stored,), dtype, shape, **attributes)
-
-
-def codes_from_int2(codes: Tensor, target: str, shape: Sequence[int]) -> Tensor:
-    """Return int8 codes of the given shape from packed bytes that become an INT2 initialiser."""
-    return packed(codes, target, "int2", shape, torch.int8)
 
 
 def codes_from_table(stored: Tensor, table: Tensor, shape: Sequence[int]) -> Tensor:
     """Return int8 codes from packed bytes by a table, ``(256, codes in a byte)``; done once, as the file is loaded."""
     count = torch.Size(shape).numel()
-    rows = torch.nn.functional.embedding(stored.reshape(-1).to(torch.int32), table)
-    return rows.reshape(-1)[:count].reshape(tuple(shape))
+    codes = torch.nn.functional.embedding(stored.to(torch.int32), table)
+    if codes.numel() != count:  # a needless step would leave one more copy of the codes behind
+        codes = codes.reshape(-1)[:count]
+    return codes.reshape(tuple(shape))
 
 
 def dequantised_weight(codes: Tensor, scale: Tensor) -> Tensor:
@@ -224,7 +223,6 @@ def integer_linear(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    transposed: bool,
     per_token: bool,
 ) -> Tensor:
     """Return the linear layer of quantised activations and a ternary weight, summed in integers.
@@ -233,14 +231,11 @@ def integer_linear(
         codes: from one of the quantisers above, ``(..., inputs)``.
         scale: from the same quantiser.
         zero_point: from the same quantiser.
-        weight: int8, ``(outputs, inputs)`` if ``transposed``, else ``(inputs, outputs)``.
+        weight: int8 ``(inputs, outputs)``.
         weight_scale: float32 ``()`` or ``(outputs,)``.
         bias: float32 ``(outputs,)`` or None.
-        transposed: whether the weight is stored as nn.Linear stores it.
         per_token: whether ``scale`` has one entry per token.
     """
-    if transposed:
-        weight = weight.t()
     shape = [*codes.shape[:-1], weight.shape[1]]
     total = _node("MatMulInteger", (codes, weight, zero_point), torch.int32, shape)
     result = total.to(torch.float32)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.fx import GraphModule
 
 from ti_fx.errors import InputError, ParityError
-from ti_fx.export.layouts import LAYOUTS
+from ti_fx.export.layouts import INT2, LAYOUTS
 from ti_fx.export.ops import MARKER_DOMAIN
 from ti_fx.export.student import packed_weights
 from ti_fx.graph import tensor
@@ -57,7 +57,7 @@ def from_json(text: str) -> list[PackedTensor]:
 def resolve_markers(model: ir.Model) -> list[PackedTensor]:
     """Take every marker out of the graph and return what they marked.
 
-    int2:                 %c = Packed(%bytes)   becomes   %c = Cast(%codes: INT2 initialiser, to=INT8)
+    int2 (transposed):    %c = Packed(%bytes)   becomes   %c = Cast(%codes: INT2 initialiser, to=INT8)
     others:               %s = Packed(%stored)  becomes   %stored
     """
     found: dict[str, PackedTensor] = {}
@@ -69,7 +69,7 @@ def resolve_markers(model: ir.Model) -> list[PackedTensor]:
         kind = node.attributes["kind"].as_string()
         target = node.attributes["target"].as_string()
         found[target] = PackedTensor(target, stored.name, kind)
-        if kind == "int2":
+        if kind.startswith(INT2.name):
             _retag(stored, node.attributes["codes_shape"].as_ints())
             cast = ir.Node("", "Cast", [stored], [ir.AttrInt64("to", ir.DataType.INT8)], num_outputs=1)
             ir.convenience.replace_nodes_and_values(graph, node, [node], [cast], node.outputs, cast.outputs)

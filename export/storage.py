@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from ti_fx.encodings import CODES_PER_BYTE, NEWEST_OPSET
 from ti_fx.errors import ExportError
 from ti_fx.export import ops
-from ti_fx.export.layouts import BASE3, BYTES, INT2, UINT2, UINT2_TRANSPOSED, Layout
+from ti_fx.export.layouts import BASE3, BYTES, INT2, UINT2, Layout
 from ti_fx.export.student import PackedWeight, as_packed, packed_weights, weight_encodings
 from ti_fx.graph import aten_name, supersede, tensor
 
@@ -34,17 +34,19 @@ class Weights:
     Args:
         gm: the graph that is being lowered; stored bytes and tables become its buffers.
         opset: of the file.
-        by_blocks: the weights that a MatMulNBits would read, and whether each is ``(outputs, inputs)``; it can read
-            those whose inputs are a multiple of 4.
+        integers: the weights that an integer product reads, and whether each is ``(outputs, inputs)``.
+        blocks: the same of products by blocks; they can read weights whose inputs are a multiple of 4.
 
     Raises:
         ExportError: a packed weight is not float32.
     """
 
-    def __init__(self, gm: GraphModule, opset: int, by_blocks: dict[str, bool]) -> None:
+    def __init__(
+        self, gm: GraphModule, opset: int, integers: dict[str, bool], blocks: dict[str, bool]
+    ) -> None:
         self.gm = gm
         self.opset = opset
-        self.int8: dict[Node, Node] = {}
+        self.int8: dict[tuple[Node, bool], Node] = {}
         self.layouts: dict[str, Layout] = {}
         encodings = weight_encodings(gm)
         tables = {table.codes_name for node in gm.graph.nodes if (table := looked_up(node)) is not None}
@@ -54,18 +56,24 @@ class Weights:
                     f"packed weight {weight.codes_name} is {weight.dtype}; export needs float32: "
                     "load the model in float32 before ti_fx.capture"
                 )
-            name = weight.codes_name
-            storage = encodings[weight.parameter].storage
-            whole = len(weight.shape) == 2 and not weight.shape[1] % CODES_PER_BYTE
-            if storage != "two-bit":
-                layout = BASE3 if storage == "base3" else BYTES
-            elif name in tables:
-                layout = UINT2 if whole else BYTES
-            elif name in by_blocks and not weight.shape[int(by_blocks[name])] % CODES_PER_BYTE:
-                layout = UINT2 if by_blocks[name] else UINT2_TRANSPOSED
-            else:
-                layout = INT2 if opset >= NEWEST_OPSET else BYTES
-            self.layouts[name] = layout
+            name, storage = weight.codes_name, encodings[weight.parameter].storage
+            layout = self._matrix(weight, storage, tables, blocks)
+            # rows are looked up as they are; an integer product reads (inputs, outputs), one by blocks the other way
+            turned = not blocks[name] if layout is UINT2 and name in blocks else integers.get(name, False)
+            self.layouts[name] = layout.turned if turned and name not in tables else layout
+
+    def _matrix(
+        self, weight: PackedWeight, storage: str, tables: set[str], blocks: dict[str, bool]
+    ) -> Layout:
+        """Return the layout of a weight, transposed or not."""
+        name, shape = weight.codes_name, weight.shape
+        if storage != "two-bit":
+            return BASE3 if storage == "base3" else BYTES
+        if name in tables:
+            return BYTES if shape[1] % CODES_PER_BYTE else UINT2
+        if name in blocks and not shape[int(blocks[name])] % CODES_PER_BYTE:
+            return UINT2
+        return INT2 if self.opset >= NEWEST_OPSET else BYTES
 
     def look_up(self, node: Node, table: PackedWeight) -> None:
         """Replace an embedding of a packed table by a look-up that leaves the table packed."""
@@ -79,34 +87,34 @@ class Weights:
             found = insert(node, ops.look_up_by_table, codes, scale, values, node.args[1], columns)
         supersede(node, found)
 
-    def codes(self, weight: PackedWeight) -> Node:
-        """Return the int8 codes of a packed weight, inserted once, right before it."""
-        node, name = weight.node, weight.codes_name
-        if node not in self.int8:
-            layout = self.layouts[name]
-            if layout is INT2:
-                self.int8[node] = insert(node, ops.codes_from_int2, weight.codes, name, weight.shape)
-            else:
-                shape = weight.shape[::-1] if layout.transposed else weight.shape
-                stored, table = self.stored(node, weight), self._table(node, layout)
-                codes = insert(node, ops.codes_from_table, stored, table, shape)
-                self.int8[node] = (
-                    insert(node, torch.ops.aten.t.default, codes) if layout.transposed else codes
-                )
-        return self.int8[node]
+    def codes(self, weight: PackedWeight, transposed: bool = False) -> Node:
+        """Return the int8 codes of a packed weight, or of its transposed matrix, inserted once, right before it."""
+        node, layout = weight.node, self.layouts[weight.codes_name]
+        if (node, transposed) not in self.int8:
+            shape = layout.written(weight.shape)
+            codes = self.stored(node, weight)
+            if layout not in (INT2, INT2.turned):
+                codes = insert(node, ops.codes_from_table, codes, self._table(node, layout), shape)
+            if transposed != layout.transposed:
+                codes = insert(node, torch.ops.aten.t.default, codes)
+            self.int8[node, transposed] = codes
+        return self.int8[node, transposed]
 
     def stored(self, before: Node, weight: PackedWeight) -> Node:
-        """Return the marked bytes of a weight, flat, as they are stored (in any layout but INT2)."""
+        """Return the marked bytes of a weight, flat, as they are stored; of INT2, its codes."""
         layout, name = self.layouts[weight.codes_name], weight.codes_name
         read = weight.codes
-        if layout is not BYTES:
+        if layout not in (INT2, BYTES):  # those are the graph's own bytes
             read = self._buffer(
                 before,
                 f"stored_{name.replace('.', '_')}",
                 lambda: layout.encode(tensor(self.gm, name), weight.shape),
             )
-        size = tensor(self.gm, str(read.target)).shape
-        return insert(before, ops.packed, read, name, layout.name, size, torch.uint8)
+        if layout in (INT2, INT2.turned):
+            size, dtype = layout.written(weight.shape), torch.int8
+        else:
+            size, dtype = tuple(tensor(self.gm, str(read.target)).shape), torch.uint8
+        return insert(before, ops.packed, read, name, layout.name, size, dtype)
 
     def scale_shape(self, weight: PackedWeight) -> torch.Size:
         """Return the shape of the scale."""
