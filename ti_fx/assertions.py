@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from ti_fx.decisions import MARK
 from ti_fx.errors import CaptureError, RandomnessError
-from ti_fx.graph import ancestors, aten_name, erase, tensor
+from ti_fx.graph import aten_name, erase, tensor
 
 ASSERTIONS = (
     "_assert_tensor_metadata",
@@ -59,7 +61,7 @@ def drop_assertions(gm: GraphModule) -> None:
 
 def _varies(gm: GraphModule, check: Node) -> bool:
     """Whether a decision depends on inputs or stored tensors."""
-    sources = ancestors(check.all_input_nodes)
+    sources = _value_sources(check)
     place = str(check_message(check)).removeprefix(MARK)
     stored = [source for source in sources if source.op == "get_attr"]
     trained = any(isinstance(tensor(gm, str(source.target)), nn.Parameter) for source in stored)
@@ -75,6 +77,23 @@ def _varies(gm: GraphModule, check: Node) -> bool:
             f"a random number decides in Python: {place.partition(', and')[0]}; turn that off"
         )
     return False
+
+
+def _value_sources(check: Node) -> set[Node]:
+    """Return what a decision's value depends on: past what only lends its shape."""
+    seen: set[Node] = set()
+    queue = list(check.all_input_nodes)
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = aten_name(node)
+        if re.fullmatch("expand_as|view_as|type_as", name):
+            queue += node.all_input_nodes[:1]
+        elif not re.fullmatch("(full|ones|zeros|empty|rand|randn)_like|new_.*|sym_size", name):
+            queue += node.all_input_nodes
+    return seen
 
 
 def is_random(node: Node) -> bool:

@@ -20,12 +20,12 @@ from ti_fx import normalise
 from ti_fx.assertions import check_message
 from ti_fx.comparison import compare, compare_shapes, draws_alike
 from ti_fx.decisions import short
-from ti_fx.errors import CaptureError, InputError, RandomnessError
+from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError, VerificationError
 from ti_fx.graph import aten_name, constant_size, mode, state
 from ti_fx.metadata import guard_count, refresh
 from ti_fx.passes.canonicalize import Canonicalize
-from ti_fx.program import BATCH, Dynamic
-from ti_fx.tracing import Followed, Traced, export, follow, is_data_dependent, traceable
+from ti_fx.program import BATCH, Dynamic, has_open_sizes
+from ti_fx.tracing import Followed, Traced, export, follow, is_about_values, traceable
 
 # Keywords that ask for a cache, which a training graph has not. XLNet's exists in evaluation alone.
 CACHES = ("use_cache", "use_mems")
@@ -76,6 +76,7 @@ class _Captured(NamedTuple):
     checked: dict[str, float]
     unchecked: str | None
     followed: tuple[str, ...]
+    open: bool
 
 
 def capture_report(gm: GraphModule) -> CaptureReport:
@@ -145,21 +146,29 @@ def _captured(
     Whether that is the model in training, too, is compared like everything else, unless the model does not run in
     training with these inputs (it wants labels), which the report says.
     """
-    first: CaptureError | InputError | None = None
+    first: TiFxError | None = None
+    spare: _Captured | None = None
     for trace in (export, follow):
         for training in (True, False):
             try:
                 found = _traced(model, tensors, constants, dynamic, training, trace)
             except RandomnessError:
                 raise
-            except (CaptureError, InputError) as error:
+            except (CaptureError, InputError, VerificationError) as error:
                 first = first or error
                 continue
-            if training or found.unchecked is not None or draws_alike(model, found.gm, tensors, constants):
+            if not (
+                training or found.unchecked is not None or draws_alike(model, found.gm, tensors, constants)
+            ):
+                continue
+            if trace is follow or not found.open:
                 return found
-        assert first is not None
-        if not is_data_dependent(first):
+            spare = found  # sizes that depend on values; where what decides them is followed, they don't
             break
+        if spare is None and first is not None and not is_about_values(first):
+            break
+    if spare is not None:
+        return spare
     assert first is not None
     raise first
 
@@ -196,7 +205,7 @@ def _traced(
         else:
             checked, unchecked = compare(model, gm, tensors, constants)
         normalise.drop_dead(gm)
-    return _Captured(gm, static, checked, unchecked, _said(gm, found.followed))
+    return _Captured(gm, static, checked, unchecked, _said(gm, found.followed), has_open_sizes(found.program))
 
 
 def _said(gm: GraphModule, followed: Followed) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ti_fx.decisions import Decisions, caller, check
+from ti_fx.decisions import Decisions, caller, check, count_of, positions
 
 # What takes sizes, which a model may give as tensors of one number.
 SIZED = re.compile(
@@ -21,6 +21,8 @@ SIZED = re.compile(
 )
 # What makes a tensor of Python numbers that is then a size.
 _OF_NUMBERS = (torch.div, torch.floor_divide, torch.tensor)
+# What gives the places at which a mask is true.
+_POSITIONS = (torch.nonzero, Tensor.nonzero, torch.where)
 # What gives the same rows of a ``nonzero`` in another shape.
 _SAME_ROWS = ("__getitem__", "flatten", "reshape", "squeeze", "to", "view")
 
@@ -28,6 +30,14 @@ _SAME_ROWS = ("__getitem__", "flatten", "reshape", "squeeze", "to", "view")
 def all_tensors(values: Any) -> list[Tensor]:
     """Return every tensor in nested values."""
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def index_numbers(index: Any) -> list[Tensor]:
+    """Return the tensors of one number that an index reads: bounds of slices, and what lists hold."""
+    parts = index if isinstance(index, tuple) else (index,)
+    lists = [part for part in parts if isinstance(part, list | tuple)]
+    bounds = [(part.start, part.stop, part.step) for part in parts if isinstance(part, slice)]
+    return all_tensors((lists, bounds))
 
 
 class Concrete(TorchFunctionMode):
@@ -59,14 +69,21 @@ class Concrete(TorchFunctionMode):
             self.drawn.append(caller())
             return self._at_once(torch.tensor, (self.draw,), kwargs)
         given = all_tensors((args, kwargs))
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            given += index_numbers(args[1])
         concrete = [value for value in given if id(value) in self.known]
         alone = len(concrete) == len(given) if given else self._is_of_numbers(func)
         if self.decisions is not None and self.decisions.concerns(func, args):
             return self._decide(func, args, alone)
         if alone and _is_static(args, kwargs):
             return self._at_once(func, args, kwargs)
-        if concrete and func in (Tensor.__getitem__, Tensor.__setitem__):
+        numbers = self.decisions is not None and self.decisions.numbers
+        if func is Tensor.__getitem__ and (concrete or numbers):
+            args = (args[0], self._indices(args[1], numbers))
+        elif func is Tensor.__setitem__ and concrete:
             args = (args[0], self._indices(args[1]), *args[2:])
+        if numbers and func in _POSITIONS and len(args) == 1 and (parts := self._selected(args[0] != 0)):
+            return tuple(parts) if func is torch.where or kwargs.get("as_tuple") else torch.stack(parts, -1)
         if self.decisions is None:
             return func(*args, **kwargs)
         if SIZED.fullmatch(getattr(func, "__name__", "")):
@@ -93,15 +110,18 @@ class Concrete(TorchFunctionMode):
             self.known.add(id(value))
         return result
 
-    def _indices(self, index: Any) -> Any:
-        """Return an index with each known mask as the positions that it keeps, whose number is known."""
+    def _indices(self, index: Any, numbers: bool = False) -> Any:
+        """Return an index with each known mask, or any if ``numbers``, as the positions that it keeps."""
         parts: list[Any] = []
         for part in index if isinstance(index, tuple) else (index,):
-            numbers = all_tensors(part) if isinstance(part, list | tuple) else []
-            if numbers and all(id(one) in self.known for one in numbers):
-                parts.append(self._at_once(torch.stack, (numbers,), {}))
+            if isinstance(part, slice):
+                part = slice(*(self._size(bound) for bound in (part.start, part.stop, part.step)))
+            nested = all_tensors(part) if isinstance(part, list | tuple) else []
+            if nested and all(id(one) in self.known for one in nested):
+                parts.append(self._at_once(torch.stack, (nested,), {}))
             elif not isinstance(part, Tensor) or id(part) not in self.known:
-                parts.append(part)
+                selects = numbers and isinstance(part, Tensor) and part.dtype == torch.bool
+                parts += (self._selected(part) if selects else None) or [part]
             elif part.dtype == torch.bool:
                 parts += self._at_once(torch.nonzero, (part,), {"as_tuple": True})
             else:
@@ -123,14 +143,25 @@ class Concrete(TorchFunctionMode):
         check(decision, func, args)
         return decision.outcome
 
+    def _selected(self, mask: Tensor) -> list[Tensor] | None:
+        """Return where a mask is true, at as many places as on the example; None while that is recorded."""
+        assert self.decisions is not None
+        if self.decisions.recording:
+            self.decisions.record(int(count_of(mask)))
+            return None
+        if mask.dim() == 0 or (decision := self.decisions.replay()) is None:
+            return None
+        check(decision, count_of, (mask,))
+        return positions(mask, int(decision.outcome))
+
     def _size(self, value: Any) -> Any:
         """Return a tensor of one whole number as that number, if it may be read."""
         if not isinstance(value, Tensor) or value.dim() or value.is_floating_point():
             return value
         if id(value) in self.known:
             return self._at_once(Tensor.item, (value,), {})
-        assert self.decisions is not None
-        return self._decide(Tensor.item, (value,), False) if self.decisions.numbers else value
+        numbers = self.decisions is not None and self.decisions.numbers
+        return self._decide(Tensor.item, (value,), False) if numbers else value
 
     def _add_rows(self, result: Tensor, count: Any) -> None:
         """Note every row that a ``nonzero`` may have, if the mask's size is a constant."""

@@ -83,6 +83,27 @@ def check(decision: Decision, func: Any, args: tuple[Any, ...]) -> None:
     torch._assert_async(same.all(), decision.message)
 
 
+def positions(mask: Tensor, count: int) -> list[Tensor]:
+    """Return where a mask of fixed sizes is true, as one index per dimension, if it is so at ``count`` places.
+
+    What ``nonzero`` gives, in sizes that don't depend on values.
+    """
+    flat = mask.flatten()
+    places = torch.where(flat, flat.cumsum(0) - 1, count)
+    every = torch.arange(flat.shape[0], device=mask.device)
+    found = torch.zeros(count + 1, dtype=torch.long, device=mask.device).scatter(0, places, every)[:count]
+    parts = []
+    for size in reversed(mask.shape):
+        parts.append(found % size)
+        found = found // size
+    return parts[::-1]
+
+
+def count_of(mask: Tensor) -> Tensor:
+    """Return at how many places a mask is true: the size of what it selects."""
+    return mask.sum()
+
+
 def caller() -> str:
     """Return ``file:line`` of the innermost frame that is neither torch's nor ours."""
     frames = traceback.extract_stack()
@@ -117,4 +138,5 @@ _READS: dict[Any, Callable[..., Tensor]] = {
     Tensor.__int__: _itself,
     Tensor.__index__: _itself,
     Tensor.__float__: _itself,
+    count_of: count_of,
 }

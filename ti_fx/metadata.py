@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from ti_fx.errors import VerificationError
@@ -64,6 +65,17 @@ def _sizes(sizes: Iterable[int | torch.SymInt]) -> tuple[Hashable, ...]:
     return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
 
 
+def _own_symbols(node: Node, value: Any) -> bool:
+    """Whether a number or size depends on values: its symbol is the node's own, and another call's is another."""
+    given = [source.meta["val"] for source in node.all_input_nodes]
+    return bool(_open_symbols(value)) and not _open_symbols(value) <= _open_symbols(given)
+
+
+def _open_symbols(value: Any) -> set[Any]:
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor | torch.SymInt)]
+    return set().union(*(free_unbacked_symbols(leaf) for leaf in leaves))
+
+
 class Evaluator:
     """Evaluates nodes of one graph on fake tensors, each distinct call once."""
 
@@ -79,9 +91,14 @@ class Evaluator:
             return node.meta["val"]
         if node.op == "output":
             return self._inputs(node.args[0])
+        if "val" in node.meta and _own_symbols(node, node.meta["val"]):
+            return node.meta["val"]
         key = self._key(node)
         if key not in self.known:
-            self.known[key] = self._evaluate(node)
+            value = self._evaluate(node)
+            if _own_symbols(node, value):
+                return value
+            self.known[key] = value
         return self.known[key]
 
     def signature(self, node: Node) -> Hashable:

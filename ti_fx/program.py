@@ -8,13 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
 
 from ti_fx.concrete import Concrete
 from ti_fx.decisions import Decisions
@@ -73,34 +73,41 @@ def export_program(
 
     Sizes that the model ties or fixes in a way that can't be expressed are fixed: all but the batch, or all.
     """
-    shapes, static = _dynamic_shapes(tensors, dynamic)
     constants = {**constants, **known.baked}
     follows = known.decisions is not None
-
-    def traced(shapes: dict[str, Any]) -> torch.export.ExportedProgram:
-        return _trace(model, tensors, constants, shapes, known)
-
-    try:
-        return traced(shapes), static
-    except Exception as error:
-        # what reads values may do without them where sizes are numbers; values that are constants mostly fix sizes
-        if dynamic not in ("auto", "all") or not (known.baked or follows or _is_about_shapes(error)):
-            raise
-        reason = _shape_reason(error)
-    batch = not known.baked
-    if batch:
+    rungs: list[Dynamic] = [dynamic]
+    if dynamic in ("auto", "all"):
+        rungs += (
+            ["none"] if known.baked else ["batch", "none"]
+        )  # values that are constants mostly fix the batch, too
+    reason = ""
+    spare: tuple[torch.export.ExportedProgram, dict[str, str]] | None = None
+    for rung in rungs:
+        shapes, static = _dynamic_shapes(tensors, rung)
+        if reason:
+            static = {
+                f"{name}.{index}": reason
+                for name, value in tensors.items()
+                for index in range(int(rung == "batch"), value.dim())
+            }
         try:
-            exported = traced(_dynamic_shapes(tensors, "batch")[0])
+            program = _trace(model, tensors, constants, shapes, known)
         except Exception as error:
-            if not (follows or _is_about_shapes(error)):
-                raise
-            batch = False
-    if not batch:
-        exported = traced(_dynamic_shapes(tensors, "none")[0])
-    for name, value in tensors.items():
-        for index in range(int(batch), value.dim()):
-            static[f"{name}.{index}"] = reason
-    return exported, static
+            # what reads values may do without them where sizes are numbers
+            if rung == rungs[-1] or not (known.baked or follows or _is_about_shapes(error)):
+                if spare is None:
+                    raise
+                break
+            reason = reason or _shape_reason(error)
+            continue
+        if not (follows and has_open_sizes(program)):
+            return program, static
+        spare = spare or (program, static)
+        reason = (
+            reason or "the model computes sizes from it with tensors, which only a fixed size makes numbers"
+        )
+    assert spare is not None
+    return spare
 
 
 def _trace(
@@ -120,11 +127,23 @@ def _trace(
         redirect_stderr(printed),
         _taken_for_hit(known.decisions is not None),
         _without_checks(known.decisions is not None),
+        _broadcast_masks(),
         Concrete([*known.baked.values(), *known.numbers], decisions=known.decisions),
     ):
         exported = torch.export.export(model, (), tensors, dynamic_shapes=shapes, strict=False)
     sys.stderr.write(printed.getvalue())
     return exported
+
+
+def has_open_sizes(program: torch.export.ExportedProgram) -> bool:
+    """Whether the size of an output or of a map depends on values: a teacher's may differ from a student's."""
+    nodes = program.graph.nodes
+    maps = [node for node in nodes if "softmax" in getattr(node.target, "__name__", "")]
+    return any(
+        free_unbacked_symbols(node.meta["val"].shape)
+        for node in [*maps, *program.graph.output_node().all_input_nodes]
+        if isinstance(node.meta.get("val"), Tensor)
+    )
 
 
 @contextmanager
@@ -166,6 +185,29 @@ def _without_checks(active: bool) -> Iterator[None]:
             del os.environ[name]
         elif active and before is not None:
             os.environ[name] = before
+
+
+@contextmanager
+def _broadcast_masks() -> Iterator[None]:
+    """Masks of transformers by broadcast instead of vmap: a graph can't hold its batched tensors."""
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    if masks is None:
+        yield
+        return
+    before = masks._vmap_expansion_sdpa, masks.TransformGetItemToIndex
+
+    def broadcast(function: Any) -> Any:
+        def of(*indices: Tensor) -> Tensor:
+            mask: Tensor = function(*masks._non_vmap_expansion_sdpa(*indices))
+            return mask.expand(*(len(index) for index in indices))
+
+        return of
+
+    masks._vmap_expansion_sdpa, masks.TransformGetItemToIndex = broadcast, nullcontext
+    try:
+        yield
+    finally:
+        masks._vmap_expansion_sdpa, masks.TransformGetItemToIndex = before
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ti_fx.concrete import SIZED, all_tensors
+from ti_fx.concrete import SIZED, all_tensors, index_numbers
 from ti_fx.program import unchanged_buffers
 
 # What turns a tensor's values into Python numbers or into sizes.
@@ -82,8 +82,8 @@ class _Taint(TorchFunctionMode):
         sources = self.of((args, kwargs))
         if name in _READS:
             self.read |= sources
-        elif name in ("__getitem__", "__setitem__") and isinstance(args[1], tuple):
-            self.read |= self.of([part for part in args[1] if isinstance(part, list | tuple)])
+        elif name in ("__getitem__", "__setitem__"):
+            self.read |= self.of(index_numbers(args[1]))
         elif SIZED.fullmatch(name):
             self.read |= self.of([value for value in all_tensors(args[1:]) if not value.dim()])
         elif name == "repeat_interleave" and len(args) > 1:

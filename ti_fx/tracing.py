@@ -15,8 +15,16 @@ from torch import Tensor, nn
 
 from ti_fx.concrete import Concrete
 from ti_fx.decisions import Decision, Decisions
-from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError
-from ti_fx.program import Dynamic, Known, export_program, first_line, unchanged_buffers, whole_numbers_stay
+from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError, VerificationError
+from ti_fx.program import (
+    Dynamic,
+    Known,
+    export_program,
+    first_line,
+    has_open_sizes,
+    unchanged_buffers,
+    whole_numbers_stay,
+)
 from ti_fx.randomness import decides_at_random, no_python_randomness
 from ti_fx.steering import steering_inputs
 
@@ -159,7 +167,7 @@ def export(
             steered = _reads_values(first.program)
         except Exception as error:
             known = _capture_error(model, error, tensors, constants)
-            steered = is_data_dependent(known)
+            steered = is_about_values(known)
             if not steered:
                 raise known from error
         if steered:
@@ -196,6 +204,7 @@ def follow(
         if len(steering) == len(tensors):
             steering = {}
         first: Exception | None = None
+        spare: Traced | None = None
         for baked, level in (({}, False), *[(steering, False)][: len(steering)], (steering, True)):
             decisions = Decisions(numbers=level)
             rest = {name: value for name, value in tensors.items() if name not in baked}
@@ -217,14 +226,18 @@ def follow(
             return Traced(
                 *found, baked, Followed(tuple(itertools.chain(*decisions.taken.values())), concrete.loops)
             )
+            if not has_open_sizes(spare.program):
+                return spare
+    if spare is not None:
+        return spare
     assert first is not None
     raise _capture_error(model, first, tensors, constants) from first
 
 
-def is_data_dependent(error: Exception) -> bool:
+def is_about_values(error: Exception) -> bool:
     """Whether an error of a trace says that Python reads values."""
-    said = "data-dependent|data is not allocated|not a subset of src_bound|cannot be solved"
-    return isinstance(error, CaptureError) and bool(re.search(said, str(error)))
+    said = "data-dependent|data is not allocated|not a subset of src_bound|cannot be solved|can't be computed from"
+    return isinstance(error, CaptureError | VerificationError) and bool(re.search(said, str(error)))
 
 
 def _is_meta(tensors: dict[str, Tensor]) -> bool:
