@@ -83,6 +83,7 @@ class Evaluator:
         self.gm = gm
         self.mode = fake_mode(gm)
         self.known: dict[Hashable, Any] = {}
+        self.open: dict[Hashable, Any] | None = None
         self.signatures: dict[Node, tuple[Any, Hashable]] = {}
 
     def value(self, node: Node) -> Any:
@@ -97,9 +98,31 @@ class Evaluator:
         if key not in self.known:
             value = self._evaluate(node)
             if _own_symbols(node, value):
-                return value
+                return self._alike().setdefault(self._open_key(node), value)
             self.known[key] = value
         return self.known[key]
+
+    def _alike(self) -> dict[Hashable, Any]:
+        """Return values with symbols of their own by what decides them: a twin's by the same mask are equal."""
+        if self.open is None:
+            known = [
+                node for node in self.gm.graph.nodes if "val" in node.meta and node.op == "call_function"
+            ]
+            self.open = {
+                self._open_key(node): node.meta["val"]
+                for node in known
+                if _own_symbols(node, node.meta["val"])
+            }
+        return self.open
+
+    def _open_key(self, node: Node) -> Hashable:
+        """Return the call, and the nodes or symbols whose values decide its size: an index's masks, else its input."""
+        deciding = node.all_input_nodes[1:] or node.all_input_nodes
+        values = [source.meta["val"] for source in deciding]
+        return self._key(node), tuple(
+            str(value) if isinstance(value, torch.SymInt) else source
+            for source, value in zip(deciding, values, strict=True)
+        )
 
     def signature(self, node: Node) -> Hashable:
         """Return the signature of the node's ``meta["val"]``."""
@@ -136,6 +159,9 @@ class Evaluator:
                     stored.shape, stored.stride(), dtype=stored.dtype, device=stored.device
                 )
             args, kwargs = self._inputs((node.args, node.kwargs))
+            if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()):
+                # a fake tensor remembers the symbol of its number, and equal calls share one fake tensor
+                args = pytree.tree_map_only(Tensor, torch.empty_like, args)
             if node.op == "call_module":
                 return self.gm.get_submodule(str(node.target))(*args, **kwargs)
             if node.op == "call_method":
