@@ -89,7 +89,10 @@ def traceable(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def other_sizes(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[dict[str, int]]:
-    """Return two sets of sizes, each unlike the example's in every dynamic dimension that allows it."""
+    """Return two sets of sizes, each unlike the example's in every dynamic dimension that allows it, and special ones.
+
+    Those are of a graph with a cache: before the first token, and one token at a time.
+    """
     bounds, own = limits(gm), sizes(gm, inputs)
     longer, shorter = {}, {}
     for name, size in own.items():
@@ -106,7 +109,11 @@ def other_sizes(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[dict[str,
         longer[name] = allowed[0]
         others = [candidate for candidate in allowed if candidate not in (size, allowed[0])]
         shorter[name] = min(others, key=lambda candidate: abs(candidate - size / 2), default=allowed[-1])
-    return [longer, shorter]
+    found = [longer, shorter, *({**longer, **case} for case in state(gm).get("cases", ()))]
+    for name, parts in state(gm).get("sums", {}).items():  # a mask covers the cache and what is new
+        for wanted in found:
+            wanted[name] = sum(wanted[part] for part in parts)
+    return found
 
 
 def _fits(gm: GraphModule, wanted: Mapping[str, int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +61,7 @@ class Ternarize(Pass):
         """Insert or replace the quantiser of each selected weight, right after the weight's read."""
         kept = self._kept_readers(gm)
         for weight, granularity in self.select(gm).items():
-            _quantise(weight, granularity, self.clip, kept.get(weight, []))
+            quantise(weight, granularity, self.clip, kept.get(weight, []))
 
     def ensures(self, gm: GraphModule) -> None:
         """Each selected weight has a quantiser with these options."""
@@ -109,7 +110,10 @@ def _readers(weight: Node) -> list[Node]:
     return [reader for user in own for reader in (user.users if user.target is numerics.ternary else (user,))]
 
 
-def _quantise(weight: Node, granularity: Granularity, clip: float, kept: list[Node]) -> None:
+def quantise(
+    weight: Node, granularity: Granularity, clip: float = numerics.CLIP, kept: Sequence[Node] = ()
+) -> None:
+    """Let the readers of a weight read it through a quantiser, those in ``kept`` excepted."""
     options: dict[str, Argument] = {"granularity": granularity, "clip": clip}
     readers = _readers(weight)
     quantiser = next((user for user in weight.users if user.target is numerics.ternary), None)

@@ -1,0 +1,161 @@
+"""Causal language models with a cache: the same student token by token, and transformers' ``generate`` around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from models import bert_model, gpt2_model, llama_model, text_example, tokens
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers import LlamaForCausalLM
+
+import ti_fx
+from ti_fx.errors import ExportError, InputError, PreconditionError
+from ti_fx.export import ExportReport, to_onnx, with_cache
+from ti_fx.export.generation import OnnxCausalLM
+from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
+
+NEW = 12
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A packed student, the same with its cache, and its file."""
+
+    model: LlamaForCausalLM
+    student: GraphModule
+    cached: GraphModule
+    report: ExportReport
+
+    def runtime(self) -> OnnxCausalLM:
+        return OnnxCausalLM(self.report.path, self.model.config)
+
+
+def packed(model: nn.Module, example: dict[str, Tensor], **options: object) -> GraphModule:
+    gm = ti_fx.capture(model, example)
+    quantisers = QuantizeActivations("int8-token")  # a token's result does not depend on those beside it
+    ti_fx.Pipeline(Ternarize(min_rows=32, **options), quantisers, Strip(), Pack())(gm)  # type: ignore[arg-type]
+    return gm.eval()
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    torch.manual_seed(0)
+    model = llama_model().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that tokens differ clearly
+            parameter.mul_(4) if parameter.dim() == 2 else None
+    example = text_example(batch=2)
+    student = packed(model, example)
+    cached, inputs = with_cache(student, model, example)
+    return Decoder(
+        model, student, cached, to_onnx(cached, tmp_path_factory.mktemp("cache") / "llama.onnx", inputs)
+    )
+
+
+def greedy(decoder: Decoder, ids: Tensor) -> Tensor:
+    """Generate without any cache, in PyTorch."""
+    with torch.no_grad():
+        for _ in range(NEW):
+            logits = decoder.student(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+            ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
+    return ids
+
+
+def test_the_comparison_has_the_cache_states(decoder: Decoder) -> None:
+    cases = {row.case for row in decoder.report.parity.differences}
+    assert any("past=0" in case for case in cases)
+    assert any("sequence=1," in case for case in cases)
+    assert decoder.report.parity.skipped == ()
+
+
+def test_the_cached_graph_is_the_student(decoder: Decoder) -> None:
+    ids = tokens(3, 9)
+    mask = torch.ones_like(ids)
+    given = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": torch.arange(9).expand(3, 9).contiguous(),
+    }
+    names = [str(node.target) for node in decoder.cached.graph.find_nodes(op="placeholder")]
+    shapes = {
+        str(node.target): node.meta["val"].shape for node in decoder.cached.graph.find_nodes(op="placeholder")
+    }
+    given |= {
+        name: torch.zeros(3, int(shapes[name][1]), 0, int(shapes[name][3]))
+        for name in names
+        if "past" in name
+    }
+    with torch.no_grad():
+        found = decoder.cached(**given)["logits"]
+        expected = decoder.student(input_ids=ids, attention_mask=mask)["logits"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_greedy_search_gives_the_tokens_of_the_student_without_a_cache(decoder: Decoder) -> None:
+    ids = tokens(2, 5)
+    found = decoder.runtime().generate(
+        ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(found, greedy(decoder, ids))
+    assert len(set(found[:, 5:].flatten().tolist())) > 2
+
+
+def test_padding_on_the_left_changes_no_token(decoder: Decoder) -> None:
+    ids = tokens(1, 5)
+    other = tokens(2, 8)[1:]
+    batch = torch.cat((nn.functional.pad(ids, (3, 0)), other))
+    mask = torch.ones_like(batch)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = decoder.runtime().generate(batch, attention_mask=mask, **options)
+    assert torch.equal(found[:1, 3:], decoder.runtime().generate(ids, **options))
+    assert torch.equal(found[1:], decoder.runtime().generate(other, **options))
+
+
+def test_sampling_follows_the_seed(decoder: Decoder) -> None:
+    options = {"max_new_tokens": NEW, "do_sample": True, "eos_token_id": None, "pad_token_id": 0}
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(decoder.runtime().generate(tokens(1, 5), **options))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.slow
+def test_a_tied_head_and_learned_positions_have_a_cache_too(tmp_path: Path) -> None:
+    model, example = gpt2_model().eval(), text_example(batch=2)
+    cached, inputs = with_cache(packed(model, example), model, example)
+    report = to_onnx(cached, tmp_path / "gpt2.onnx", inputs)
+    assert report.parity.skipped == ()
+
+
+def test_what_has_no_cache_is_refused() -> None:
+    model, example = bert_model().eval(), text_example(batch=2)
+    with pytest.raises(InputError, match="returns no cache of keys and values"):
+        with_cache(packed(model, example), model, example)
+
+
+def test_what_is_not_packed_or_too_short_is_refused(decoder: Decoder) -> None:
+    example = text_example(batch=2)
+    with pytest.raises(PreconditionError, match="run Pack"):
+        with_cache(ti_fx.capture(decoder.model, example), decoder.model, example)
+    with pytest.raises(InputError, match="input_ids"):
+        with_cache(decoder.student, decoder.model, {"input_ids": tokens(2, 2)})
+
+
+def test_a_table_read_in_two_ways_is_refused() -> None:
+    model, example = gpt2_model().eval(), text_example(batch=2)
+    with pytest.raises(ExportError, match="both packed and in full precision"):
+        with_cache(packed(model, example, tied="embedding"), model, example)
+
+
+def test_a_file_without_a_cache_is_refused(decoder: Decoder, tmp_path: Path) -> None:
+    path = tmp_path / "plain.onnx"
+    to_onnx(decoder.student, path, text_example(batch=2))
+    with pytest.raises(InputError, match="has no cache"):
+        OnnxCausalLM(path, decoder.model.config)
