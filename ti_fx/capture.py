@@ -146,7 +146,7 @@ def _captured(
     Whether that is the model in training, too, is compared like everything else, unless the model does not run in
     training with these inputs (it wants labels), which the report says.
     """
-    first: TiFxError | None = None
+    errors: list[TiFxError] = []
     spare: _Captured | None = None
     for trace in (export, follow):
         for training in (True, False):
@@ -155,7 +155,7 @@ def _captured(
             except RandomnessError:
                 raise
             except (CaptureError, InputError, VerificationError) as error:
-                first = first or error
+                errors.append(error)
                 continue
             if not (
                 training or found.unchecked is not None or draws_alike(model, found.gm, tensors, constants)
@@ -165,12 +165,11 @@ def _captured(
                 return found
             spare = found  # sizes that depend on values; where what decides them is followed, they don't
             break
-        if spare is None and first is not None and not is_about_values(first):
+        if spare is None and not any(map(is_about_values, errors)):
             break
     if spare is not None:
         return spare
-    assert first is not None
-    raise first
+    raise errors[0]
 
 
 def _traced(

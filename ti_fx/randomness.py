@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ti_fx.concrete import Concrete, all_tensors
+from ti_fx.decisions import caller
 from ti_fx.errors import RandomnessError
 from ti_fx.program import unchanged_buffers
 
 _RANDOM_FUNCTIONS = (
-    "random",
-    "uniform",
     "randint",
     "choice",
     "choices",
@@ -41,8 +40,29 @@ _NUMPY_FUNCTIONS = (
 
 
 @contextmanager
+def _python_draws(draw: float) -> Iterator[list[str]]:
+    """Let Python's uniform random numbers be at one end of their range; yield where they are drawn."""
+    drawn: list[str] = []
+
+    def uniform(low: float = 0.0, high: float = 1.0) -> float:
+        where = caller()
+        drawn.append(where)
+        return low + (high - low) * draw
+
+    before = random.random, random.uniform
+    random.random, random.uniform = uniform, uniform  # type: ignore[assignment]
+    try:
+        yield drawn
+    finally:
+        random.random, random.uniform = before
+
+
+@contextmanager
 def no_python_randomness(model: nn.Module) -> Iterator[None]:
-    """Raise if the model decides anything by Python's or NumPy's random numbers: the trace would bake one outcome."""
+    """Raise if the model decides anything by Python's or NumPy's random numbers: the trace would bake one outcome.
+
+    Uniform ones are at the upper end, where nothing is dropped; :func:`decides_at_random` says whether that matters.
+    """
     import numpy
 
     found: list[str] = []
@@ -67,7 +87,10 @@ def no_python_randomness(model: nn.Module) -> Iterator[None]:
             patched.append((module, name, getattr(module, name)))
             setattr(module, name, recording(getattr(module, name)))
     try:
-        yield
+        with _python_draws(1.0) as drawn:
+            yield
+        if any(parameter.is_meta for parameter in model.parameters()):
+            found += drawn  # there are no values to see whether they matter
     finally:
         for module, name, function in patched:
             setattr(module, name, function)
@@ -91,14 +114,16 @@ def decides_at_random(
             torch.random.fork_rng(devices=[]),
             unchanged_buffers(model),
             Concrete(draw=draw) as concrete,
+            _python_draws(draw) as drawn,
         ):
             torch.manual_seed(0)
             outputs.append(all_tensors(model(**tensors, **constants)))
-        if not concrete.drawn:
+        found = [*concrete.drawn, *drawn]
+        if not found:
             return None
     left, right = outputs
     same = len(left) == len(right) and all(
         a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
         for a, b in zip(left, right, strict=True)
     )
-    return None if same else concrete.drawn[0]
+    return None if same else found[0]

@@ -158,7 +158,7 @@ def export(
         CaptureError: it can't be traced, or draws random numbers in Python; names the source line where known.
     """
     with no_python_randomness(model):
-        if model.training and not _is_meta(tensors):
+        if not _is_meta(tensors):
             _no_random_choice(model, tensors, constants)
         first: Traced | None = None
         known: TiFxError | None = None
