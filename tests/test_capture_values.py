@@ -323,3 +323,24 @@ def test_a_model_that_returns_more_in_training_is_captured_as_it_evaluates_and_s
     assert torch.equal(result, model.eval()(**example)[0])
     assert (gm.train()(**example)[0] == 0).any()
     assert "returns other outputs than in eval mode" in str(ti_fx.capture_report(gm).unchecked)
+
+
+class NothingMasked(nn.Module):
+    """Does something else where a mask selects nothing; no loop, so that is no case of computing on nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, value: Tensor, mask: Tensor) -> Tensor:
+        chosen = value[mask > 0]
+        result: Tensor = self.linear(value)
+        return result + 1 if chosen.shape[0] == 0 else result
+
+
+def test_whether_a_mask_selects_anything_is_no_guess() -> None:
+    model, example = NothingMasked(), {"value": torch.randn(3, 4), "mask": torch.tensor([1, 0, 1])}
+    gm = ti_fx.capture(model, example)
+    assert torch.equal(values(gm, example), values(model, example))
+    with pytest.raises((RuntimeError, ti_fx.errors.InputError), match=r"which read 2|steers Python"):
+        gm(value=example["value"], mask=torch.tensor([0, 0, 0]))

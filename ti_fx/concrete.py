@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -40,6 +40,21 @@ def index_numbers(index: Any) -> list[Tensor]:
     return all_tensors((lists, bounds))
 
 
+class _Loop(list[Tensor]):
+    """Rows that say to their trace while Python loops over them."""
+
+    def __init__(self, concrete: Concrete, rows: Iterable[Tensor]) -> None:
+        super().__init__(rows)
+        self.concrete = concrete
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.concrete.looping += 1
+        try:
+            yield from super().__iter__()
+        finally:
+            self.concrete.looping -= 1
+
+
 class Concrete(TorchFunctionMode):
     """During a trace, computes what depends on the given integer tensors alone at once, so that Python can read it.
 
@@ -62,6 +77,7 @@ class Concrete(TorchFunctionMode):
         self.decisions = decisions
         self.rows: dict[int, Tensor] = {}
         self.loops: dict[str, bool] = {}
+        self.looping = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -183,7 +199,7 @@ class Concrete(TorchFunctionMode):
             assert self.decisions is not None
             if self.decisions.recording:
                 self.loops[where] = self.loops.get(where, False) or len(hit) < len(self.rows[id(hit)])
-            return self._at_once(func, *given)
+            return _Loop(self, self._at_once(func, *given))
         result = func(*args, **kwargs)
         if name in _SAME_ROWS and isinstance(result, Tensor) and _is_static(args, kwargs):
             with _disable_current_modes():

@@ -125,10 +125,10 @@ def _trace(
         _keywords_only(model, list(tensors), constants),
         torch.random.fork_rng(devices=[]),
         redirect_stderr(printed),
-        _taken_for_hit(known.decisions is not None),
         _without_checks(known.decisions is not None),
         _broadcast_masks(),
-        Concrete([*known.baked.values(), *known.numbers], decisions=known.decisions),
+        Concrete([*known.baked.values(), *known.numbers], decisions=known.decisions) as concrete,
+        _taken_for_hit(concrete),
     ):
         exported = torch.export.export(model, (), tensors, dynamic_shapes=shapes, strict=False)
     sys.stderr.write(printed.getvalue())
@@ -147,18 +147,19 @@ def has_open_sizes(program: torch.export.ExportedProgram) -> bool:
 
 
 @contextmanager
-def _taken_for_hit(active: bool) -> Iterator[None]:
-    """Take what a mask selects for not empty, which torch.export refuses to: ``if not rows.numel(): continue``."""
-    if not active:
-        yield
-        return
+def _taken_for_hit(concrete: Concrete) -> Iterator[None]:
+    """In a loop over what a mask hits, take what a row selects for not empty: ``if not places.numel(): continue``.
+
+    Where it is empty the body computes on nothing.
+    """
     original: Any = ShapeEnv.evaluate_expr
 
     def evaluated(environment: ShapeEnv, expression: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(environment, expression, *args, **kwargs)
         except GuardOnDataDependentSymNode:
-            if getattr(expression, "rhs", None) != 0 or expression.rel_op not in ("==", "!="):
+            empty = getattr(expression, "rhs", None) == 0 and expression.rel_op in ("==", "!=")
+            if not (concrete.looping and empty):
                 raise
             return original(
                 environment, expression, *args, **{**kwargs, "fallback_value": expression.rel_op == "!="}
