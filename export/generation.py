@@ -45,6 +45,8 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped
         generation_config: GenerationConfig | None = None,
         threads: int | None = None,
     ) -> None:
+        config = copy.deepcopy(config)
+        config._attn_implementation = "eager"  # nothing here attends; any other must be declared by the class
         super().__init__(config)
         self.runtime = Runtime(path, threads)
         names = self.runtime.inputs

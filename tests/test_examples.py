@@ -47,6 +47,14 @@ def test_quickstart(tmp_path: Path) -> None:
     assert (tmp_path / "runs/quickstart/student.onnx").is_file()
 
 
+def test_generate(tmp_path: Path) -> None:
+    printed = run("generate.py", cwd=tmp_path)
+    assert "past=0" in printed
+    same = re.search(r"(\d+)% of the tokens are those of PyTorch's student", printed)
+    assert same is not None
+    assert int(same[1]) >= 90
+
+
 def test_bring_your_own(tmp_path: Path) -> None:
     printed = run("bring_your_own.py", "--tiny", cwd=tmp_path)
     assert SCORES.search(printed)
