@@ -71,7 +71,8 @@ def _is_the_same(found: NDArray[Any], expected: NDArray[Any]) -> bool:
 
 
 def _floats(content: FileContent, packed: set[str]) -> Mapping[str, onnx.TensorProto]:
-    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
+    proto = onnx.TensorProto
+    kinds = (proto.FLOAT, proto.FLOAT16, proto.DOUBLE, proto.INT64, proto.BOOL)
     return {
         name: value
         for name, value in content.initializers.items()

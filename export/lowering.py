@@ -31,7 +31,7 @@ from ti_fx.export.attention import ATTENTION_OPSET, fuse_attention
 from ti_fx.export.layouts import UINT2
 from ti_fx.export.storage import Weights, insert, looked_up
 from ti_fx.export.student import PackedWeight, as_packed, packed_weights
-from ti_fx.graph import aten_name, constant_size, fork, supersede
+from ti_fx.graph import aten_name, constant_size, fork, supersede, tensor
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
     """Return a lowered private copy of a packed graph in eval mode; ``gm`` and its tensors are left alone.
 
     1. training-only modules go   2. packed look-ups   3. integer and block products   4. what is left of the
-    fake-quantisers   5. what is left of the packed weights   6. unquantised attention   7. residual sums before a norm
+    fake-quantisers   5. what is left of the packed weights   6. what is stored in half precision   7. unquantised
+    attention   8. residual sums before a norm
 
     Raises:
         ExportError: a packed weight is not float32, or the opset can't express an encoding.
@@ -116,6 +117,8 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
     for weight in list(packed_weights(copy)):
         if weight.node.users:
             weights.in_float(weight)
+    for node in copy.graph.find_nodes(op="get_attr"):
+        _mark_half(copy, node)
     if opset >= ATTENTION_OPSET:
         fuse_attention(copy.graph)
     for node in list(copy.graph.nodes):
@@ -132,6 +135,15 @@ def _drop_dropout(gm: GraphModule) -> None:
         if node.op == "call_module" and isinstance(gm.get_submodule(node.target), nn.Dropout):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
+
+
+def _mark_half(gm: GraphModule, node: Node) -> None:
+    """Mark what is stored in half precision, or the exporter would cast it and store the result."""
+    value = tensor(gm, str(node.target))
+    for reader in [reader for reader in node.users if aten_name(reader) == "to"]:
+        if value.dtype == torch.float16:
+            arguments = (node, str(node.target), "constant", value.shape, value.dtype)
+            reader.replace_input_with(node, insert(reader, ops.packed, *arguments))
 
 
 def _block_product(product: Product, weights: Weights) -> None:

@@ -38,8 +38,8 @@ def _many(
 def packed(stored: Tensor, target: str, kind: str, shape: Size, dtype: torch.dtype) -> Tensor:
     """Mark a stored tensor as the packed graph's tensor ``target``, so that it is found again in the finished file.
 
-    ``kind``: a layout of ``ti_fx.export.layouts`` or ``scale``. Of ``int2`` and its transposed twin, whose
-    ``dtype`` is int8, a Cast of an INT2 initialiser is left; the other markers vanish.
+    ``kind``: a layout of ``ti_fx.export.layouts``, ``scale`` or ``constant``. Of ``int2`` and its transposed twin,
+    whose ``dtype`` is int8, a Cast of an INT2 initialiser is left; the other markers vanish.
     """
     attributes = {"target": target, "kind": kind} | (
         {"codes_shape": list(shape)} if dtype == torch.int8 else {}

@@ -35,7 +35,7 @@ class PackedTensor:
 
     Attributes:
         target: the buffer's name in the packed graph.
-        initializer: its name in the file.
+        initializer: its name in the file, most often the same.
         kind: a layout of ``ti_fx.export.layouts``, or ``scale``.
     """
 
@@ -46,19 +46,23 @@ class PackedTensor:
 
 def to_json(tensors: Iterable[PackedTensor]) -> str:
     """Return the table as it is written into the file's metadata."""
-    return json.dumps([asdict(item) for item in tensors])
+    rows = [asdict(item) for item in tensors]
+    for row in rows:
+        if row["initializer"] == row["target"]:
+            del row["initializer"]
+    return json.dumps(rows, separators=(",", ":"))
 
 
 def from_json(text: str) -> list[PackedTensor]:
     """Undo :func:`to_json`; raises ValueError, TypeError or KeyError for any other text."""
-    return [PackedTensor(**row) for row in json.loads(text)]
+    return [PackedTensor(**{"initializer": row["target"], **row}) for row in json.loads(text)]
 
 
 def resolve_markers(model: ir.Model) -> list[PackedTensor]:
     """Take every marker out of the graph and return what they marked.
 
     int2 (transposed):    %c = Packed(%bytes)   becomes   %c = Cast(%codes: INT2 initialiser, to=INT8)
-    others:               %s = Packed(%stored)  becomes   %stored
+    others:               %s = Packed(%stored)  becomes   %stored, and of a constant no entry is returned
     """
     found: dict[str, PackedTensor] = {}
     graph = model.graph
@@ -68,7 +72,8 @@ def resolve_markers(model: ir.Model) -> list[PackedTensor]:
         assert stored.name is not None
         kind = node.attributes["kind"].as_string()
         target = node.attributes["target"].as_string()
-        found[target] = PackedTensor(target, stored.name, kind)
+        if kind != "constant":
+            found[target] = PackedTensor(target, stored.name, kind)
         if kind.startswith(INT2.name):
             _retag(stored, node.attributes["codes_shape"].as_ints())
             cast = ir.Node("", "Cast", [stored], [ir.AttrInt64("to", ir.DataType.INT8)], num_outputs=1)

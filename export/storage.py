@@ -105,11 +105,8 @@ class Weights:
         layout, name = self.layouts[weight.codes_name], weight.codes_name
         read = weight.codes
         if layout not in (INT2, BYTES):  # those are the graph's own bytes
-            read = self._buffer(
-                before,
-                f"stored_{name.replace('.', '_')}",
-                lambda: layout.encode(tensor(self.gm, name), weight.shape),
-            )
+            own = name.replace(".", "_")
+            read = self._buffer(before, own, lambda: layout.encode(tensor(self.gm, name), weight.shape))
         if layout in (INT2, INT2.turned):
             size, dtype = layout.written(weight.shape), torch.int8
         else:
@@ -131,7 +128,7 @@ class Weights:
         supersede(node, insert(node, ops.dequantised_weight, self.codes(weight), self.scale(node, weight)))
 
     def _table(self, before: Node, layout: Layout) -> Node:
-        return self._buffer(before, f"codes_of_{layout.name.replace('-', '_')}", layout.table)
+        return self._buffer(before, f"codes_of_{layout.name.removesuffix('-transposed')}", layout.table)
 
     def _buffer(self, before: Node, name: str, make: Callable[[], torch.Tensor]) -> Node:
         if name not in self.gm._buffers:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from ti_fx import encodings, numerics, roles
@@ -20,7 +22,16 @@ class Pack(Pass):
     before:  %w = w                              after:  %w_codes = w_codes          u8[elements / 4]
              %w_q = ternary(%w)                          %w_scale = w_scale          f32[] or f32[rows, 1]
                                                          %w_q = unpack_ternary(%w_codes, %w_scale, shape, dtype)
+    with ``kept=float16``:
+             %bias = bias                                %bias_half = packed.bias_half  f16
+                                                         %bias = to(%bias_half, float32)
+
+    Attributes:
+        kept: the type in which float32 Parameters that are not ternary are stored (biases, norms, position tables,
+            heads). float16 rounds them, here as in the file; one with values beyond its range stays as it is.
     """
+
+    kept: Literal["float32", "float16"] = "float32"
 
     def requires(self, gm: GraphModule) -> None:
         """A stripped graph with ternary weights, or one that is packed already."""
@@ -40,6 +51,9 @@ class Pack(Pass):
         """Replace every quantiser and drop the latent weights."""
         for node in [node for node in gm.graph.nodes if node.target is numerics.ternary]:
             _pack(gm, node)
+        if self.kept == "float16":
+            for node in gm.graph.find_nodes(op="get_attr"):
+                _halve(gm, node)
         prune(gm)
 
     def ensures(self, gm: GraphModule) -> None:
@@ -67,3 +81,19 @@ def _pack(gm: GraphModule, node: Node) -> None:
     supersede(node, unpacked)
     if not source.users:
         erase(source)
+
+
+def _halve(gm: GraphModule, node: Node) -> None:
+    value = tensor(gm, str(node.target)).detach()
+    if not isinstance(tensor(gm, str(node.target)), nn.Parameter) or value.dtype != torch.float32:
+        return
+    half = value.half()
+    if not torch.equal(half.isfinite(), value.isfinite()):
+        return
+    target = f"packed.{node.target}_half"
+    register(gm, target, half)
+    stored = get_attr(node, target, f"{node.name}_half", "student", like=node)
+    arguments = (stored, torch.float32)
+    supersede(
+        node, call(node, torch.ops.aten.to.dtype, arguments, f"{node.name}_float", "student", like=node)
+    )

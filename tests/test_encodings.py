@@ -245,7 +245,8 @@ def test_readers_of_one_input_with_two_encodings_have_a_quantiser_each(tmp_path:
             self.left, self.right, self.out = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 2)
 
         def forward(self, values: Tensor) -> Tensor:
-            return self.out(torch.tanh(self.left(values)) * self.right(values))
+            mixed: Tensor = self.out(torch.tanh(self.left(values)) * self.right(values))
+            return mixed
 
     values = {"values": torch.randn(3, 64)}
     gm = ti_fx.capture(Two(), values)
@@ -321,6 +322,35 @@ def test_attention_is_quantised_in_every_encoding(name: str, tmp_path: Path) -> 
     ti_fx.Pipeline(Ternarize(), QuantizeActivations(name, attention=True), Strip(), Pack())(gm)
     report = to_onnx(gm, tmp_path / "attention.onnx", bert_example())
     assert report.parity.nodes is not None
+
+
+def test_what_is_kept_may_be_stored_in_half_the_bytes(tmp_path: Path) -> None:
+    whole, gm = prepared(QuantizeActivations()), prepared(QuantizeActivations())
+    ti_fx.Pipeline(Strip(), Pack())(whole)
+    ti_fx.Pipeline(Strip(), Pack(kept="float16"))(gm)
+    before = ti_fx.dump(gm)
+    ti_fx.Pipeline(Pack(kept="float16"))(gm)
+    assert ti_fx.dump(gm) == before
+    expected = io.run_graph(whole, example())["logits"]
+    distance = (io.run_graph(gm, example())["logits"] - expected).norm() / expected.norm()
+    assert 0 < distance < 2e-2  # rounded by 5e-4, biases move activations over rounding boundaries
+    report = to_onnx(gm, tmp_path / "half.onnx", example())
+    stored = {value.name: value for value in onnx.load(report.path).graph.initializer}
+    assert stored["packed.first.bias_half"].data_type == onnx.TensorProto.FLOAT16
+    assert [name for name, value in stored.items() if value.data_type == 1 and value.dims] == [
+        "packed.table.weight_scale"
+    ]
+    check(report.path, gm, example())
+
+
+def test_values_beyond_half_precision_are_kept() -> None:
+    model = Model()
+    with torch.no_grad():
+        model.first.bias[0] = 1e6
+    gm = prepared(QuantizeActivations(), model)
+    ti_fx.Pipeline(Strip(), Pack(kept="float16"))(gm)
+    assert gm.get_parameter("first.bias").dtype == torch.float32
+    assert gm.get_buffer("packed.offset_half").dtype == torch.float16
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
