@@ -142,7 +142,7 @@ def test_what_has_no_cache_is_refused() -> None:
 
 def test_what_is_not_packed_or_too_short_is_refused(decoder: Decoder) -> None:
     example = text_example(batch=2)
-    with pytest.raises(PreconditionError, match="run Pack"):
+    with pytest.raises(PreconditionError, match="no packed ternary weight"):
         with_cache(ti_fx.capture(decoder.model, example), decoder.model, example)
     with pytest.raises(InputError, match="input_ids"):
         with_cache(decoder.student, decoder.model, {"input_ids": tokens(2, 2)})
