@@ -4,9 +4,20 @@ if __name__ != "ti_fx.export":
     raise ImportError(f"import ti_fx.export, not {__name__}: this would make a second copy of its classes")
 
 from ti_fx.export.cache import with_cache
+from ti_fx.export.choose import Choice, choose_encoding
 from ti_fx.export.parity import check
 from ti_fx.export.report import ExportReport, ParityReport
 from ti_fx.export.runtime import Runtime, session
 from ti_fx.export.writer import to_onnx
 
-__all__ = ["ExportReport", "ParityReport", "Runtime", "check", "session", "to_onnx", "with_cache"]
+__all__ = [
+    "Choice",
+    "ExportReport",
+    "ParityReport",
+    "Runtime",
+    "check",
+    "choose_encoding",
+    "session",
+    "to_onnx",
+    "with_cache",
+]

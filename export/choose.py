@@ -1,0 +1,198 @@
+"""Choose an encoding by measuring the model on this machine, before it is trained for one.
+
+An encoding is what a student is trained for, so a recipe holds its name and never "the best one": choose, look at the
+table, and write the name down.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ti_fx import encodings, numerics
+from ti_fx.encodings import get_encoding
+from ti_fx.errors import ExportError, InputError
+from ti_fx.export import inputs as io
+from ti_fx.export.runtime import Runtime
+from ti_fx.export.writer import to_onnx
+from ti_fx.graph import fork
+from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
+from ti_fx.pipeline import Pipeline
+
+CANDIDATES = ("int8-tensor", "int8-token", "nbits2")
+AS_FAST = 1.05  # medians of a busy machine differ by so much from run to run
+_RESIDENT = """
+import sys, numpy, onnxruntime
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1])
+feed = dict(numpy.load(sys.argv[2]))
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3
+if int(sys.argv[3]):
+    options.intra_op_num_threads = int(sys.argv[3])
+before = resident()
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+session.run(None, feed)
+print(resident() - before)
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One encoding of the model.
+
+    Attributes:
+        encoding: its name.
+        milliseconds: of one run on the example, the median.
+        megabytes: of memory, after one run against before loading; None where the system does not say.
+        on_disk: megabytes of the file.
+    """
+
+    encoding: str
+    milliseconds: float
+    megabytes: float | None
+    on_disk: float
+
+    def __str__(self) -> str:
+        memory = "-" if self.megabytes is None else f"{self.megabytes:.0f} MB"
+        alone = "no" if get_encoding(self.encoding).batch_invariant else "yes"
+        return (
+            f"  {self.encoding:12} {self.milliseconds:9.2f} ms  {memory:>8}  {self.on_disk:8.2f} MB  {alone}"
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The encoding that was chosen, why, and what was measured."""
+
+    encoding: str
+    reason: str
+    measured: tuple[Measured, ...]
+
+    def __str__(self) -> str:
+        head = f"  {'encoding':12} {'one run':>12}  {'RAM':>8}  {'on disk':>11}  a row depends on its batch"
+        return "\n".join([f"{self.encoding}: {self.reason}", head, *map(str, self.measured)])
+
+
+def choose_encoding(
+    gm: GraphModule,
+    example: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    candidates: Sequence[str] = CANDIDATES,
+    ram_megabytes: float | None = None,
+    threads: int | None = None,
+    rounds: int = 7,
+) -> Choice:
+    """Export the model in each encoding, run each on the example in turn, and choose the fastest that fits.
+
+    Of those as fast as the fastest, within 5%, one whose rows don't depend on the rest of their batch is taken. Each
+    file is compared with PyTorch, as any export is. ``gm`` is left as it was.
+
+    Args:
+        gm: a captured graph, at any stage of its preparation; what is not ternary yet is ternarised as by default.
+        example: inputs of the size that counts: a whole batch of texts, or one token.
+        candidates: names of encodings.
+        ram_megabytes: the most memory that loading and one run may take; None is no limit.
+        threads: within a node; None is one per core.
+        rounds: how often each is run; the median counts.
+
+    Raises:
+        InputError: an encoding is not known; a limit is given where the system does not say what memory is used.
+        ExportError: none fits within the limit.
+    """
+    for name in candidates:
+        get_encoding(name)
+    student = _packed(gm)
+    inputs = io.bind(student, example)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = {one: folder / f"{one}.onnx" for one in candidates}
+        for one, path in files.items():
+            to_onnx(student, path, inputs, encoding=one, requantize=True)
+        times = _times({one: Runtime(path, threads) for one, path in files.items()}, inputs, rounds)
+        arrays: dict[str, Any] = {key: value.numpy() for key, value in inputs.items()}
+        np.savez(folder / "inputs.npz", **arrays)
+        measured = tuple(
+            Measured(
+                one,
+                times[one],
+                _resident(path, folder / "inputs.npz", threads),
+                path.stat().st_size / 1e6,
+            )
+            for one, path in files.items()
+        )
+    return _choice(measured, ram_megabytes)
+
+
+def _packed(gm: GraphModule) -> GraphModule:
+    copy = fork(gm)
+    targets = {node.target for node in copy.graph.nodes}
+    if encodings.unpack_ternary in targets:
+        return copy
+    if numerics.ternary not in targets:
+        Pipeline(Ternarize())(copy)
+        Pipeline(QuantizeActivations(encoding="float"))(copy)
+    Pipeline(Strip(), Pack())(copy)
+    return copy
+
+
+def _times(runtimes: Mapping[str, Runtime], inputs: Mapping[str, Tensor], rounds: int) -> dict[str, float]:
+    """Return each one's median milliseconds; in every round each runs once, so a busy machine slows all alike."""
+    for runtime in runtimes.values():
+        runtime(inputs)
+    times: dict[str, list[float]] = {name: [] for name in runtimes}
+    for _ in range(rounds):
+        for name, runtime in runtimes.items():
+            start = time.perf_counter()
+            runtime(inputs)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _resident(path: Path, inputs: Path, threads: int | None) -> float | None:
+    """Return what a fresh process needs for the file, in megabytes."""
+    if not Path("/proc/self/statm").exists():
+        return None
+    command = [sys.executable, "-c", _RESIDENT, str(path), str(inputs), str(threads or 0)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise ExportError(
+            f"can't measure {path.stem} in a process of its own: {result.stderr.strip()[-200:]}"
+        )
+    return int(result.stdout) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _choice(measured: tuple[Measured, ...], limit: float | None) -> Choice:
+    fitting = list(measured)
+    if limit is not None:
+        needs = {one: one.megabytes for one in measured}
+        if None in needs.values():
+            raise InputError("this system does not say what memory is used; leave ram_megabytes out")
+        fitting = [one for one, need in needs.items() if need is not None and need <= limit]
+    if not fitting:
+        least = min(measured, key=lambda one: one.megabytes or 0)
+        raise ExportError(
+            f"no encoding runs in {limit:g} MB: {least.encoding} needs the least, {least.megabytes:.0f} MB"
+        )
+    fastest = min(fitting, key=lambda one: one.milliseconds)
+    alike = [one for one in fitting if one.milliseconds <= AS_FAST * fastest.milliseconds]
+    chosen = next((one for one in alike if get_encoding(one.encoding).batch_invariant), fastest)
+    reason = f"the fastest, {chosen.milliseconds:.2f} ms"
+    if chosen is not fastest:
+        reason = f"as fast as {fastest.encoding}, and a row's result does not depend on its batch"
+    if limit is not None:
+        reason += f", of {len(fitting)} that run in {limit:g} MB"
+    return Choice(chosen.encoding, reason, measured)
