@@ -322,7 +322,8 @@ def _validate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if value.dim() != expected.dim():
             raise InputError(f"input {name!r} has {value.dim()} dimensions; the graph takes {expected.dim()}")
         for index, (size, wanted) in enumerate(zip(value.shape, expected.shape, strict=True)):
-            _validate_size(name, index, size, wanted, sizes)
+            if size or str(wanted) not in state(module).get("may_be_empty", ()):
+                _validate_size(name, index, size, wanted, sizes)
         baked = state(module).get("baked", {}).get(name)
         if baked is not None and not value.is_meta and not torch.equal(value, baked.to(value.device)):
             raise InputError(
