@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,13 +54,23 @@ def session_of(model: str | bytes, name: str, threads: int | None = None) -> onn
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        loaded = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base class but Exception
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"ONNX Runtime {onnxruntime.__version__} can't load {name}: {reason}; "
             "export the file again if it is damaged"
         ) from error
+    _return_memory()
+    return loaded
+
+
+def _return_memory() -> None:
+    """Give what was freed back to the system: glibc keeps the codes that were unpacked as the file was loaded."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 class Runtime:
