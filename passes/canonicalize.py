@@ -32,7 +32,8 @@ class Canonicalize(Pass):
     1. einsum of two activations that sums over one label; labels that one operand lacks are broadcast. Anything else
        (a stored operand, a diagonal, a label that only one operand has and nobody keeps) stays an einsum
     2. ``sum(mul(a, b), dim)`` where each factor is broadcast along a dimension that the other has
-    3. ``exp(x - c) / sum(exp(x - c))``, ``c`` the same along the dimension or left out; ``exp(log_softmax(x))``
+    3. ``exp(x - c) / sum(exp(x - c))``, ``c`` the same along the dimension or left out; ``exp(log_softmax(x))``;
+       ``exp(x - logsumexp(x))``
 
     4. a linear or matmul whose input is not contiguous reads a contiguous copy: torch picks the kernel for such an
        input by whether the weight requires a gradient, so that a frozen teacher would differ by rounding
@@ -209,6 +210,13 @@ def _softmax(node: Node) -> None:
         if isinstance(inner, Node) and aten_name(inner) == "log_softmax" and len(inner.users) == 1:
             supersede(node, _call(node, aten.softmax.int, *inner.args))
             erase(inner)
+        elif (
+            isinstance(inner, Node)
+            and aten_name(inner) == "sub"
+            and not inner.kwargs
+            and len(inner.args) == 2
+        ):
+            _less_their_total(node, inner)
         return
     powers, total = node.args[:2]
     if (
@@ -225,6 +233,21 @@ def _softmax(node: Node) -> None:
     assert isinstance(exponent, Node)
     supersede(node, _call(node, aten.softmax.int, _unshifted(exponent, dim), dim))
     _erase_unread(total)
+
+
+def _less_their_total(node: Node, difference: Node) -> None:
+    """Put softmax in the place of exp(x - logsumexp(x))."""
+    value, total = difference.args
+    if not isinstance(value, Node) or not isinstance(total, Node) or aten_name(total) != "logsumexp":
+        return
+    dims = total.args[1]
+    if total.args[0] is not value or not isinstance(dims, tuple | list) or len(dims) != 1:
+        return
+    rank = len(_shape(value))
+    dim = int(str(dims[0])) % rank
+    if len(_shape(total)) == rank and constant_size(_shape(total)[dim]) == 1:  # the dimension was kept
+        supersede(node, _call(node, aten.softmax.int, value, dim - rank))
+        _erase_unread(difference)
 
 
 def _erase_unread(node: Node) -> None:

@@ -87,12 +87,16 @@ def by_log(a: Tensor, dim: int) -> Tensor:
     return a.log_softmax(dim).exp()
 
 
+def less_their_total(a: Tensor, dim: int) -> Tensor:
+    return torch.exp(a - a.logsumexp(dim, keepdim=True))
+
+
 def bare(a: Tensor, dim: int) -> Tensor:
     return a.exp() / a.exp().sum(dim, keepdim=True)
 
 
 @pytest.mark.parametrize("dim", [-1, 2, 0])
-@pytest.mark.parametrize("function", [shifted, by_log])
+@pytest.mark.parametrize("function", [shifted, by_log, less_their_total])
 def test_a_softmax_written_by_hand_is_a_softmax(function: Callable[[Tensor, int], Tensor], dim: int) -> None:
     gm = captured(lambda a, b: function(a @ b.transpose(-1, -2), dim))
     assert "softmax" in names(gm)
@@ -106,8 +110,15 @@ def test_a_softmax_written_by_hand_is_a_softmax(function: Callable[[Tensor, int]
         lambda a, b: (powers := a.exp()) / powers.sum(-1, keepdim=True) + powers,
         lambda a, b: (powers := (a - b).exp()) / powers.sum(),
         lambda a, b: (powers := a.exp()) / powers.sum(1, keepdim=True).sum(2, keepdim=True),
+        lambda a, b: (a - b.logsumexp(-1, keepdim=True)).exp(),
     ],
-    ids=["one more in the sum", "the powers have another reader", "no dimension kept", "a sum of sums"],
+    ids=[
+        "one more in the sum",
+        "the powers have another reader",
+        "no dimension kept",
+        "a sum of sums",
+        "another's",
+    ],
 )
 def test_what_is_no_softmax_stays(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert "softmax" not in names(captured(function))
