@@ -103,7 +103,9 @@ def ternary_embedding(weight: Tensor, indices: Tensor, *options: Any, clip: floa
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, kind: str) -> Tensor:
-        if isinstance(value.numel(), int) and not value.numel():  # an expert that no token goes to; no symbolic size
+        if (
+            isinstance(value.numel(), int) and not value.numel()
+        ):  # an expert that no token goes to; no symbolic size
             return value.clone()
         return _FAKE_QUANT[kind](_wide(value)).to(value.dtype)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ti_fx import roles
 from ti_fx.dataflow import CONVOLUTION, SOFTMAX, Walk, is_float, operands, projection_input, rank, source_of
@@ -234,6 +235,8 @@ class _Finder(Walk):
     ) -> AttentionSite:
         """Add what lies behind the context, and the kind."""
         output, residual, stream = self.behind(context)
+        if output is not None and free_unbacked_symbols(output.meta["val"].shape):
+            output = None  # of some of the tokens, as values decide: one expert's projection
         kind: Literal["self", "cross"] = "self"
         if key is not None and query is not key:
             kind = self.kind(stream, query, key)
