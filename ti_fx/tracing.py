@@ -21,7 +21,6 @@ from ti_fx.program import (
     Known,
     export_program,
     first_line,
-    has_open_sizes,
     unchanged_buffers,
     whole_numbers_stay,
 )
@@ -200,11 +199,13 @@ def follow(
             "capture it with values"
         )
     with no_python_randomness(model), whole_numbers_stay(model) as numbers:
-        steering = {name: tensors[name] for name in steering_inputs(model, tensors, constants)}
+        try:
+            steering = {name: tensors[name] for name in steering_inputs(model, tensors, constants)}
+        except Exception as error:  # in training it wants labels
+            raise _capture_error(model, error, tensors, constants) from error
         if len(steering) == len(tensors):
             steering = {}
         first: Exception | None = None
-        spare: Traced | None = None
         for baked, level in (({}, False), *[(steering, False)][: len(steering)], (steering, True)):
             decisions = Decisions(numbers=level)
             rest = {name: value for name, value in tensors.items() if name not in baked}
@@ -226,10 +227,6 @@ def follow(
             return Traced(
                 *found, baked, Followed(tuple(itertools.chain(*decisions.taken.values())), concrete.loops)
             )
-            if not has_open_sizes(spare.program):
-                return spare
-    if spare is not None:
-        return spare
     assert first is not None
     raise _capture_error(model, first, tensors, constants) from first
 
