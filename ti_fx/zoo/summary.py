@@ -132,9 +132,28 @@ def main(arguments: Sequence[str]) -> None:
 
 def _sentence(run: Run) -> str:
     names = {"transformers": "transformers", "torch": "torch", "onnxruntime": "ONNX Runtime"}
-    return (
+    measured = (
         "Measured with " + ", ".join(f"{title} {run.versions[name]}" for name, title in names.items()) + "."
     )
+    return " ".join([measured, *_verified(run)])
+
+
+def _verified(run: Run) -> list[str]:
+    """Say at how many models the sites were checked by numbers, and how closely graph and model agree there."""
+    counts = []
+    worst = 0.0
+    for point, name in (("map", "replaced"), ("context", "replaced context"), ("output", "replaced output")):
+        found = [one.outcome.numbers[name] for one in run.results if name in one.outcome.numbers]
+        if found:
+            counts.append(f"the {point} in {len(found)}")
+            worst = max(worst, max(found))
+    if not counts:
+        return []
+    return [
+        f"A known tensor in a site's place changed graph and model alike (relative {worst:.0e} at most): "
+        + ", ".join(counts)
+        + " models."
+    ]
 
 
 def _table(run: Run) -> list[str]:
