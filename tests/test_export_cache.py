@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,18 @@ class Decoder:
     cached: GraphModule
     report: ExportReport
 
-    def runtime(self) -> OnnxCausalLM:
-        return OnnxCausalLM(self.report.path, self.model.config)
+    def generate(self, ids: Tensor, **options: Any) -> Tensor:
+        """Generate in ONNX Runtime."""
+        runtime: Any = OnnxCausalLM(self.report.path, self.model.config)
+        found: Tensor = runtime.generate(
+            ids, **{"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0, **options}
+        )
+        return found
+
+
+def in_eval(model: nn.Module) -> Any:
+    model.train(False)
+    return model
 
 
 def packed(model: nn.Module, example: dict[str, Tensor], **options: object) -> GraphModule:
@@ -44,7 +55,7 @@ def packed(model: nn.Module, example: dict[str, Tensor], **options: object) -> G
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     torch.manual_seed(0)
-    model = llama_model().eval()
+    model = in_eval(llama_model())
     with torch.no_grad():
         for parameter in model.parameters():  # so that tokens differ clearly
             parameter.mul_(4) if parameter.dim() == 2 else None
@@ -97,9 +108,7 @@ def test_the_cached_graph_is_the_student(decoder: Decoder) -> None:
 
 def test_greedy_search_gives_the_tokens_of_the_student_without_a_cache(decoder: Decoder) -> None:
     ids = tokens(2, 5)
-    found = decoder.runtime().generate(
-        ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    found = decoder.generate(ids, do_sample=False)
     assert torch.equal(found, greedy(decoder, ids))
     assert len(set(found[:, 5:].flatten().tolist())) > 2
 
@@ -110,32 +119,30 @@ def test_padding_on_the_left_changes_no_token(decoder: Decoder) -> None:
     batch = torch.cat((nn.functional.pad(ids, (3, 0)), other))
     mask = torch.ones_like(batch)
     mask[0, :3] = 0
-    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    found = decoder.runtime().generate(batch, attention_mask=mask, **options)
-    assert torch.equal(found[:1, 3:], decoder.runtime().generate(ids, **options))
-    assert torch.equal(found[1:], decoder.runtime().generate(other, **options))
+    found = decoder.generate(batch, attention_mask=mask, do_sample=False)
+    assert torch.equal(found[:1, 3:], decoder.generate(ids, do_sample=False))
+    assert torch.equal(found[1:], decoder.generate(other, do_sample=False))
 
 
 def test_sampling_follows_the_seed(decoder: Decoder) -> None:
-    options = {"max_new_tokens": NEW, "do_sample": True, "eos_token_id": None, "pad_token_id": 0}
     drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        drawn.append(decoder.runtime().generate(tokens(1, 5), **options))
+        drawn.append(decoder.generate(tokens(1, 5), do_sample=True))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.slow
 def test_a_tied_head_and_learned_positions_have_a_cache_too(tmp_path: Path) -> None:
-    model, example = gpt2_model().eval(), text_example(batch=2)
+    model, example = in_eval(gpt2_model()), text_example(batch=2)
     cached, inputs = with_cache(packed(model, example), model, example)
     report = to_onnx(cached, tmp_path / "gpt2.onnx", inputs)
     assert report.parity.skipped == ()
 
 
 def test_what_has_no_cache_is_refused() -> None:
-    model, example = bert_model().eval(), text_example(batch=2)
+    model, example = in_eval(bert_model()), text_example(batch=2)
     with pytest.raises(InputError, match="returns no cache of keys and values"):
         with_cache(packed(model, example), model, example)
 
@@ -149,7 +156,7 @@ def test_what_is_not_packed_or_too_short_is_refused(decoder: Decoder) -> None:
 
 
 def test_a_table_read_in_two_ways_is_refused() -> None:
-    model, example = gpt2_model().eval(), text_example(batch=2)
+    model, example = in_eval(gpt2_model()), text_example(batch=2)
     with pytest.raises(ExportError, match="both packed and in full precision"):
         with_cache(packed(model, example, tied="embedding"), model, example)
 

@@ -48,7 +48,8 @@ class Block(nn.Module):
         scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1]) + self.mask[:length, :length]
         context = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
         hidden = self.attention_norm(hidden + self.output(context))
-        return self.norm(hidden + self.down(nn.functional.gelu(self.up(hidden))))
+        result: Tensor = self.norm(hidden + self.down(nn.functional.gelu(self.up(hidden))))
+        return result
 
 
 class Decoder(nn.Module):
@@ -95,7 +96,8 @@ Plant = Callable[[onnx.ModelProto, Exported, random.Random], str]
 def stored(
     model: onnx.ModelProto, choose: Callable[[onnx.TensorProto], bool], dice: random.Random
 ) -> onnx.TensorProto:
-    return dice.choice([value for value in model.graph.initializer if choose(value)])
+    found: onnx.TensorProto = dice.choice([value for value in model.graph.initializer if choose(value)])
+    return found
 
 
 def reader(model: onnx.ModelProto, gm: GraphModule, start: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,10 +37,11 @@ def test_a_site_at_another_node_is_found(point: str, tmp_path: Path) -> None:
     for stage in ("build", "count", "capture"):
         getattr(chain, stage)()
     first, second = find_attention(chain.gm)
+    moved: dict[str, Any] = {point: second.at(point)}
     with pytest.raises(
         CoverageError, match=f"a known {point} at .* changes the graph and the model differently"
     ):
-        chain._points([replace(first, **{point: second.at(point)}), second])
+        chain._points([replace(first, **moved), second])
 
 
 class Gated(nn.Module):
