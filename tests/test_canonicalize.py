@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -142,3 +143,22 @@ def test_run_twice_it_changes_nothing() -> None:
 def test_golden(golden: Callable[[str, str], None]) -> None:
     gm = captured(lambda a, b: shifted(torch.einsum("bqhd,bkhd->bhqk", a, b), -1))
     golden("canonicalize", ti_fx.dump(gm))
+
+
+def test_what_is_written_into_a_softmax_is_a_new_tensor() -> None:
+    class Masked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, scores: Tensor, mask: Tensor) -> Tensor:
+            result = scores.masked_fill(mask, -1e9).softmax(-1)
+            result.masked_fill_(mask, 0)
+            return result
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        result: Tensor = Masked.apply(a, b > 1)  # type: ignore[no-untyped-call]
+        return result * 2
+
+    gm = captured(function)
+    assert "masked_fill_" not in names(gm)
+    left = torch.randn(2, 5, 4, 6, requires_grad=True)
+    gm(a=left, b=torch.randn(2, 5, 4, 6)).square().sum().backward()
+    assert left.grad is not None
