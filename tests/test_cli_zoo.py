@@ -49,7 +49,8 @@ class Attention(nn.Module):
 
 class ByValue(Attention):
     def forward(self, tokens):
-        return super().forward(tokens) * (1 if tokens.sum() > 0 else 2)
+        scores = super().forward(tokens)
+        return scores * (1 if scores.sum() > 0 else 2)  # the weights decide, and training changes them
 
 
 def example(kind):

@@ -319,7 +319,7 @@ def test_rows_that_end_within_a_byte(name: str, tmp_path: Path) -> None:
     assert {node.domain for node in nodes_of(report.path)} <= {"", "com.microsoft"}
 
 
-@pytest.mark.parametrize("name", ["nbits2", "portable"])
+@pytest.mark.parametrize("name", ["nbits2", pytest.param("portable", marks=pytest.mark.slow)])
 def test_attention_is_quantised_in_every_encoding(name: str, tmp_path: Path) -> None:
     """The map's last dimension is dynamic, and of nbits2 shorter than a block."""
     from test_export_onnx import bert, bert_example

@@ -75,7 +75,9 @@ def steps(gm: GraphModule) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "pack", lambda: ti_fx.Pipeline(Pack())(gm)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "t5"))]
+)
 def test_node_visits_are_linear_in_the_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     visits: dict[str, list[int]] = {}
     for layers in LAYERS:

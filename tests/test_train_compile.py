@@ -100,6 +100,7 @@ def test_the_same_losses_at_other_shapes(compiled: TernaryTrainer) -> None:
             assert step(compiled, batch, length) == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_compiled_training_resumes_bit_equal_with_dropout(tmp_path: Path) -> None:
     """The lengths differ, so the two runs would compile at different ones if a checkpoint did not say which."""
     data = [

@@ -22,7 +22,7 @@ from ti_fx.zoo.makers import run
 from ti_fx.zoo.points import replacements
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "albert"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "albert"])
 def test_known_contexts_and_outputs_change_graph_and_model_alike(name: str, tmp_path: Path) -> None:
     outcome = run_chain(name, lambda: build(name), tmp_path, until="sites")
     assert outcome.refused is None
