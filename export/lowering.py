@@ -124,6 +124,8 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
     for node in list(copy.graph.nodes):
         if aten_name(node) == "layer_norm":
             _plain_sum(node)
+        elif aten_name(node) == "rsub":
+            _reversed_difference(node)
     copy.graph.eliminate_dead_code()
     copy.graph.lint()
     copy.recompile()
@@ -227,6 +229,13 @@ def match_product(node: Node) -> Product | None:
     if lowering.per_token and constant_size(activation.meta["val"].shape[-1]) is None:
         return None
     return Product(node, activation, lowering, weight, transposed, bias)
+
+
+def _reversed_difference(node: Node) -> None:
+    """Write number - x as -x + number, which is the same: torch.onnx 2.13 can't promote an integer x in ``rsub``."""
+    if len(node.args) == 2 and not node.kwargs and not isinstance(node.args[1], Node):
+        negative = insert(node, torch.ops.aten.neg.default, node.args[0])
+        supersede(node, insert(node, torch.ops.aten.add.Scalar, negative, node.args[1]))
 
 
 def _plain_sum(norm: Node) -> None:

@@ -147,7 +147,7 @@ class _Nudged(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if aten_name(n) in _PRODUCTS and isinstance(value, Tensor):
+        if aten_name(n) in _PRODUCTS and isinstance(value, Tensor) and value.numel():
             unit = torch.finfo(value.dtype).eps * value.abs().amax()
             value = value + unit * (2 * torch.rand(value.shape, generator=self.random, dtype=value.dtype) - 1)
         return value
