@@ -328,3 +328,13 @@ def test_other_sizes_stay_within_the_models_limits(student: GraphModule) -> None
     inputs = io.padded(student, io.resized(student, bert_example(), {"batch": 5, "sequence": 9}))
     assert inputs["input_ids"].shape == (5, 9)
     assert inputs["attention_mask"].sum(1).tolist() == [9, 8, 7, 6, 9]
+
+
+def test_a_number_less_whole_numbers_is_exported(tmp_path: Path) -> None:
+    class Masked(Layers):
+        def forward(self, values: Tensor, mask: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return super().forward(values * (1.0 - mask).unsqueeze(-1))
+
+    example = {**layers_example(), "mask": torch.tensor([[0, 1, 0, 0, 1]]).expand(3, 5).contiguous()}
+    report = to_onnx(packed(Masked(), example), tmp_path / "masked.onnx", example)
+    assert report.parity.nodes is not None
