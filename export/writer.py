@@ -163,8 +163,22 @@ def _export(student: GraphModule, inputs: Mapping[str, Tensor], opset: int) -> i
         raise ExportError(f"torch.onnx can't export the graph: {reason[0]}") from error
     assert program is not None
     assert program.exported_program is not None
+    _register_constants(program.model.graph)
     names.restore_names(program.model, program.exported_program, lowered)
     return program.model
+
+
+def _register_constants(graph: ir.Graph) -> None:
+    """Store constants that the exporter's optimiser made and forgot to store: the bounds of two Clips in one."""
+    for node in graph:
+        for value in node.inputs:
+            if (
+                value is not None
+                and value.const_value is not None
+                and value.producer() is None
+                and value.name not in graph.initializers
+            ):
+                graph.register_initializer(value)
 
 
 @contextmanager

@@ -265,9 +265,14 @@ class _Finder(Walk):
 
     def is_residual(self, node: Node, context: Node) -> bool:
         """Whether a node adds to what comes from ``context`` something that ``context`` was computed from."""
-        if not self.is_sum(node):
+        terms = [item for item in node.args[:2] if isinstance(item, Node)]
+        if (
+            aten_name(node) not in ("add", "add_")
+            or len(terms) < 2
+            or len({rank(item) for item in terms}) > 1
+        ):
             return False
-        terms = (item for item in node.args[:2] if isinstance(item, Node))
+        # learned queries are a stream, too, though nothing is computed in them
         return any(
             self.position[item] < self.position[context] and self.reaches(item, context) for item in terms
         )
