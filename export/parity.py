@@ -116,7 +116,8 @@ def _cases(
     wanted = io.other_sizes(gm, inputs)
     for sizes in wanted:
         yield _case(sizes), io.padded(gm, io.resized(gm, inputs, sizes)), None
-    if io.BATCH in wanted[0]:
+    # rows that are not one for each of the batch (codebooks of each) can't be put in order with it
+    if all(names.get(0) == io.BATCH for names in io.dimensions(gm).values()):
         order = torch.arange(wanted[0][io.BATCH]).flip(0)
         yield f"{_case(wanted[0])}, permuted", io.padded(gm, io.resized(gm, inputs, wanted[0])), order
 
