@@ -190,3 +190,10 @@ def test_the_file_itself_passes(exported: Exported) -> None:
     assert report.nodes is not None
     assert report.nodes.worst < 1e-6
     assert "compared one by one" in str(report)
+
+
+def test_the_same_model_gives_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
+    gm = ti_fx.capture(Decoder().eval(), exported.example)
+    ti_fx.Pipeline(Ternarize(), QuantizeActivations(), Strip(), Pack())(gm)
+    report = to_onnx(gm, tmp_path / "again.onnx", exported.example)
+    assert report.path.read_bytes() == exported.path.read_bytes()
