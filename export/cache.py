@@ -29,6 +29,7 @@ from ti_fx.graph import aten_name, mode, register, state, tensor
 from ti_fx.passes import Pack, QuantizeActivations
 from ti_fx.passes.ternarize import quantise
 from ti_fx.pipeline import Pipeline
+from ti_fx.program import forward_of_tensors
 
 PAST_KEY, PAST_VALUE = "past_key_{}", "past_value_{}"
 PRESENT_KEY, PRESENT_VALUE = "present_key_{}", "present_value_{}"
@@ -124,7 +125,6 @@ def _cached_forward(model: nn.Module, names: list[str]) -> Iterator[None]:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     forward = model.forward
-    own = model.__dict__.get("forward")
     count = sum(name.startswith("past_key_") for name in names)
     tokens = [name for name in names if not name.startswith("past_")]
 
@@ -143,15 +143,8 @@ def _cached_forward(model: nn.Module, names: list[str]) -> Iterator[None]:
             result[PRESENT_VALUE.format(index)] = layer.values
         return result
 
-    kind = inspect.Parameter.KEYWORD_ONLY
-    cached.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
-    model.forward = cached
-    try:
+    with forward_of_tensors(model, cached, names):
         yield
-    finally:
-        del model.forward
-        if own is not None:
-            model.forward = own
 
 
 def _become(gm: GraphModule, student: GraphModule) -> None:

@@ -31,6 +31,7 @@ from ti_fx.graph import (
     state,
     supersede,
     tensor,
+    written_arguments,
 )
 
 
@@ -283,12 +284,8 @@ def assign_roles(gm: GraphModule) -> None:
 
 def _written(node: Node) -> Iterator[Node]:
     """Yield what an in-place operator writes into, and what that is a view of."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return
-    for argument, value in zip(schema.arguments, node.args, strict=False):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
+    for written in written_arguments(node):
+        value: Any = written
         while isinstance(value, Node):
             if value.op == "placeholder":
                 break

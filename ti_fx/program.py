@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -270,16 +270,28 @@ def _modules_stay() -> Iterator[None]:
 
 @contextmanager
 def _keywords_only(model: nn.Module, inputs: list[str], constants: dict[str, Any]) -> Iterator[None]:
-    """Give ``forward`` the signature that the graph will have: torch.export can't name what ``**kwargs`` takes."""
+    """Bind what is constant."""
     forward = model.forward
 
     def bound(**tensors: Tensor) -> Any:
         return forward(**tensors, **constants)
 
+    with forward_of_tensors(model, bound, inputs):
+        yield
+
+
+@contextmanager
+def forward_of_tensors(
+    model: nn.Module, function: Callable[..., Any], inputs: Sequence[str]
+) -> Iterator[None]:
+    """Let a function of keyword tensors be the model's forward.
+
+    It gets the signature that the graph will have: torch.export can't name what ``**kwargs`` takes.
+    """
     kind = inspect.Parameter.KEYWORD_ONLY
-    bound.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in inputs])  # type: ignore[attr-defined]
+    function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in inputs])  # type: ignore[attr-defined]
     own = model.__dict__.get("forward")
-    model.forward = bound
+    model.forward = function
     try:
         yield
     finally:
