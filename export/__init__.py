@@ -3,7 +3,7 @@
 if __name__ != "ti_fx.export":
     raise ImportError(f"import ti_fx.export, not {__name__}: this would make a second copy of its classes")
 
-from ti_fx.export.cache import with_cache
+from ti_fx.export.cache import encoder_decoder_with_cache, with_cache
 from ti_fx.export.choose import Choice, choose_encoding
 from ti_fx.export.parity import check
 from ti_fx.export.report import ExportReport, ParityReport
@@ -17,6 +17,7 @@ __all__ = [
     "Runtime",
     "check",
     "choose_encoding",
+    "encoder_decoder_with_cache",
     "session",
     "to_onnx",
     "with_cache",

@@ -1,56 +1,41 @@
-"""Generate text with an exported causal language model: transformers' own ``generate`` around ONNX Runtime."""
+"""Generate text with exported language models: transformers' own ``generate`` around ONNX Runtime."""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from ti_fx.errors import InputError
-from ti_fx.export.cache import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
+from ti_fx.export.cache import CROSS_KEY, CROSS_VALUE, PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
 from ti_fx.export.runtime import Runtime
 
 
-class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """A file made from :func:`ti_fx.export.with_cache`, with transformers' ``generate``.
-
-    Greedy search, sampling, beam search and batches padded on the left work as for any transformers model.
-
-    >>> OnnxCausalLM("student.onnx", config).generate(**tokenizer(text, return_tensors="pt"))  # doctest: +SKIP
-
-    Args:
-        path: the file.
-        config: the model's configuration.
-        generation_config: None takes what the configuration says.
-        threads: threads within a node; None leaves it to ONNX Runtime.
-
-    Raises:
-        InputError: the file is missing or damaged, or has no cache.
-    """
+class _OnnxLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """What transformers asks of a model that generates, around the file of a decoder with a cache."""
 
     config_class = PreTrainedConfig
-    main_input_name = "input_ids"
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         config: PreTrainedConfig,
-        generation_config: GenerationConfig | None = None,
-        threads: int | None = None,
+        generation_config: GenerationConfig | None,
+        threads: int | None,
     ) -> None:
         config = copy.deepcopy(config)
         config._attn_implementation = "eager"  # nothing here attends; any other must be declared by the class
         super().__init__(config)
         self.runtime = Runtime(path, threads)
-        names = self.runtime.inputs
-        self.layers = sum(name.startswith("past_key_") for name in names)
+        self.layers = sum(name.startswith("past_key_") for name in self.runtime.inputs)
         if not self.layers:
             raise InputError(
                 f"{path} has no cache of keys and values; export what ti_fx.export.with_cache returns"
@@ -75,6 +60,55 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped
         """Always."""
         return True
 
+    def _run(self, feed: Mapping[str, Any], cache: DynamicCache | None) -> tuple[Tensor, DynamicCache]:
+        """Return the logits, and the cache with the new tokens' keys and values."""
+        past = _filled(cache)
+        given = dict(feed)
+        batch = next(iter(feed.values())).shape[0]
+        for index in range(self.layers):
+            for name, part in ((PAST_KEY, "keys"), (PAST_VALUE, "values")):
+                shape = self.runtime.inputs[name.format(index)].shape
+                given[name.format(index)] = (
+                    getattr(past[index], part)
+                    if past
+                    else np.zeros((batch, shape[1], 0, shape[3]), np.float32)
+                )
+        found = self.runtime(given)
+        longer = DynamicCache()
+        for index in range(self.layers):
+            keys, values = (found[name.format(index)] for name in (PRESENT_KEY, PRESENT_VALUE))
+            longer.update(torch.from_numpy(keys), torch.from_numpy(values), index)
+        return torch.from_numpy(found["logits"]), longer
+
+
+class OnnxCausalLM(_OnnxLM):  # type: ignore[no-untyped-call]
+    """A file made from :func:`ti_fx.export.with_cache`, with transformers' ``generate``.
+
+    Greedy search, sampling, beam search and batches padded on the left work as for any transformers model.
+
+    >>> OnnxCausalLM("student.onnx", config).generate(**tokenizer(text, return_tensors="pt"))  # doctest: +SKIP
+
+    Args:
+        path: the file.
+        config: the model's configuration.
+        generation_config: None takes what the configuration says.
+        threads: threads within a node; None leaves it to ONNX Runtime.
+
+    Raises:
+        InputError: the file is missing or damaged, or has no cache.
+    """
+
+    main_input_name = "input_ids"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        generation_config: GenerationConfig | None = None,
+        threads: int | None = None,
+    ) -> None:
+        super().__init__(path, config, generation_config, threads)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -93,27 +127,113 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped
             options: what ``generate`` tells every model (``use_cache``, ``return_dict``), which changes nothing here.
         """
         batch, length = input_ids.shape
-        layers: list[Any] = [] if past_key_values is None else list(past_key_values.layers)
-        past = [layer for layer in layers if layer.is_initialized]
+        past = _filled(past_key_values)
         before = past[0].keys.shape[2] if past else 0
         if attention_mask is None:
             attention_mask = torch.ones(batch, before + length, dtype=torch.long)
-        feed: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+        feed = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
         if "position_ids" in self.runtime.inputs:
             if position_ids is None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
             feed["position_ids"] = position_ids.expand(batch, length)
-        for index in range(self.layers):
-            for name, part in ((PAST_KEY, "keys"), (PAST_VALUE, "values")):
-                shape = self.runtime.inputs[name.format(index)].shape
-                feed[name.format(index)] = (
-                    getattr(past[index], part)
-                    if past
-                    else np.zeros((batch, shape[1], 0, shape[3]), np.float32)
-                )
-        found = self.runtime(feed)
-        cache = DynamicCache()
-        for index in range(self.layers):
-            keys, values = (found[name.format(index)] for name in (PRESENT_KEY, PRESENT_VALUE))
-            cache.update(torch.from_numpy(keys), torch.from_numpy(values), index)
-        return CausalLMOutputWithPast(logits=torch.from_numpy(found["logits"]), past_key_values=cache)
+        logits, cache = self._run(feed, past_key_values)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+
+class OnnxSeq2SeqLM(_OnnxLM):  # type: ignore[no-untyped-call]
+    """The two files made from :func:`ti_fx.export.encoder_decoder_with_cache`, with transformers' ``generate``.
+
+    Greedy search, sampling, beam search and padded batches work as for any transformers model.
+
+    Args:
+        encoder: the encoder's file.
+        decoder: the decoder's file.
+        config: the model's configuration.
+        generation_config: None takes what the configuration says.
+        threads: threads within a node; None leaves it to ONNX Runtime.
+
+    Raises:
+        InputError: a file is missing or damaged, or is not that of an encoder or a decoder with a cache.
+    """
+
+    def __init__(
+        self,
+        encoder: str | os.PathLike[str],
+        decoder: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        generation_config: GenerationConfig | None = None,
+        threads: int | None = None,
+    ) -> None:
+        super().__init__(decoder, config, generation_config, threads)
+        if CROSS_KEY.format(0) not in self.runtime.inputs:
+            raise InputError(f"{decoder} reads no encoder; for a causal language model use OnnxCausalLM")
+        self.encoder = OnnxEncoder(encoder, threads)
+        self.main_input_name = self.encoder.main_input_name
+
+    def get_encoder(self, modality: str | None = None) -> OnnxEncoder:
+        """Return the encoder, which ``generate`` runs once."""
+        return self.encoder
+
+    def forward(
+        self,
+        decoder_input_ids: Tensor,
+        encoder_outputs: Mapping[str, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **options: Any,
+    ) -> Seq2SeqLMOutput:
+        """Run the decoder's new tokens after the cache.
+
+        Args:
+            decoder_input_ids: int64 ``[batch, sequence]``.
+            encoder_outputs: what the encoder returned.
+            attention_mask: int64 ``[batch, source]``, of the encoder's tokens; None counts every one.
+            past_key_values: the cache that the last call returned; None or empty before the first token.
+            options: what ``generate`` tells every model (``use_cache``, ``return_dict``), which changes nothing here.
+        """
+        feed: dict[str, Any] = {"decoder_input_ids": decoder_input_ids}
+        feed |= {name: value for name, value in encoder_outputs.items() if name in self.runtime.inputs}
+        if "attention_mask" in self.runtime.inputs:
+            keys = encoder_outputs[CROSS_KEY.format(0)]
+            if attention_mask is None:
+                attention_mask = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.long)
+            feed["attention_mask"] = attention_mask.long()
+        own = None if past_key_values is None else past_key_values.self_attention_cache
+        logits, cache = self._run(feed, own)
+        both = EncoderDecoderCache(cache, DynamicCache())
+        return Seq2SeqLMOutput(logits=logits, past_key_values=both)
+
+
+class OnnxEncoder(nn.Module):
+    """The file of an encoder, as ``generate`` calls it."""
+
+    def __init__(self, path: str | os.PathLike[str], threads: int | None) -> None:
+        super().__init__()
+        self.runtime = Runtime(path, threads)
+        if CROSS_VALUE.format(0) not in self.runtime.outputs:
+            raise InputError(
+                f"{path} gives no keys and values for a decoder; export both parts that "
+                "ti_fx.export.encoder_decoder_with_cache returns"
+            )
+        self.main_input_name = next(iter(self.runtime.inputs))
+
+    def forward(self, attention_mask: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """Return what the decoder's layers read: ``cross_key_0``, ... float32 ``[batch, heads, source, size]``.
+
+        The inputs are those of the file; ``attention_mask`` counts every token if left out.
+        """
+        feed = {name: value for name, value in inputs.items() if name in self.runtime.inputs}
+        if "attention_mask" in self.runtime.inputs:
+            first = feed[self.main_input_name]
+            feed["attention_mask"] = (
+                torch.ones(first.shape[:2], dtype=torch.long)
+                if attention_mask is None
+                else attention_mask.long()
+            )
+        return {name: torch.from_numpy(value) for name, value in self.runtime(feed).items()}
+
+
+def _filled(cache: DynamicCache | None) -> list[Any]:
+    """Return the layers of a cache that hold anything."""
+    layers: list[Any] = [] if cache is None else list(cache.layers)
+    return [layer for layer in layers if layer.is_initialized]

@@ -83,6 +83,11 @@ def _pack(gm: GraphModule, node: Node) -> None:
         erase(source)
 
 
+def half_name(parameter: str) -> str:
+    """Return the name of the buffer that holds a parameter in half precision."""
+    return f"packed.{parameter}_half"
+
+
 def _halve(gm: GraphModule, node: Node) -> None:
     value = tensor(gm, str(node.target)).detach()
     if not isinstance(tensor(gm, str(node.target)), nn.Parameter) or value.dtype != torch.float32:
@@ -90,7 +95,7 @@ def _halve(gm: GraphModule, node: Node) -> None:
     half = value.half()
     if not torch.equal(half.isfinite(), value.isfinite()):
         return
-    target = f"packed.{node.target}_half"
+    target = half_name(str(node.target))
     register(gm, target, half)
     stored = get_attr(node, target, f"{node.name}_half", "student", like=node)
     arguments = (stored, torch.float32)

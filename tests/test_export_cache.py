@@ -1,4 +1,4 @@
-"""Causal language models with a cache: the same student token by token, and transformers' ``generate`` around it."""
+"""Language models with a cache: the same student token by token, and transformers' ``generate`` around it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from models import bert_model, gpt2_model, llama_model, text_example, tokens
+from models import bert_model, gpt2_model, llama_model, t5_model, text_example, tokens
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
 import ti_fx
 from ti_fx.errors import ExportError, InputError, PreconditionError
-from ti_fx.export import ExportReport, to_onnx, with_cache
-from ti_fx.export.generation import OnnxCausalLM
+from ti_fx.export import ExportReport, encoder_decoder_with_cache, to_onnx, with_cache
+from ti_fx.export.generation import OnnxCausalLM, OnnxSeq2SeqLM
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
+from ti_fx.pipeline import Pass
 
 NEW = 12
 
@@ -45,10 +46,19 @@ def in_eval(model: nn.Module) -> Any:
     return model
 
 
-def packed(model: nn.Module, example: dict[str, Tensor], **options: object) -> GraphModule:
+def differing(model: nn.Module) -> None:
+    """Enlarge the weights, so that the scores of tokens differ clearly."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.dim() == 2 else None
+
+
+def packed(
+    model: nn.Module, example: dict[str, Tensor], pack: Pass | None = None, **options: object
+) -> GraphModule:
     gm = ti_fx.capture(model, example)
     quantisers = QuantizeActivations("int8-token")  # a token's result does not depend on those beside it
-    ti_fx.Pipeline(Ternarize(min_rows=32, **options), quantisers, Strip(), Pack())(gm)  # type: ignore[arg-type]
+    ti_fx.Pipeline(Ternarize(min_rows=32, **options), quantisers, Strip(), pack or Pack())(gm)  # type: ignore[arg-type]
     return gm.eval()
 
 
@@ -56,9 +66,7 @@ def packed(model: nn.Module, example: dict[str, Tensor], **options: object) -> G
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     torch.manual_seed(0)
     model = in_eval(llama_model())
-    with torch.no_grad():
-        for parameter in model.parameters():  # so that tokens differ clearly
-            parameter.mul_(4) if parameter.dim() == 2 else None
+    differing(model)
     example = text_example(batch=2)
     student = packed(model, example)
     cached, inputs = with_cache(student, model, example)
@@ -166,3 +174,118 @@ def test_a_file_without_a_cache_is_refused(decoder: Decoder, tmp_path: Path) -> 
     to_onnx(decoder.student, path, text_example(batch=2))
     with pytest.raises(InputError, match="has no cache"):
         OnnxCausalLM(path, decoder.model.config)
+
+
+@dataclass(frozen=True)
+class Translator:
+    """A packed encoder-decoder and its two files, which generate."""
+
+    model: T5ForConditionalGeneration
+    student: GraphModule
+    reports: tuple[ExportReport, ExportReport]
+
+    def generate(self, ids: Tensor, **options: Any) -> Tensor:
+        """Generate in ONNX Runtime."""
+        encoder, decoder = self.reports
+        runtime: Any = OnnxSeq2SeqLM(encoder.path, decoder.path, self.model.config)
+        settings = {
+            "max_new_tokens": NEW,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            "decoder_start_token_id": 0,
+        }
+        found: Tensor = runtime.generate(ids, **{**settings, **options})
+        return found
+
+
+def translation_example() -> dict[str, Tensor]:
+    return {**text_example(batch=2), "decoder_input_ids": tokens(2, 5)}
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> Translator:
+    model, example = in_eval(t5_model()), translation_example()
+    differing(model)
+    student = packed(model, example)
+    folder = tmp_path_factory.mktemp("translator")
+    encoder, decoder = encoder_decoder_with_cache(student, model, example)
+    reports = (
+        to_onnx(encoder.gm, folder / "encoder.onnx", encoder.inputs),
+        to_onnx(decoder.gm, folder / "decoder.onnx", decoder.inputs),
+    )
+    return Translator(model, student, reports)
+
+
+def test_the_encoder_is_one_file_and_the_decoder_another(translator: Translator) -> None:
+    encoder, decoder = (
+        {tensor.name for tensor in report.tensors if tensor.kind == "codes"} for report in translator.reports
+    )
+    assert any(name.startswith("packed.encoder.") for name in encoder)
+    assert not any(name.startswith("packed.encoder.") for name in decoder)
+    # what projects the encoder's states to keys and values is read once, in the encoder
+    assert {name for name in encoder if ".EncDecAttention." in name} == {
+        f"packed.decoder.block.{layer}.layer.1.EncDecAttention.{part}.weight_codes"
+        for layer in (0, 1)
+        for part in ("k", "v")
+    }
+    assert any("past=0" in row.case for row in translator.reports[1].parity.differences)
+
+
+def test_an_encoder_decoder_generates_as_its_student_does_without_a_cache(translator: Translator) -> None:
+    ids = tokens(2, 7)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    found = translator.generate(ids, attention_mask=mask, do_sample=False)
+    written = torch.zeros(2, 1, dtype=torch.long)
+    with torch.no_grad():
+        for _ in range(NEW):
+            logits = translator.student(input_ids=ids, attention_mask=mask, decoder_input_ids=written)[
+                "logits"
+            ]
+            written = torch.cat((written, logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(found, written)
+    assert len(set(found.flatten().tolist())) > 3
+    alone = translator.generate(ids[1:, :4], do_sample=False)
+    assert torch.equal(alone, found[1:])
+
+
+def test_beam_search_keeps_each_beam_with_its_source(translator: Translator) -> None:
+    ids = tokens(2, 7)
+    both = translator.generate(ids, num_beams=3, do_sample=False)
+    for row in (0, 1):
+        one = translator.generate(ids[row : row + 1], num_beams=3, do_sample=False)
+        assert torch.equal(both[row : row + 1], one)
+
+
+def test_one_graph_and_two_are_not_confused(decoder: Decoder, translator: Translator) -> None:
+    with pytest.raises(InputError, match=r"has an encoder; use ti_fx.export.encoder_decoder_with_cache"):
+        with_cache(translator.student, translator.model, translation_example())
+    with pytest.raises(InputError, match=r"is no encoder-decoder; use ti_fx.export.with_cache"):
+        encoder_decoder_with_cache(decoder.student, decoder.model, text_example(batch=2))
+    with pytest.raises(InputError, match="the example needs decoder_input_ids"):
+        encoder_decoder_with_cache(translator.student, translator.model, text_example(batch=2))
+    encoder, of_decoder = (report.path for report in translator.reports)
+    with pytest.raises(InputError, match="gives no keys and values for a decoder"):
+        OnnxSeq2SeqLM(of_decoder, of_decoder, translator.model.config)
+    with pytest.raises(InputError, match="reads no encoder"):
+        OnnxSeq2SeqLM(encoder, decoder.report.path, translator.model.config)
+
+
+def test_what_is_kept_in_half_precision_stays_so_with_a_cache() -> None:
+    """Of the student that was trained, not of the model that the cached graph is captured from."""
+    model, example = in_eval(llama_model()), text_example(batch=2)
+    differing(model)
+    student = packed(model, example, Pack(kept="float16"))
+    untrained = in_eval(llama_model())
+    cached, inputs = with_cache(student, untrained, example)
+    with torch.no_grad():
+        before = {name: value for name, value in inputs.items() if "past" not in name}
+        empty = {name: value[:, :, :0] for name, value in inputs.items() if "past" in name}
+        ids = inputs["input_ids"]
+        given = before | {
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(3).expand(2, 3),
+        }
+        found = cached(**given, **empty)["logits"]
+        expected = student(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

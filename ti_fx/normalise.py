@@ -319,8 +319,8 @@ def _validate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if value.dim() != expected.dim():
             raise InputError(f"input {name!r} has {value.dim()} dimensions; the graph takes {expected.dim()}")
         for index, (size, wanted) in enumerate(zip(value.shape, expected.shape, strict=True)):
-            if size or str(wanted) not in state(module).get("may_be_empty", ()):
-                _validate_size(name, index, size, wanted, sizes)
+            smallest = state(module).get("smallest", {}).get(str(wanted))
+            _validate_size(name, index, size, wanted, sizes, smallest)
         baked = state(module).get("baked", {}).get(name)
         if baked is not None and not value.is_meta and not torch.equal(value, baked.to(value.device)):
             raise InputError(
@@ -329,9 +329,17 @@ def _validate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             )
 
 
-def _validate_size(name: str, index: int, size: int, wanted: Any, sizes: dict[str, tuple[int, str]]) -> None:
+def _validate_size(
+    name: str,
+    index: int,
+    size: int,
+    wanted: Any,
+    sizes: dict[str, tuple[int, str]],
+    smallest: int | None,
+) -> None:
+    """``smallest``: what was found to work below the trace's own bound (a cache that is empty); None: that bound."""
     constant = constant_size(wanted)
-    if size == 0 and constant != 0:
+    if size == 0 and constant != 0 and smallest != 0:
         raise InputError(f"input {name!r} has size 0 in dimension {index}; give at least 1")
     if constant is not None:
         if size != constant:
@@ -350,9 +358,8 @@ def _validate_size(name: str, index: int, size: int, wanted: Any, sizes: dict[st
         raise InputError(
             f"input {name!r} has size {size} in dimension {index}; the model takes at most {int(bounds.upper)}"
         )
-    if (
-        size < int(bounds.lower) and int(bounds.lower) > 2
-    ):  # every dynamic size is taken for at least 2 by the trace
+    # every dynamic size is taken for at least 2 by the trace
+    if smallest is None and size < int(bounds.lower) and int(bounds.lower) > 2:
         raise InputError(
             f"input {name!r} has size {size} in dimension {index}; the model takes at least {int(bounds.lower)}"
         )
