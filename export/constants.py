@@ -31,7 +31,7 @@ def compare_constants(content: FileContent, gm: GraphModule) -> int:
         ParityError: a constant differs; names the first node that reads it.
     """
     packed = {item.initializer for item in content.tensors}
-    stored = {name: onnx.numpy_helper.to_array(value) for name, value in _floats(content, packed).items()}
+    stored = {name: content.array(name) for name in _floats(content, packed)}
     readers = {str(node.target): node for node in reversed(list(gm.graph.find_nodes(op="get_attr")))}
     own = {
         name: tensor(gm, name).detach().cpu().numpy()

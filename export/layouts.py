@@ -51,6 +51,10 @@ class Layout:
         """Return the shape of the matrix that the file stores."""
         return tuple(reversed(shape)) if self.transposed else tuple(shape)
 
+    def size(self, shape: Sequence[int]) -> int:
+        """Return how many bytes the file stores for a weight."""
+        return -(-torch.Size(shape).numel() // self.table().shape[1])
+
     def encode(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
         """Return the file's bytes, a flat uint8 tensor, from the packed graph's bytes and the weight's shape."""
         if self.transposed:

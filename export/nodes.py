@@ -54,11 +54,11 @@ def compare_nodes(
     values = recorder.values
     nodes = {node.name: node for node in flat.graph.nodes}
     nodes |= {name: nodes[node.name] for name, node in leaves.items()}
-    model = onnx.load(os.fspath(path))
+    model = onnx.load(os.fspath(path), load_external_data=False)
     cut = _cut(model, {name: values[node] for name, node in nodes.items() if node in values})
     feed = {f"{_GIVEN}{name}": values[nodes[name]].contiguous().numpy() for name in cut.given}
     feed |= {name: value.numpy() for name, value in inputs.items() if name in cut.inputs}
-    runtime = session_of(model.SerializeToString(), Path(path).name)
+    runtime = session_of(model.SerializeToString(), Path(path).name, folder=Path(path).parent)
     try:
         computed = runtime.run(cut.compared, feed)
     except Exception as error:  # ONNX Runtime's errors share no base class but Exception

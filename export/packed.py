@@ -15,10 +15,12 @@ import onnx_ir as ir
 import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.fx import GraphModule
 
 from ti_fx.errors import InputError, ParityError
-from ti_fx.export.layouts import INT2, LAYOUTS
+from ti_fx.export import external
+from ti_fx.export.layouts import INT2, LAYOUTS, Layout
 from ti_fx.export.ops import MARKER_DOMAIN
 from ti_fx.export.student import packed_weights
 from ti_fx.graph import tensor
@@ -58,12 +60,20 @@ def from_json(text: str) -> list[PackedTensor]:
     return [PackedTensor(**{"initializer": row["target"], **row}) for row in json.loads(text)]
 
 
-def resolve_markers(model: ir.Model) -> list[PackedTensor]:
-    """Take every marker out of the graph and return what they marked.
+def resolve_markers(model: ir.Model, gm: GraphModule) -> list[PackedTensor]:
+    """Take every marker out of the graph, store what they mark, and return where it is.
 
-    int2 (transposed):    %c = Packed(%bytes)   becomes   %c = Cast(%codes: INT2 initialiser, to=INT8)
-    others:               %s = Packed(%stored)  becomes   %stored, and of a constant no entry is returned
+    int2 (transposed):    %c = Packed(%stand_in)   becomes   %c = Cast(%codes: INT2 initialiser, to=INT8)
+    others with codes:    %c = Packed(%stand_in)   becomes   %codes
+    others:               %s = Packed(%stored)     becomes   %stored, and of a constant no entry is returned
+
+    Codes are lazy: they are brought into their layout when the file is written, one weight after the other.
+
+    Args:
+        model: the exported model.
+        gm: the packed graph that it was made from.
     """
+    shapes = {weight.codes_name: weight.shape for weight in packed_weights(gm)}
     found: dict[str, PackedTensor] = {}
     graph = model.graph
     for node in [node for node in graph if node.domain == MARKER_DOMAIN]:
@@ -72,10 +82,19 @@ def resolve_markers(model: ir.Model) -> list[PackedTensor]:
         assert stored.name is not None
         kind = node.attributes["kind"].as_string()
         target = node.attributes["target"].as_string()
-        if kind != "constant":
-            found[target] = PackedTensor(target, stored.name, kind)
+        if kind in LAYOUTS:
+            codes = graph.initializers.get(target) or _codes(
+                tensor(gm, target), target, LAYOUTS[kind], shapes[target]
+            )
+            graph.initializers[target] = codes
+            found[target] = PackedTensor(target, target, kind)
+            node.replace_input_with(0, codes)
+            if not stored.uses():
+                del graph.initializers[stored.name]
+            stored = codes
+        elif kind != "constant":
+            found[target] = PackedTensor(target, stored.name or target, kind)
         if kind.startswith(INT2.name):
-            _retag(stored, node.attributes["codes_shape"].as_ints())
             cast = ir.Node("", "Cast", [stored], [ir.AttrInt64("to", ir.DataType.INT8)], num_outputs=1)
             ir.convenience.replace_nodes_and_values(graph, node, [node], [cast], node.outputs, cast.outputs)
         else:
@@ -86,26 +105,19 @@ def resolve_markers(model: ir.Model) -> list[PackedTensor]:
     return list(found.values())
 
 
-def _retag(value: ir.Value, shape: tuple[int, ...]) -> None:
-    """Call the bytes of an initialiser what they are: INT2 codes of the given shape. Done once for a shared tensor."""
-    if value.dtype == ir.DataType.INT2:
-        return
-    assert value.const_value is not None
-    codes = onnx.TensorProto(
-        name=value.name,
-        dims=shape,
-        data_type=onnx.TensorProto.INT2,
-        raw_data=value.const_value.numpy().tobytes(),
-    )
-    value.const_value = ir.serde.deserialize_tensor(codes)
-    value.dtype, value.shape = ir.DataType.INT2, ir.Shape(shape)
+def _codes(packed: Tensor, name: str, layout: Layout, shape: tuple[int, ...]) -> ir.Value:
+    """Return an initialiser of a weight's codes, which are brought into their layout whenever they are read."""
+    is_int2 = layout.name.startswith(INT2.name)
+    dtype = ir.DataType.INT2 if is_int2 else ir.DataType.UINT8
+    size = ir.Shape(layout.written(shape) if is_int2 else (layout.size(shape),))
 
+    def encoded() -> ir.TensorProtocol:
+        content = layout.encode(packed, shape).numpy()
+        return ir.PackedTensor(content, dtype, shape=size) if is_int2 else ir.tensor(content)
 
-def raw_bytes(stored: onnx.TensorProto) -> NDArray[Any]:
-    """Return an initialiser's raw bytes as a flat uint8 array."""
-    if stored.HasField("raw_data"):
-        return np.frombuffer(stored.raw_data, dtype=np.uint8)
-    return np.frombuffer(onnx.numpy_helper.to_array(stored).tobytes(), dtype=np.uint8)
+    value = ir.Value(name=name, shape=size, type=ir.TensorType(dtype))
+    value.const_value = ir.LazyTensor(encoded, dtype, size, name=name)
+    return value
 
 
 @dataclass(frozen=True)
@@ -116,8 +128,10 @@ class FileContent:
         encoding: its encoding.
         requantized_from: the encoding it was trained with, where that is another one.
         tensors: where the packed tensors are.
-        initializers: every stored tensor by name.
+        initializers: every stored tensor by name; its values may lie in the data file.
         metadata: all metadata by name.
+        folder: where the data file is, if there is one.
+        data_bytes: its size, 0 if there is none.
     """
 
     encoding: str
@@ -125,31 +139,53 @@ class FileContent:
     tensors: tuple[PackedTensor, ...]
     initializers: dict[str, onnx.TensorProto]
     metadata: dict[str, str]
+    folder: Path
+    data_bytes: int
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """Return a stored tensor's bytes, flat; of a data file, they are mapped, not read."""
+        stored = self.initializers[name]
+        if external.is_external(stored):
+            return external.external_bytes(stored, self.folder)
+        if stored.HasField("raw_data"):
+            return np.frombuffer(stored.raw_data, dtype=np.uint8)
+        return np.frombuffer(onnx.numpy_helper.to_array(stored).tobytes(), dtype=np.uint8)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """Return a stored tensor of a type that NumPy has."""
+        stored = self.initializers[name]
+        if not external.is_external(stored):
+            return onnx.numpy_helper.to_array(stored)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(stored.data_type)
+        return self.raw(name).view(dtype).reshape(tuple(stored.dims))
 
 
 def open_file(path: str | os.PathLike[str]) -> FileContent:
     """Read a file written by ``to_onnx``.
 
     Raises:
-        InputError: the file is missing, damaged, or not by ti_fx.
+        InputError: the file or its data file is missing, damaged, or not by ti_fx.
     """
     path = Path(path)
     try:
-        return content_of(onnx.load_from_string(path.read_bytes()))
+        model = onnx.load_from_string(path.read_bytes())
     except OSError as error:
         raise InputError(
             f"can't read {path}: {error.strerror or error}; export it with ti_fx.export.to_onnx"
         ) from error
     except DecodeError as error:
         raise InputError(f"{path} is not an ONNX file, or it was cut short; export it again") from error
+    data = external.require_data(path, model)
+    try:
+        return content_of(model, path.parent, data)
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(
             f"{path} was not written by ti_fx.export.to_onnx, or it was cut short ({error}); export it again"
         ) from error
 
 
-def content_of(model: onnx.ModelProto) -> FileContent:
-    """Read a model's content; raises KeyError, ValueError or TypeError if ti_fx did not write it."""
+def content_of(model: onnx.ModelProto, folder: Path, data: external.DataFile | None) -> FileContent:
+    """Return a model's content; raises KeyError, ValueError or TypeError if ti_fx did not write it."""
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     return FileContent(
         encoding=metadata[ENCODING_KEY],
@@ -157,6 +193,8 @@ def content_of(model: onnx.ModelProto) -> FileContent:
         tensors=tuple(from_json(metadata[TENSORS_KEY])),
         initializers={tensor.name: tensor for tensor in model.graph.initializer},
         metadata=metadata,
+        folder=folder,
+        data_bytes=0 if data is None else data.bytes,
     )
 
 
@@ -178,7 +216,7 @@ def compare_tensors(content: FileContent, gm: GraphModule) -> int:
         if shape is not None and item.kind in LAYOUTS:
             value = LAYOUTS[item.kind].encode(value, shape)
         expected = value.contiguous().view(-1).view(torch.uint8).numpy()
-        found = raw_bytes(content.initializers[item.initializer])
+        found = content.raw(item.initializer)
         if not np.array_equal(found, expected):
             raise ParityError(
                 f"packed tensor {target}, read by {_reader(gm, target)}, is not the graph's in the file: "

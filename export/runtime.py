@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ti_fx.errors import InputError
+from ti_fx.export.external import require_data_of
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -36,23 +37,31 @@ def session(path: str | os.PathLike[str], threads: int | None = None) -> onnxrun
         threads: threads within a node; None leaves it to ONNX Runtime (one per core).
 
     Raises:
-        InputError: there is no such file, it is damaged, or this ONNX Runtime is too old for it.
+        InputError: there is no such file, it or its data file is damaged, or this ONNX Runtime is too old for it.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}; export one with ti_fx.export.to_onnx")
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; give at least 1, or None for one per core")
+    require_data_of(path)
     return session_of(str(path), str(path), threads)
 
 
-def session_of(model: str | bytes, name: str, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """As :func:`session`, of a path or of the file's content; ``name`` is what an error calls it."""
+def session_of(
+    model: str | bytes, name: str, threads: int | None = None, folder: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """As :func:`session`, of a path or of the file's content, whose data file is in ``folder``.
+
+    ``name`` is what an error calls it. The data file is not checked.
+    """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
         loaded = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base class but Exception

@@ -28,6 +28,11 @@ def looked_up(node: Node) -> PackedWeight | None:
     return table if table is not None and len(table.shape) == 2 else None
 
 
+def _stand_in(size: int) -> torch.Tensor:
+    """Return as many zeros as asked for in one byte of memory."""
+    return torch.zeros((), dtype=torch.uint8).expand(size)
+
+
 class Weights:
     """Packed weights by their tensors.
 
@@ -101,12 +106,12 @@ class Weights:
         return self.int8[node, transposed]
 
     def stored(self, before: Node, weight: PackedWeight) -> Node:
-        """Return the marked bytes of a weight, flat, as they are stored; of INT2, its codes."""
+        """Return the marked bytes of a weight, flat, as they are stored; of INT2, its codes.
+
+        They are a stand-in, so that the exporter neither holds nor copies them: the file's come from the packed graph.
+        """
         layout, name = self.layouts[weight.codes_name], weight.codes_name
-        read = weight.codes
-        if layout not in (INT2, BYTES):  # those are the graph's own bytes
-            own = name.replace(".", "_")
-            read = self._buffer(before, own, lambda: layout.encode(tensor(self.gm, name), weight.shape))
+        read = self._buffer(before, name.replace(".", "_"), lambda: _stand_in(layout.size(weight.shape)))
         if layout in (INT2, INT2.turned):
             size, dtype = layout.written(weight.shape), torch.int8
         else:

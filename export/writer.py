@@ -22,8 +22,8 @@ from torch.fx import GraphModule
 from ti_fx import __version__
 from ti_fx.encodings import NEWEST_OPSET
 from ti_fx.errors import ExportError, InputError
+from ti_fx.export import external, names, packed, parity
 from ti_fx.export import inputs as io
-from ti_fx.export import names, packed, parity
 from ti_fx.export.layouts import LAYOUTS
 from ti_fx.export.lowering import lower
 from ti_fx.export.report import ExportReport, StoredTensor
@@ -36,7 +36,7 @@ from ti_fx.export.student import (
     weight_encodings,
     with_encoding,
 )
-from ti_fx.files import atomic_path, atomic_write, reported
+from ti_fx.files import atomic_files, atomic_write, reported
 from ti_fx.graph import mode, state
 
 OLDEST_OPSET = 18  # the oldest that torch.onnx writes
@@ -58,12 +58,15 @@ def to_onnx(
     encoding: str | None = None,
     opset: int | None = None,
     requantize: bool = False,
+    external_data: bool | None = None,
+    size_threshold: int = external.SIZE_THRESHOLD,
     config: Saveable | None = None,
     tokenizer: Saveable | None = None,
 ) -> ExportReport:
     """Write a packed student as ONNX and compare ONNX Runtime with PyTorch; a file that fails is not kept.
 
-    Inputs, outputs and dynamic axes are called what the model calls them. ``gm`` is left as it was.
+    Inputs, outputs and dynamic axes are called what the model calls them. ``gm`` is left as it was. A model above 2 GB
+    becomes two files, which belong together: ``student.onnx`` and ``student.onnx.<16 digits>.data``.
 
     Args:
         gm: a captured graph after ``Strip()`` and ``Pack()``.
@@ -73,19 +76,24 @@ def to_onnx(
         opset: None takes 25, whose INT2 type stores the codes directly (``portable``: 18); 18 to 24 store them as
             bytes, same size.
         requantize: allow another encoding than the trained one; the report says what it costs.
+        external_data: True writes large tensors to a data file beside the model, False refuses to; None does it for
+            a model above 2 GB, which ONNX can't hold in one file.
+        size_threshold: from how many bytes on a tensor goes to the data file, if there is one.
         config: a model configuration, saved beside the file (``config.json``).
         tokenizer: saved beside the file, too (``tokenizer.json``, ...).
 
     Raises:
         PreconditionError: the graph is not stripped and packed.
         EncodingMismatch: ``encoding`` does not compute what was trained, and ``requantize`` is false.
-        InputError: the example does not fit, or the path can't be written.
+        InputError: the example does not fit, or the path can't be written, or ``size_threshold`` is negative.
         ExportError: the graph can't be expressed in ONNX.
         ParityError: ONNX Runtime computes something else.
     """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give a file name, such as {path / 'student.onnx'}")
+    if size_threshold < 0:
+        raise InputError(f"size_threshold is {size_threshold}; give a number of bytes, 0 for every tensor")
     require_packed(gm)
     _require_cpu(gm)
     student = with_encoding(gm, encoding, requantize)
@@ -103,11 +111,15 @@ def to_onnx(
             if part is not None:
                 with reported(folder):
                     part.save_pretrained(folder)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(_serialised(model))
+        with atomic_files(path) as beside:
+            temporary = beside / path.name
+            external.write(model, temporary, external_data, size_threshold)
             content = packed.open_file(temporary)
             report = parity.compare(temporary, student, inputs, content)
-            size = temporary.stat().st_size
+            size = temporary.stat().st_size + content.data_bytes
+            rows, replaced = _stored(content), external.data_file(path)
+        data = external.data_file(path)
+        external.remove(replaced, unless=data)
         sidecars = _copy_files(Path(folder), path.parent)
     shapes = {weight.codes_name: weight.shape for weight in packed_weights(student)}
     return ExportReport(
@@ -115,11 +127,11 @@ def to_onnx(
         bytes=size,
         opset=opset,
         encoding=encoding_of(student),
-        tensors=_stored(content),
+        tensors=rows,
         ternary_weights=sum(torch.Size(shape).numel() for shape in shapes.values()),
         parity=report,
         requantized=cost,
-        sidecars=sidecars,
+        sidecars=sidecars if data is None else (data, *sidecars),
     )
 
 
@@ -197,7 +209,7 @@ def _quiet() -> Iterator[None]:
 
 def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int) -> None:
     """Resolve the markers, leave out the exporter's notes (a tenth of the file), and say what the file is."""
-    tensors = packed.resolve_markers(model)
+    tensors = packed.resolve_markers(model, student)
     outputs = set(model.graph.outputs)
     for node in model.graph:
         node.metadata_props.clear()
@@ -229,14 +241,6 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
     model.metadata_props.update(facts)
 
 
-def _serialised(model: ir.Model) -> bytes:
-    try:
-        content: bytes = ir.serde.serialize_model(model).SerializeToString()
-    except Exception as error:  # protobuf says EncodeError or ValueError, by version
-        raise ExportError(f"the model does not fit one ONNX file (2 GB): {error}") from error
-    return content
-
-
 def _copy_files(source: Path, target: Path) -> tuple[Path, ...]:
     written = []
     for file in sorted(source.iterdir()):
@@ -253,5 +257,5 @@ def _stored(content: packed.FileContent) -> tuple[StoredTensor, ...]:
         item = known.get(name)
         kind = "other" if item is None else "codes" if item.kind in LAYOUTS else "scale"
         label = name if item is None else item.target
-        rows.append(StoredTensor(label, kind, tuple(value.dims), packed.raw_bytes(value).nbytes))
+        rows.append(StoredTensor(label, kind, tuple(value.dims), content.raw(name).nbytes))
     return tuple(sorted(rows, key=lambda row: (-row.bytes, row.name)))

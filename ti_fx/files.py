@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,60 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     with suppress(OSError):  # the new file is there and whole; some file systems can't sync a folder
+        _sync_folder(target.parent)
+
+
+@contextmanager
+def atomic_files(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success the files in it take their places, else none does.
+
+    They are fsynced and renamed, the one called as ``path`` last. It names the others, whose names must depend on what
+    they hold: so one that is replaced was equal, and until the last rename the old file finds what it names.
+
+    Raises:
+        InputError: the folder is missing, read-only or full. What was there is left as it was.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    except OSError as error:
+        raise InputError(
+            f"can't write {target}: {error.strerror or error}; choose a folder you can write to"
+        ) from error
+    try:
+        yield folder
+        _put_beside(folder, target)
+    except OSError as error:
+        raise InputError(
+            f"can't write {target}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_beside(folder: Path, target: Path) -> None:
+    last = folder / target.name
+    others = sorted(file for file in folder.iterdir() if file != last)
+    for file in (*others, last):
+        with open(file, "rb+") as content:
+            os.fsync(content.fileno())
+        os.chmod(file, 0o644)
+    new: list[Path] = []
+    try:
+        for file in others:
+            place = target.parent / file.name
+            if not place.exists():
+                new.append(place)
+            os.replace(file, place)
+        with suppress(OSError):  # some file systems can't sync a folder
+            _sync_folder(target.parent)
+        os.replace(last, target)
+    finally:
+        if last.exists():  # not renamed: nothing names the new ones
+            for place in new:
+                place.unlink(missing_ok=True)
+    with suppress(OSError):  # the new files are there and whole; some file systems can't sync a folder
         _sync_folder(target.parent)
 
 
