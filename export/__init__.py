@@ -8,6 +8,7 @@ from ti_fx.export.choose import Choice, choose_encoding
 from ti_fx.export.parity import check
 from ti_fx.export.report import ExportReport, ParityReport
 from ti_fx.export.runtime import Runtime, session
+from ti_fx.export.weights import pack_from
 from ti_fx.export.writer import to_onnx
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "check",
     "choose_encoding",
     "encoder_decoder_with_cache",
+    "pack_from",
     "session",
     "to_onnx",
     "with_cache",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ti_fx import encodings, numerics, roles
@@ -35,22 +35,18 @@ class Pack(Pass):
 
     def requires(self, gm: GraphModule) -> None:
         """A stripped graph with ternary weights, or one that is packed already."""
-        for node in gm.graph.nodes:
-            if roles.role(node) in ("teacher", "loss"):
+        require_ternary(gm)
+        for node in gm.graph.find_nodes(op="get_attr"):
+            if tensor(gm, str(node.target)).is_meta:
                 raise PreconditionError(
-                    f"pack needs the student alone, and %{node.name} is {roles.role(node)}; run strip first"
+                    f"pack needs values, and {node.target} is on the meta device; read them with "
+                    "ti_fx.export.pack_from, or capture a model with weights"
                 )
-            if node.op == "get_attr" and tensor(gm, str(node.target)).is_meta:
-                raise PreconditionError(
-                    f"pack needs values, and {node.target} is on the meta device; capture a model with weights"
-                )
-        if not any(node.target in (numerics.ternary, encodings.unpack_ternary) for node in gm.graph.nodes):
-            raise PreconditionError("pack finds no ternary weight; run ternarize first")
 
     def apply(self, gm: GraphModule) -> None:
         """Replace every quantiser and drop the latent weights."""
         for node in [node for node in gm.graph.nodes if node.target is numerics.ternary]:
-            _pack(gm, node)
+            pack_weight(gm, node, tensor(gm, str(node.all_input_nodes[0].target)))
         if self.kept == "float16":
             for node in gm.graph.find_nodes(op="get_attr"):
                 _halve(gm, node)
@@ -63,10 +59,25 @@ class Pack(Pass):
                 raise PostconditionError(f"pack left %{node.name}")
 
 
-def _pack(gm: GraphModule, node: Node) -> None:
+def require_ternary(gm: GraphModule) -> None:
+    """Refuse a graph that has more than the student, or nothing to pack.
+
+    Raises:
+        PreconditionError: names the pass that is missing.
+    """
+    for node in gm.graph.nodes:
+        if roles.role(node) in ("teacher", "loss"):
+            raise PreconditionError(
+                f"pack needs the student alone, and %{node.name} is {roles.role(node)}; run strip first"
+            )
+    if not any(node.target in (numerics.ternary, encodings.unpack_ternary) for node in gm.graph.nodes):
+        raise PreconditionError("pack finds no ternary weight; run ternarize first")
+
+
+def pack_weight(gm: GraphModule, node: Node, weight: Tensor) -> None:
+    """Replace a call of ``numerics.ternary`` by the codes and the scale of ``weight``, the values of what it reads."""
     source = node.args[0]
     assert isinstance(source, Node)
-    weight = tensor(gm, str(source.target))
     with torch.no_grad():
         codes, scale = numerics.ternary_codes(weight, **node.kwargs)  # type: ignore[arg-type]
         packed = encodings.pack_codes(codes)
