@@ -6,6 +6,7 @@ if __name__ != "ti_fx.export":
 from ti_fx.export.cache import encoder_decoder_with_cache, with_cache
 from ti_fx.export.choose import Choice, choose_encoding
 from ti_fx.export.parity import check
+from ti_fx.export.pipelines import pipeline
 from ti_fx.export.report import ExportReport, ParityReport
 from ti_fx.export.runtime import Runtime, session
 from ti_fx.export.weights import pack_from
@@ -20,6 +21,7 @@ __all__ = [
     "choose_encoding",
     "encoder_decoder_with_cache",
     "pack_from",
+    "pipeline",
     "session",
     "to_onnx",
     "with_cache",

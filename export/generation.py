@@ -26,7 +26,7 @@ class _OnnxLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Runtime,
         config: PreTrainedConfig,
         generation_config: GenerationConfig | None,
         threads: int | None,
@@ -34,7 +34,7 @@ class _OnnxLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call
         config = copy.deepcopy(config)
         config._attn_implementation = "eager"  # nothing here attends; any other must be declared by the class
         super().__init__(config)
-        self.runtime = Runtime(path, threads)
+        self.runtime = path if isinstance(path, Runtime) else Runtime(path, threads)
         self.layers = sum(name.startswith("past_key_") for name in self.runtime.inputs)
         if not self.layers:
             raise InputError(
@@ -89,7 +89,7 @@ class OnnxCausalLM(_OnnxLM):  # type: ignore[no-untyped-call]
     >>> OnnxCausalLM("student.onnx", config).generate(**tokenizer(text, return_tensors="pt"))  # doctest: +SKIP
 
     Args:
-        path: the file.
+        path: the file, or a runtime that has loaded it.
         config: the model's configuration.
         generation_config: None takes what the configuration says.
         threads: threads within a node; None leaves it to ONNX Runtime.
@@ -102,7 +102,7 @@ class OnnxCausalLM(_OnnxLM):  # type: ignore[no-untyped-call]
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Runtime,
         config: PreTrainedConfig,
         generation_config: GenerationConfig | None = None,
         threads: int | None = None,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_LISTED = 4
+
 
 @dataclass(frozen=True)
 class OutputDifference:
@@ -115,13 +117,15 @@ class ExportReport:
         path: where it is.
         bytes: its size on disk.
         opset: ONNX opset.
-        encoding: name in ``ti_fx.encodings.ENCODINGS``.
+        encoding: name in ``ti_fx.encodings.ENCODINGS``, and after it each weight of another one.
         tensors: every stored tensor, largest first.
         ternary_weights: how many weights are stored as codes.
         parity: the comparison that the file passed.
         requantized: relative L2 distance between the outputs before and after the encoding was changed, by output;
             None where it was not.
         sidecars: files written beside it.
+        batch_dependent: the weights whose activation has one range for the whole batch, so that a row's result depends
+            on what else is in it; ``attention`` stands for the products of attention.
     """
 
     path: Path
@@ -133,6 +137,12 @@ class ExportReport:
     parity: ParityReport
     requantized: dict[str, float] | None = None
     sidecars: tuple[Path, ...] = ()
+    batch_dependent: tuple[str, ...] = ()
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's result is independent of what else is in its batch."""
+        return not self.batch_dependent
 
     def bytes_of(self, *kinds: str) -> int:
         """Return the bytes of all tensors of these kinds."""
@@ -167,6 +177,7 @@ class ExportReport:
             f"{self.ternary_weights:,} ternary weights: {self.code_bits:.3f} bits each, "
             f"{self.code_and_scale_bits:.3f} with scales",
             _columns(largest),
+            batch_text(self.batch_dependent),
             str(self.parity),
         ]
         if self.requantized is not None:
@@ -178,6 +189,15 @@ class ExportReport:
 
     def _row(self, label: str, count: int, size: int) -> tuple[str, str, str, str]:
         return label, str(count) if count else "", f"{size:,}", f"{size / self.bytes:.1%}"
+
+
+def batch_text(dependent: Sequence[str]) -> str:
+    """Say whether a row's result depends on its batch, and through which weights."""
+    if not dependent:
+        return "a row's result does not depend on what else is in its batch"
+    more = len(dependent) - _LISTED
+    listed = ", ".join(dependent[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return f"a row's result depends on what else is in its batch: one range of activations for all, before {listed}"
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ti_fx.errors import InputError
 from ti_fx.export.external import require_data_of
+from ti_fx.export.facts import LARGEST, value_of
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -86,6 +87,12 @@ class Runtime:
     """An exported model as a function: a dict of arrays or tensors in, a dict of NumPy arrays out.
 
     >>> Runtime("student.onnx")({"input_ids": ids, "attention_mask": mask})["logits"]  # doctest: +SKIP
+
+    Attributes:
+        inputs: what ONNX Runtime says of each input, by name.
+        outputs: their names.
+        metadata: what the file says of itself (see ``ti_fx.export.facts``).
+        largest: the largest size that the model takes of a dynamic dimension, by the dimension's name.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
@@ -93,6 +100,7 @@ class Runtime:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
+        self.largest: dict[str, int] = value_of(self.metadata, LARGEST, {})
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Run the model.
@@ -117,6 +125,10 @@ class Runtime:
                 f"ONNX Runtime can't run these inputs: {reason}; are they longer than the model takes?"
             ) from error
 
+    def tensors(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Run the model as :meth:`__call__` does, and return tensors."""
+        return {name: torch.from_numpy(value) for name, value in self(inputs).items()}
+
     def _array(self, name: str, value: Any) -> NDArray[Any]:
         array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
         expected = _DTYPES.get(self.inputs[name].type)
@@ -134,6 +146,9 @@ class Runtime:
                 )
             for index, (size, wanted) in enumerate(zip(array.shape, shape, strict=True)):
                 where = f"{name!r} dimension {index}"
+                largest = self.largest.get(wanted)
+                if largest is not None and size > largest:
+                    raise InputError(f"input {where} has size {size}, and the model takes at most {largest}")
                 limit, other = (
                     (wanted, "the file")
                     if isinstance(wanted, int)

@@ -15,6 +15,7 @@ from ti_fx.encodings import Encoding, encoding_of_numerics, get_encoding
 from ti_fx.errors import EncodingMismatch, PreconditionError
 from ti_fx.graph import aten_name, fork, state
 
+ATTENTION = "attention"
 _PRODUCTS = {"linear": 0, "addmm": 1, "mm": 0, "matmul": 0}  # where a linear layer reads its activation
 
 
@@ -114,6 +115,22 @@ def encoding_of(gm: GraphModule) -> str:
     ((most, _),) = counts.most_common(1) or (("float", 0),)
     others = [f"{name}={encoding.name}" for name, encoding in found.items() if encoding.name != most]
     return ", ".join([most, *others])
+
+
+def batch_dependent(gm: GraphModule) -> tuple[str, ...]:
+    """Return the weights whose activation has one range for the whole batch, by name, in graph order.
+
+    Through them a row's result depends on what else is in its batch. ``attention`` stands for the products of attention
+    where those are quantised so, too.
+    """
+    found: dict[str, None] = {}
+    for node in gm.graph.nodes:
+        encoding = encoding_of_numerics(node.target)
+        if encoding is not None and not encoding.batch_invariant:
+            for reader in node.users:
+                weight = _ternary_factor(reader)
+                found[ATTENTION if weight is None else weight.parameter] = None
+    return tuple(found)
 
 
 def is_quantised(gm: GraphModule) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
@@ -14,7 +13,6 @@ from typing import Any, Protocol
 
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -24,10 +22,12 @@ from ti_fx.encodings import NEWEST_OPSET
 from ti_fx.errors import ExportError, InputError
 from ti_fx.export import external, names, packed, parity
 from ti_fx.export import inputs as io
+from ti_fx.export.facts import facts
 from ti_fx.export.layouts import LAYOUTS
 from ti_fx.export.lowering import lower
 from ti_fx.export.report import ExportReport, StoredTensor
 from ti_fx.export.student import (
+    batch_dependent,
     encoding_of,
     packed_weights,
     relative_distance,
@@ -37,14 +37,13 @@ from ti_fx.export.student import (
     with_encoding,
 )
 from ti_fx.files import atomic_files, atomic_write, reported
-from ti_fx.graph import mode, state
+from ti_fx.graph import mode
 
 OLDEST_OPSET = 18  # the oldest that torch.onnx writes
-MINIMUM_RUNTIME = {True: "1.31", False: "1.22"}  # INT2 weights, or the table of codes for older opsets
 
 
 class Saveable(Protocol):
-    """A transformers configuration or tokenizer."""
+    """A transformers configuration, tokenizer, image processor or feature extractor."""
 
     def save_pretrained(self, save_directory: str) -> Any:
         """Write its files into a folder."""
@@ -62,6 +61,8 @@ def to_onnx(
     size_threshold: int = external.SIZE_THRESHOLD,
     config: Saveable | None = None,
     tokenizer: Saveable | None = None,
+    processor: Saveable | None = None,
+    generation_config: Saveable | None = None,
 ) -> ExportReport:
     """Write a packed student as ONNX and compare ONNX Runtime with PyTorch; a file that fails is not kept.
 
@@ -81,6 +82,8 @@ def to_onnx(
         size_threshold: from how many bytes on a tensor goes to the data file, if there is one.
         config: a model configuration, saved beside the file (``config.json``).
         tokenizer: saved beside the file, too (``tokenizer.json``, ...).
+        processor: an image processor or feature extractor, saved beside the file (``preprocessor_config.json``).
+        generation_config: how a model generates, saved beside the file (``generation_config.json``).
 
     Raises:
         PreconditionError: the graph is not stripped and packed.
@@ -105,9 +108,9 @@ def to_onnx(
         trained = io.run_graph(gm, inputs)
         cost = {name: relative_distance(value, trained[name]) for name, value in outputs.items()}
     model = _export(student, inputs, opset)
-    _describe(model, gm, student, opset)
+    _describe(model, gm, student, opset, config)
     with tempfile.TemporaryDirectory() as folder:
-        for part in (config, tokenizer):
+        for part in (config, tokenizer, processor, generation_config):
             if part is not None:
                 with reported(folder):
                     part.save_pretrained(folder)
@@ -132,6 +135,7 @@ def to_onnx(
         parity=report,
         requantized=cost,
         sidecars=sidecars if data is None else (data, *sidecars),
+        batch_dependent=batch_dependent(student),
     )
 
 
@@ -207,7 +211,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int) -> None:
+def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int, config: Any) -> None:
     """Resolve the markers, leave out the exporter's notes (a tenth of the file), and say what the file is."""
     tensors = packed.resolve_markers(model, student)
     outputs = set(model.graph.outputs)
@@ -221,24 +225,7 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
     model.producer_name, model.producer_version = "ti_fx", __version__
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.metadata_props.clear()
-    versions = {
-        "ti_fx": __version__,
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-    facts = {
-        packed.ENCODING_KEY: encoding_of(student),
-        packed.TENSORS_KEY: packed.to_json(tensors),
-        "ti_fx.versions": json.dumps(versions),
-        "ti_fx.opset": str(opset),
-        "ti_fx.minimum_onnxruntime": MINIMUM_RUNTIME[opset >= NEWEST_OPSET],
-    }
-    if not same_numerics(student, gm):
-        facts[packed.REQUANTIZED_KEY] = encoding_of(gm)
-    recipe = state(gm).get("recipe")
-    if recipe is not None:
-        facts["ti_fx.recipe"] = recipe if isinstance(recipe, str) else json.dumps(recipe)
-    model.metadata_props.update(facts)
+    model.metadata_props.update(facts(gm, student, model, tensors, config))
 
 
 def _copy_files(source: Path, target: Path) -> tuple[Path, ...]:

@@ -1,0 +1,136 @@
+"""An exported file as a function of texts or images: transformers' own pipelines, with ONNX Runtime in them.
+
+What a file is for is read from its inputs and outputs, and what goes with it from the files beside it, which
+``to_onnx`` wrote there: config.json and the tokenizer's or the image processor's.
+
+=====================  ===================================================  ====================================
+task                   the file takes and gives                             the callable takes
+=====================  ===================================================  ====================================
+text-classification    input_ids; logits ``[batch, labels]``                a text, a pair of texts, or a list
+image-classification   pixel_values; logits ``[batch, labels]``             a PIL image, a path, or a list
+text-generation        input_ids and a cache (``with_cache``)               a prompt, a chat, or a list
+=====================  ===================================================  ====================================
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ti_fx.errors import InputError, did_you_mean
+from ti_fx.export.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import Pipeline, PreTrainedConfig
+
+TEXT, IMAGE, GENERATION = "text-classification", "image-classification", "text-generation"
+TASKS = (TEXT, IMAGE, GENERATION)
+CONFIG = "config.json"
+TOKENIZER, PROCESSOR = "tokenizer_config.json", "preprocessor_config.json"
+
+
+def pipeline(
+    path: str | os.PathLike[str], task: str | None = None, *, threads: int | None = None, **options: Any
+) -> Pipeline:
+    """Return transformers' pipeline for an exported file, with the tokenizer or image processor saved beside it.
+
+    >>> pipeline("student.onnx")("Who wrote this?")  # doctest: +SKIP
+    [{'label': 'human', 'score': 0.97}]
+
+    Texts are cut at the longest that tokenizer and file take, and padded to the file's length where that is fixed.
+    What the pipeline can't take raises InputError, too.
+
+    Args:
+        path: the file.
+        task: ``text-classification``, ``image-classification`` or ``text-generation``; None takes what the file is for.
+        threads: threads within a node; None leaves it to ONNX Runtime (one per core).
+        options: of every call, as transformers' pipeline takes them (``top_k``, ``batch_size``, ``do_sample``, ...).
+
+    Raises:
+        InputError: there is no such file or task, the file is for another task or for none of these, or what belongs
+            beside it is missing, can't be read or is another model's.
+    """
+    if task is not None and task not in TASKS:
+        raise InputError(f"there is no task {task!r}{did_you_mean(task, TASKS)}")
+    file = Path(path)
+    runtime = Runtime(file, threads)
+    found = _task(runtime, file)
+    if task not in (None, found):
+        raise InputError(f"{file} is for {found}, and {task} was asked for; leave the task out")
+    from ti_fx.export import callables  # here, as transformers' pipelines take seconds to import
+
+    config = _config(file)
+    if found == GENERATION:
+        return callables.text_generation(runtime, config, _tokenizer(file), file.parent, options)
+    _require_labels(runtime, config, file)
+    if found == TEXT:
+        return callables.text_classification(runtime, config, _tokenizer(file), options)
+    return callables.image_classification(runtime, config, _processor(file), options)
+
+
+def _task(runtime: Runtime, path: Path) -> str:
+    """Return what a file is for, as its inputs and outputs say."""
+    taken = set(runtime.inputs)
+    if "past_key_0" in taken and "input_ids" in taken:
+        return GENERATION
+    logits = _logits(runtime)
+    if logits is not None and len(logits) == 2:
+        if "input_ids" in taken and "pixel_values" not in taken:
+            return TEXT
+        if taken == {"pixel_values"}:
+            return IMAGE
+    raise InputError(
+        f"{path} takes {', '.join(runtime.inputs)} and gives {', '.join(runtime.outputs)}, which is none of "
+        f"{', '.join(TASKS)}; call it with ti_fx.export.Runtime"
+    )
+
+
+def _logits(runtime: Runtime) -> list[int | str] | None:
+    return next((value.shape for value in runtime.session.get_outputs() if value.name == "logits"), None)
+
+
+def _config(path: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    _require(path, CONFIG, "config=model.config")
+    found: PreTrainedConfig = _read(path, AutoConfig, CONFIG)
+    return found
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    _require(path, TOKENIZER, "tokenizer=tokenizer")
+    return _read(path, AutoTokenizer, TOKENIZER)
+
+
+def _processor(path: Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    _require(path, PROCESSOR, "processor=image_processor")
+    return _read(path, AutoImageProcessor, PROCESSOR)
+
+
+def _require(path: Path, name: str, argument: str) -> None:
+    if not (path.parent / name).is_file():
+        raise InputError(f"there is no {name} beside {path}; export it with to_onnx(..., {argument})")
+
+
+def _read(path: Path, kind: Any, name: str) -> Any:
+    try:
+        return kind.from_pretrained(path.parent, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise errors without a common base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"can't read {name} beside {path}: {reason}; export it again") from error
+
+
+def _require_labels(runtime: Runtime, config: PreTrainedConfig, path: Path) -> None:
+    """Check that the configuration beside a file is its own: one folder has place for one."""
+    logits = _logits(runtime)
+    assert logits is not None
+    if isinstance(logits[1], int) and logits[1] != config.num_labels:
+        raise InputError(
+            f"{CONFIG} beside {path} names {config.num_labels} labels, and the file gives {logits[1]}; it is another "
+            "model's: export each into a folder of its own"
+        )
