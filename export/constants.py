@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ti_fx.errors import ParityError
@@ -31,10 +33,10 @@ def compare_constants(content: FileContent, gm: GraphModule) -> int:
         ParityError: a constant differs; names the first node that reads it.
     """
     packed = {item.initializer for item in content.tensors}
-    stored = {name: content.array(name) for name in _floats(content, packed)}
+    stored = {name: _widened(content.array(name)) for name in _floats(content, packed)}
     readers = {str(node.target): node for node in reversed(list(gm.graph.find_nodes(op="get_attr")))}
     own = {
-        name: tensor(gm, name).detach().cpu().numpy()
+        name: _array(tensor(gm, name))
         for name, holder in readers.items()
         if not any(_is_normalised_convolution(reader, gm) for reader in holder.users)
     }
@@ -72,12 +74,22 @@ def _is_the_same(found: NDArray[Any], expected: NDArray[Any]) -> bool:
 
 def _floats(content: FileContent, packed: set[str]) -> Mapping[str, onnx.TensorProto]:
     proto = onnx.TensorProto
-    kinds = (proto.FLOAT, proto.FLOAT16, proto.DOUBLE, proto.INT64, proto.BOOL)
+    kinds = (proto.FLOAT, proto.FLOAT16, proto.BFLOAT16, proto.DOUBLE, proto.INT64, proto.BOOL)
     return {
         name: value
         for name, value in content.initializers.items()
         if name not in packed and value.data_type in kinds
     }
+
+
+def _array(value: Tensor) -> NDArray[Any]:
+    """Return a tensor's values; numpy has no bfloat16, and float32 holds each exactly."""
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+
+
+def _widened(value: NDArray[Any]) -> NDArray[Any]:
+    return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
 
 
 def _same(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.bool_]:

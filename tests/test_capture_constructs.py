@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import ti_fx
 from ti_fx.errors import InputError, RandomnessError
@@ -256,3 +258,73 @@ def test_experts_are_batched_products_in_the_graph_and_the_model_is_left_as_it_w
     gm = ti_fx.capture(entry.model, entry.example)
     assert (config.to_dict(), config._experts_implementation) == (before, chosen)
     assert not any("grouped_mm" in str(node.target) for node in gm.graph.nodes)
+
+
+class Caching(nn.Module):
+    """Returns a cache whatever it is told, as a decoder does that hands it on to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> BaseModelOutputWithPast:
+        cache = DynamicCache()
+        key, value = cache.update(self.linear(hidden)[:, None], hidden[:, None], 0)
+        return BaseModelOutputWithPast(last_hidden_state=key + value, past_key_values=cache)
+
+
+def test_a_cache_is_left_out_of_the_outputs() -> None:
+    model, example = Caching(), {"hidden": torch.randn(2, 5, 8)}
+    gm = ti_fx.capture(model, example)
+    found, expected = gm(**example), model(**example)
+    assert type(found) is BaseModelOutputWithPast
+    assert list(found) == ["last_hidden_state"]
+    assert torch.equal(found[0], expected[0])
+
+
+class Scaled(nn.Module):
+    """Multiplies by numbers in bfloat16, as decoders scale their embeddings: numpy has no such type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.register_buffer("scale", torch.tensor(1.7, dtype=torch.bfloat16))
+        self.scale: Tensor
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.first(hidden) * torch.tensor(16**0.5, dtype=torch.bfloat16)
+        result: Tensor = self.last(hidden * self.scale)
+        return result
+
+
+def test_numbers_in_bfloat16_are_exported(tmp_path: Path) -> None:
+    example = {"hidden": torch.randn(2, 5, 16)}
+    gm = ti_fx.capture(Scaled(), example)
+    ti_fx.Pipeline(Ternarize(), QuantizeActivations(), Strip(), Pack())(gm)
+    nodes = to_onnx(gm, tmp_path / "scaled.onnx", example).parity.nodes
+    assert nodes is not None
+    assert nodes.worst <= 1e-6
+
+
+class Frames(nn.Module):
+    """Gathers eight frames into one; the weight fixes the bins, and only algebra with the length's symbol says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8 * 4, 6)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        batch, length, bins = frames.shape
+        padded = nn.functional.pad(frames, (0, 0, 0, -length % 8))
+        result: Tensor = self.project(padded.reshape(batch, padded.shape[1] // 8, 8 * bins))
+        return result
+
+
+def test_a_size_that_the_relations_of_sizes_fix_is_no_symbol() -> None:
+    model, example = Frames(), {"frames": torch.randn(2, 24, 4)}
+    gm = ti_fx.capture(model, example)
+    report = ti_fx.capture_report(gm)
+    assert report.dims["frames"] == ("batch", "sequence", 4)
+    assert report.static["frames.2"] == "the model's code fixes frames.2 at 4"
+    other = torch.randn(3, 32, 4)
+    assert torch.equal(gm(frames=other), model(other))

@@ -7,11 +7,12 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
@@ -92,6 +93,12 @@ def export_program(
             }
         try:
             program = _trace(model, tensors, constants, shapes, known)
+            if fixed := _fixed_by_equalities(program, tensors):
+                for name, index in fixed:
+                    del shapes[name][index]
+                    size = tensors[name].shape[index]
+                    static[f"{name}.{index}"] = f"the model's code fixes {name}.{index} at {size}"
+                program = _trace(model, tensors, constants, shapes, known)
         except Exception as error:
             # what reads values may do without them where sizes are numbers
             if rung == rungs[-1] or not (known.baked or follows or _is_about_shapes(error)):
@@ -133,6 +140,36 @@ def _trace(
         exported = torch.export.export(model, (), tensors, dynamic_shapes=shapes, strict=False)
     sys.stderr.write(printed.getvalue())
     return exported
+
+
+def _fixed_by_equalities(
+    program: torch.export.ExportedProgram, tensors: dict[str, Tensor]
+) -> list[tuple[str, int]]:
+    """Return the dimensions that are symbols in the program and whose equalities hold at no size but the example's.
+
+    Where one has several symbols, torch.export does not solve it: 8 * bins * (length // (length // 8)) = 256.
+    """
+    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    sizes: dict[Any, tuple[str, int]] = {}
+    for name, given in zip(tensors, program.graph_signature.user_inputs, strict=True):
+        for index, size in enumerate(nodes[str(given)].meta["val"].shape):
+            if isinstance(size, torch.SymInt):
+                environment = size.node.shape_env
+                sizes.setdefault(size.node.expr, (name, index))
+    own = {symbol: tensors[name].shape[index] for symbol, (name, index) in sizes.items() if symbol.is_Symbol}
+    equalities = [one.expr for one in environment.guards if one.expr.is_Equality] if own else []
+
+    def changes(symbol: Any, size: int) -> bool:
+        asked = [one for one in equalities if symbol in one.free_symbols]
+        others = (2 * size, 3 * size, size // 2, *range(size + 1, size + 33), *range(2, size))
+        return any(
+            # what further symbols leave open is no ``false``
+            all(one.subs({**scaled, symbol: other}) is not sympy.false for one in asked)
+            for other in others
+            for scaled in (own, {one: 2 * value for one, value in own.items()})
+        )
+
+    return [sizes[symbol] for symbol, size in own.items() if not changes(symbol, size)]
 
 
 def has_open_sizes(program: torch.export.ExportedProgram) -> bool:
@@ -274,10 +311,20 @@ def _keywords_only(model: nn.Module, inputs: list[str], constants: dict[str, Any
     forward = model.forward
 
     def bound(**tensors: Tensor) -> Any:
-        return forward(**tensors, **constants)
+        return without_caches(forward(**tensors, **constants))
 
     with forward_of_tensors(model, bound, inputs):
         yield
+
+
+def without_caches(outputs: Any) -> Any:
+    """Return a model's outputs as ``use_cache=False`` gives them, also where the model makes a cache all the same."""
+    library = sys.modules.get("transformers.cache_utils")
+    if library is None or not isinstance(outputs, Mapping):
+        return outputs
+    kept = {name: value for name, value in outputs.items() if not isinstance(value, library.Cache)}
+    kind: Any = type(outputs)
+    return outputs if len(kept) == len(outputs) else kind(**kept)
 
 
 @contextmanager
