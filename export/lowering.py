@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ti_fx import numerics
+from ti_fx.encodings import CODES_PER_BYTE
 from ti_fx.errors import ExportError
 from ti_fx.export import ops
 from ti_fx.export.attention import ATTENTION_OPSET, fuse_attention
@@ -155,8 +156,11 @@ def _block_product(product: Product, weights: Weights) -> None:
     if weights.layouts[weight.codes_name] is not layout:
         return
     shape = weight.shape if product.transposed else weight.shape[::-1]
-    codes, scale = weights.stored(node, weight), weights.scale(node, weight)
-    arguments = (product.fake_quant.args[0], codes, scale, product.bias, shape, product.lowering.block)
+    outputs, inputs = shape
+    block = product.lowering.block
+    whole = None if inputs % block else (outputs, inputs // block, block // CODES_PER_BYTE)
+    codes, scale = weights.stored(node, weight, whole), weights.scale(node, weight)
+    arguments = (product.fake_quant.args[0], codes, scale, product.bias, shape, block)
     supersede(node, insert(node, ops.block_linear, *arguments))
 
 

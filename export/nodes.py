@@ -25,12 +25,13 @@ from ti_fx.export import inputs as io
 from ti_fx.export.report import NodeReport
 from ti_fx.export.runtime import session_of
 from ti_fx.export.student import as_packed, fake_quantised
-from ti_fx.graph import aten_name, mode, written_arguments
+from ti_fx.graph import aten_name, mode, tensor, written_arguments
 from ti_fx.text import where
 
 # A float node: two correct implementations of one operation on the same values, relative L2.
 NODE_TOLERANCE = 1e-5
 _GIVEN = "given/"
+_ORDERS = ("topk", "sort")
 _UNINITIALISED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
@@ -48,13 +49,14 @@ def compare_nodes(
         ParityError: names the first node that differs, its module and layer.
     """
     flat, leaves = io.flat_outputs(student)
-    with mode(flat, False), torch.no_grad():
-        recorder = _Recorder(flat)
-        recorder.run(*inputs.values())
-    values = recorder.values
     nodes = {node.name: node for node in flat.graph.nodes}
     nodes |= {name: nodes[node.name] for name, node in leaves.items()}
     model = onnx.load(os.fspath(path), load_external_data=False)
+    named = {nodes[name] for node in model.graph.node for name in node.output if name in nodes}
+    with mode(flat, False), torch.no_grad():
+        recorder = _Recorder(flat, named)
+        recorder.run(*inputs.values())
+    values = recorder.values
     cut = _cut(model, {name: values[node] for name, node in nodes.items() if node in values})
     feed = {f"{_GIVEN}{name}": values[nodes[name]].contiguous().numpy() for name in cut.given}
     feed |= {name: value.numpy() for name, value in inputs.items() if name in cut.inputs}
@@ -64,34 +66,46 @@ def compare_nodes(
     except Exception as error:  # ONNX Runtime's errors share no base class but Exception
         reason = " ".join(str(error).split())[:300]
         raise ParityError(f"ONNX Runtime can't run the nodes of {Path(path).name}: {reason}") from error
-    return _compared(dict(zip(cut.compared, computed, strict=True)), nodes, values)
+    return _compared(flat, dict(zip(cut.compared, computed, strict=True)), nodes, values)
 
 
 class _Recorder(Interpreter):
-    """Runs a graph and keeps the value of every node that is a tensor, and that nothing writes into."""
+    """Runs a graph and keeps the tensors that the comparison reads, and that nothing writes into.
 
-    def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm, garbage_collect_values=False)
+    Those are the values of the nodes that the file names, of quantised activations, and what is put in order. Unpacked
+    weights are mostly not among them, and are freed as soon as they are used: all at once are the float model.
+    """
+
+    def __init__(self, gm: GraphModule, named: set[Node]) -> None:
+        super().__init__(gm)
+        self._kept = {
+            node
+            for node in gm.graph.nodes
+            if node in named or fake_quantised(node) or any(aten_name(user) in _ORDERS for user in node.users)
+        }
         self._seen: dict[Node, Tensor] = {}
-        self._written: set[int] = set()
+        self._written: list[Tensor] = []  # kept, so that no other tensor gets their memory
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and n in self._kept:
             self._seen[n] = value.detach()
-        for argument in written_arguments(n):
-            self._written.add(self.env[argument].untyped_storage().data_ptr())
+        self._written += [self.env[argument] for argument in written_arguments(n)]
         if aten_name(n) in _UNINITIALISED:
-            self._written.add(value.untyped_storage().data_ptr())
+            self._written.append(value)
         return value
 
     @property
     def values(self) -> dict[Node, Tensor]:
-        """The values by node. ONNX has no writes, so what is written into is another value there."""
+        """The values by node that ONNX Runtime has, too.
+
+        ONNX has no writes, so what is written into is another value there, and no array holds bfloat16.
+        """
+        written = {value.untyped_storage().data_ptr() for value in self._written}
         return {
             node: value
             for node, value in self._seen.items()
-            if value.untyped_storage().data_ptr() not in self._written
+            if value.untyped_storage().data_ptr() not in written and value.dtype != torch.bfloat16
         }
 
 
@@ -122,7 +136,7 @@ def _cut(model: onnx.ModelProto, values: Mapping[str, Tensor]) -> _Cut:
 
 
 def _compared(
-    found: Mapping[str, Any], nodes: Mapping[str, Node], values: Mapping[Node, Tensor]
+    gm: GraphModule, found: Mapping[str, Any], nodes: Mapping[str, Node], values: Mapping[Node, Tensor]
 ) -> NodeReport:
     worst, worst_node, most, most_node = 0.0, "", 0.0, ""
     for name, array in found.items():
@@ -141,7 +155,7 @@ def _compared(
                 )
             continue
         distance = _relative(gap, expected)
-        step = _product_step(node, values)
+        step = _product_step(gm, node, values)
         if step is None or distance <= NODE_TOLERANCE:
             if not distance <= NODE_TOLERANCE:
                 raise ParityError(
@@ -166,7 +180,7 @@ def _chosen(
 ) -> tuple[Tensor, Tensor]:
     """Return what topk and sort chose, in order: they may take equals in any, and without ``sorted`` all."""
     whole = node.args[0] if node.target is operator.getitem else None
-    if not isinstance(whole, Node) or aten_name(whole) not in ("topk", "sort"):
+    if not isinstance(whole, Node) or aten_name(whole) not in _ORDERS:
         return got, expected
     source: Any = whole.args[0]
     position = 2 if aten_name(whole) == "topk" else 1
@@ -198,7 +212,7 @@ def _place(gap: Tensor) -> list[int]:
     return [int(index) for index in torch.unravel_index(gap.argmax(), gap.shape)]
 
 
-def _product_step(node: Node, values: Mapping[Node, Tensor]) -> Tensor | None:
+def _product_step(gm: GraphModule, node: Node, values: Mapping[Node, Tensor]) -> Tensor | None:
     """Return what one step of the activation's quantiser changes at most, for a product of a quantised activation."""
     for argument in node.all_input_nodes:
         encoding = fake_quantised(argument)
@@ -207,8 +221,9 @@ def _product_step(node: Node, values: Mapping[Node, Tensor]) -> Tensor | None:
         size, result = values[argument].abs(), values[node]
         by_row = ENCODINGS[encoding].batch_invariant and size.shape[:-1] == result.shape[:-1]
         largest = size.amax(-1, keepdim=True) if by_row else size.max()
-        weights = [values[other] for other in node.all_input_nodes if as_packed(_untransposed(other))]
-        return largest.double() / 127 * max((float(weight.abs().max()) for weight in weights), default=1.0)
+        weights = [as_packed(_untransposed(other)) for other in node.all_input_nodes]
+        scales = [tensor(gm, weight.scale_name) for weight in weights if weight is not None]
+        return largest.double() / 127 * max((float(scale.abs().max()) for scale in scales), default=1.0)
     return None
 
 

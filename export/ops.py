@@ -190,7 +190,8 @@ def block_linear(
 
     Args:
         value: float32 ``(..., inputs)``.
-        codes: uint8 with ``outputs * inputs / 4`` elements, each code stored as code + 2, a row after the other.
+        codes: uint8 with ``outputs * inputs / 4`` elements, each code stored as code + 2, a row after the other; flat,
+            or ``(outputs, blocks, block / 4)``.
         scale: float32 ``()`` or ``(outputs, 1)``; expanded in the graph, so the file holds it once.
         bias: float32 ``(outputs,)`` or None.
         shape: ``(outputs, inputs)``; inputs a multiple of 4.
@@ -198,11 +199,13 @@ def block_linear(
     """
     outputs, inputs = shape
     blocks = -(-inputs // block)
-    rows = codes.reshape(outputs, inputs // 4)
-    if inputs % block:
-        rows = torch.nn.functional.pad(rows, (0, (blocks * block - inputs) // 4), value=ZERO_CODES)
+    if codes.dim() == 1:
+        codes = codes.reshape(outputs, inputs // 4)
+        if inputs % block:
+            codes = torch.nn.functional.pad(codes, (0, (blocks * block - inputs) // 4), value=ZERO_CODES)
+        codes = codes.reshape(outputs, blocks, block // 4)
     scale = scale.reshape(-1, 1).expand(outputs, blocks)
-    given = [value, rows.reshape(outputs, blocks, block // 4), scale]
+    given = [value, codes, scale]
     return _node(
         "com.microsoft::MatMulNBits",
         given if bias is None else [*given, None, None, bias],

@@ -84,7 +84,7 @@ def resolve_markers(model: ir.Model, gm: GraphModule) -> list[PackedTensor]:
         target = node.attributes["target"].as_string()
         if kind in LAYOUTS:
             codes = graph.initializers.get(target) or _codes(
-                tensor(gm, target), target, LAYOUTS[kind], shapes[target]
+                tensor(gm, target), target, LAYOUTS[kind], shapes[target], stored.shape
             )
             graph.initializers[target] = codes
             found[target] = PackedTensor(target, target, kind)
@@ -105,15 +105,22 @@ def resolve_markers(model: ir.Model, gm: GraphModule) -> list[PackedTensor]:
     return list(found.values())
 
 
-def _codes(packed: Tensor, name: str, layout: Layout, shape: tuple[int, ...]) -> ir.Value:
+def _codes(
+    packed: Tensor, name: str, layout: Layout, shape: tuple[int, ...], bytes_shape: ir.Shape | None
+) -> ir.Value:
     """Return an initialiser of a weight's codes, which are brought into their layout whenever they are read."""
+    assert bytes_shape is not None
     is_int2 = layout.name.startswith(INT2.name)
     dtype = ir.DataType.INT2 if is_int2 else ir.DataType.UINT8
-    size = ir.Shape(layout.written(shape) if is_int2 else (layout.size(shape),))
+    size = ir.Shape(layout.written(shape)) if is_int2 else bytes_shape
 
     def encoded() -> ir.TensorProtocol:
         content = layout.encode(packed, shape).numpy()
-        return ir.PackedTensor(content, dtype, shape=size) if is_int2 else ir.tensor(content)
+        return (
+            ir.PackedTensor(content, dtype, shape=size)
+            if is_int2
+            else ir.tensor(content.reshape(size.numpy()))
+        )
 
     value = ir.Value(name=name, shape=size, type=ir.TensorType(dtype))
     value.const_value = ir.LazyTensor(encoded, dtype, size, name=name)

@@ -28,9 +28,9 @@ def looked_up(node: Node) -> PackedWeight | None:
     return table if table is not None and len(table.shape) == 2 else None
 
 
-def _stand_in(size: int) -> torch.Tensor:
-    """Return as many zeros as asked for in one byte of memory."""
-    return torch.zeros((), dtype=torch.uint8).expand(size)
+def _stand_in(shape: tuple[int, ...]) -> torch.Tensor:
+    """Return uint8 zeros of any size in one byte of memory."""
+    return torch.zeros((), dtype=torch.uint8).expand(shape)
 
 
 class Weights:
@@ -105,13 +105,16 @@ class Weights:
             self.int8[node, transposed] = codes
         return self.int8[node, transposed]
 
-    def stored(self, before: Node, weight: PackedWeight) -> Node:
-        """Return the marked bytes of a weight, flat, as they are stored; of INT2, its codes.
+    def stored(self, before: Node, weight: PackedWeight, blocks: tuple[int, ...] | None = None) -> Node:
+        """Return the marked bytes of a weight, as they are stored; of INT2, its codes.
 
+        They are flat, or have the shape ``blocks`` if whoever asks first gives one: ONNX Runtime would copy what it
+        reshapes when it loads the file.
         They are a stand-in, so that the exporter neither holds nor copies them: the file's come from the packed graph.
         """
         layout, name = self.layouts[weight.codes_name], weight.codes_name
-        read = self._buffer(before, name.replace(".", "_"), lambda: _stand_in(layout.size(weight.shape)))
+        form = blocks or (layout.size(weight.shape),)
+        read = self._buffer(before, name.replace(".", "_"), lambda: _stand_in(form))
         if layout in (INT2, INT2.turned):
             size, dtype = layout.written(weight.shape), torch.int8
         else:
