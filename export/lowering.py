@@ -127,6 +127,8 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
             _plain_sum(node)
         elif aten_name(node) == "rsub":
             _reversed_difference(node)
+        elif aten_name(node) == "add":
+            _sum_with_number(node)
     copy.graph.eliminate_dead_code()
     copy.graph.lint()
     copy.recompile()
@@ -240,6 +242,15 @@ def _reversed_difference(node: Node) -> None:
     if len(node.args) == 2 and not node.kwargs and not isinstance(node.args[1], Node):
         negative = insert(node, torch.ops.aten.neg.default, node.args[0])
         supersede(node, insert(node, torch.ops.aten.add.Scalar, negative, node.args[1]))
+
+
+def _sum_with_number(node: Node) -> None:
+    """Write number + alpha * x as x * alpha + number: torch.onnx 2.13 knows a sum by its first term, a tensor."""
+    if len(node.args) == 2 and isinstance(node.args[1], Node) and not isinstance(node.args[0], Node):
+        number, scaled = node.args
+        if "alpha" in node.kwargs:
+            scaled = insert(node, torch.ops.aten.mul.Scalar, scaled, node.kwargs["alpha"])
+        supersede(node, insert(node, torch.ops.aten.add.Scalar, scaled, number))
 
 
 def _plain_sum(norm: Node) -> None:
