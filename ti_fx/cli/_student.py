@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from ti_fx.cli._encodings import Encodings
 from ti_fx.cli._loading import load_source
 from ti_fx.errors import InputError
 
@@ -22,14 +23,17 @@ class Student:
     folder: Path | None
 
 
-def packed_student(source: str, *, model: str | None, ternarize: bool, encoding: str | None) -> Student:
+def packed_student(
+    source: str, *, model: str | None, ternarize: bool, encodings: Encodings, kept: str
+) -> Student:
     """Return the packed student.
 
     Args:
         source: a checkpoint's folder; with ``ternarize``, a model as ``load_source`` takes it.
         model: the source model of a checkpoint, where the checkpoint can't make it by itself.
         ternarize: ``source`` is a plain model, to be made ternary as it is.
-        encoding: of the activations of such a model; a checkpoint has its own.
+        encodings: of the weights of such a model; a checkpoint has its own.
+        kept: the type of what is not ternary, ``float32`` or ``float16``.
 
     Raises:
         TiFxError: nothing usable is there, or the model can't be captured.
@@ -38,7 +42,7 @@ def packed_student(source: str, *, model: str | None, ternarize: bool, encoding:
     from ti_fx.pipeline import Pipeline
     from ti_fx.train.checkpoint import EXAMPLE, FACTS, load, read_tensors
 
-    folder = Path(source)
+    folder, pack = Path(source), Pack(kept="float16" if kept == "float16" else "float32")
     is_checkpoint = (folder / FACTS).is_file()
     if ternarize and is_checkpoint:
         raise InputError(f"{source} is a checkpoint, so it is ternary already; leave out --ternarize")
@@ -49,29 +53,41 @@ def packed_student(source: str, *, model: str | None, ternarize: bool, encoding:
 
         found = load_source(source)
         gm = capture(found.model.float().eval(), found.example)
-        activations = QuantizeActivations() if encoding is None else QuantizeActivations(encoding=encoding)
-        Pipeline(DecomposeAttention(), Ternarize(), activations, Pack())(gm)
+        default = QuantizeActivations().encoding
+        activations = QuantizeActivations(encodings.name or default, encodings=encodings.others)
+        Pipeline(DecomposeAttention(), Ternarize(), activations, pack)(gm)
         return Student(gm, found.example, folder if folder.is_dir() else None)
     if not is_checkpoint and ((folder / "config.json").is_file() or ":" in source):
         raise InputError(
             f"{source} is a model, not a ti_fx checkpoint; train it with ti-fx train, or take it untrained: --ternarize"
         )
     gm = load(folder, None if model is None else load_source(model).model)
-    Pipeline(Pack())(gm)
+    Pipeline(pack)(gm)
     return Student(gm, read_tensors(folder / EXAMPLE), folder)
 
 
-def saved_parts(folder: Path | None) -> tuple[Any, Any]:
-    """Return the configuration and the tokenizer (or image processor) saved in a folder, None for what is not there."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+def saved_parts(folder: Path | None) -> dict[str, Any]:
+    """Return what is saved in a model's folder beside its weights, as the arguments that ``to_onnx`` takes.
+
+    Raises:
+        InputError: a file can't be read.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
     if folder is None or not (folder / "config.json").is_file():
-        return None, None
-    kinds = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}
-    kind: Any = next((kind for name, kind in kinds.items() if (folder / name).is_file()), None)
+        return {}
+    parts: dict[str, tuple[str, Any]] = {
+        "config": ("config.json", AutoConfig),
+        "tokenizer": ("tokenizer_config.json", AutoTokenizer),
+        "processor": ("preprocessor_config.json", AutoImageProcessor),
+        "generation_config": ("generation_config.json", GenerationConfig),
+    }
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return config, None if kind is None else kind.from_pretrained(folder, local_files_only=True)
+        return {
+            argument: kind.from_pretrained(folder, local_files_only=True)
+            for argument, (name, kind) in parts.items()
+            if (folder / name).is_file()
+        }
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"can't read the configuration or tokenizer in {folder}: {first}") from error
+        raise InputError(f"can't read what lies beside the weights in {folder}: {first}") from error

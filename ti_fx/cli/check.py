@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ti_fx.cli import _output as output
+from ti_fx.cli._encodings import of_file
 
 _EXAMPLES = """[bold]Examples[/bold]
 
@@ -38,11 +39,13 @@ def check(
     """Check an exported file: stored weights, each node, and the outputs of ONNX Runtime beside PyTorch's."""
     from ti_fx import export
     from ti_fx.cli._student import packed_student
+    from ti_fx.export.facts import KEPT, value_of
     from ti_fx.export.packed import open_file
 
     content = open_file(file)
-    encoding = content.requantized_from or content.encoding
-    student = packed_student(checkpoint, model=source, ternarize=ternarize, encoding=encoding)
+    encodings = of_file(content.requantized_from or content.encoding)
+    kept = "float16" if "float16" in value_of(content.metadata, KEPT, {}) else "float32"
+    student = packed_student(checkpoint, model=source, ternarize=ternarize, encodings=encodings, kept=kept)
     report = export.check(file, student.graph, student.example)
     output.table(
         ("output", "case", "max", "p99", "mean", "range", "allowed"),

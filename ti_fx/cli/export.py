@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ti_fx.cli import _output as output
+from ti_fx.cli._encodings import HELP, METAVAR, chosen_encodings
 from ti_fx.errors import InputError
 
 _EXAMPLES = """[bold]Examples[/bold]
 
   ti-fx export runs/ti-g --out student.onnx
+  ti-fx export runs/ti-g --out small.onnx --encoding base3 --kept float16
   ti-fx export runs/ti-g --out student.onnx --encoding int8-token --requantize
   ti-fx export runs/digits --out digits.onnx --source mypackage.models:make_model
-  ti-fx export ./my-bert --out untrained.onnx --ternarize"""
+  ti-fx export ./my-bert --out untrained.onnx --ternarize
+  ti-fx export ./my-gpt2 --out untrained.onnx --ternarize --encoding int8-token --encoding "*.wte=nbits2"
+
+What is saved beside the model's weights (configuration, tokenizer, image processor) goes beside the file."""
+
+
+class Kept(StrEnum):
+    """What ``--kept`` takes."""
+
+    float32 = "float32"
+    float16 = "float16"
 
 
 def export(
@@ -31,10 +44,10 @@ def export(
         Path, typer.Option(help="The .onnx file; config and tokenizer go beside it.", metavar="FILE")
     ],
     encoding: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="How activations are quantised: int8-tensor, int8-token, reference or float; left out: as trained.",
-            metavar="NAME",
+            help=f"{HELP} Left out: as trained. What was trained is exported in an encoding that computes the same.",
+            metavar=METAVAR,
         ),
     ] = None,
     requantize: Annotated[
@@ -43,8 +56,15 @@ def export(
             "--requantize", help="Allow another encoding than the trained one; reports what it costs."
         ),
     ] = False,
+    kept: Annotated[
+        Kept, typer.Option(help="How what is not ternary is stored: biases, norms, position tables, heads.")
+    ] = Kept.float32,
     opset: Annotated[
-        int | None, typer.Option(help="ONNX opset, 18 to 25; below 25 for older runtimes. Left out: 25.")
+        int | None,
+        typer.Option(
+            help="ONNX opset, 18 to 25; below 25 for older runtimes. Left out: 25, of portable 18.",
+            metavar="N",
+        ),
     ] = None,
     source: Annotated[
         str | None,
@@ -65,23 +85,23 @@ def export(
         raise InputError(f"--out is {out}, a folder; give a file name in it, such as {out / 'student.onnx'}")
     if requantize and encoding is None:
         raise InputError("--requantize needs --encoding, the one to change to")
+    chosen = chosen_encodings(encoding)
+    if chosen.others and not ternarize:
+        raise InputError(
+            "a checkpoint has the encodings that its weights were trained with; give GLOB=NAME to ti-fx train"
+        )
     from ti_fx.cli._student import packed_student, saved_parts
-    from ti_fx.encodings import get_encoding
     from ti_fx.export import to_onnx
 
-    if encoding is not None:
-        get_encoding(encoding)
-    student = packed_student(checkpoint, model=source, ternarize=ternarize, encoding=encoding)
-    config, tokenizer = saved_parts(student.folder)
+    student = packed_student(checkpoint, model=source, ternarize=ternarize, encodings=chosen, kept=kept.value)
     report = to_onnx(
         student.graph,
         out,
         student.example,
-        encoding=encoding,
+        encoding=None if ternarize else chosen.name,
         opset=opset,
         requantize=requantize,
-        config=config,
-        tokenizer=tokenizer,
+        **saved_parts(student.folder),
     )
     output.say(str(report))
 

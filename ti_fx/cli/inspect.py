@@ -290,28 +290,10 @@ def _write_files(
 
 
 def _inspect_onnx(path: Path, as_json: bool) -> None:
-    from ti_fx.cli._onnx_file import describe
+    from ti_fx.cli._onnx_file import describe, show
 
     facts = describe(path)
     if as_json:
         print(json.dumps(facts, indent=1))
-        return
-    opsets = ", ".join(f"{domain} {number}" for domain, number in facts["opsets"].items())
-    output.say(f"{path}: {facts['bytes'] / 1e6:.2f} MB, IR {facts['ir_version']}, opsets {opsets}")
-    if facts["producer"]:
-        output.say(f"written by {facts['producer']}")
-    output.say("")
-    output.table(
-        ("name", "direction", "type"),
-        [(name, kind, text) for kind in ("inputs", "outputs") for name, text in facts[kind].items()],
-        "Inputs and outputs",
-    )
-    output.table(
-        ("type", "MB"), [(name, size / 1e6) for name, size in facts["stored_bytes"].items()], "Stored tensors"
-    )
-    output.table(("operation", "count"), list(facts["nodes"].items()), "Operations")
-    short = {
-        key: value if len(value) <= 100 else f"{value[:97]}..." for key, value in facts["metadata"].items()
-    }
-    if short:
-        output.table(("key", "value"), list(short.items()), "Metadata")
+    else:
+        show(facts)

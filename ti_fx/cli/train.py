@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ti_fx.cli import _output as output
+from ti_fx.cli._encodings import HELP, METAVAR, Encodings, chosen_encodings
 from ti_fx.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ def train(
             help="A preset's name (ti-g, ternarybert, ti-m, ...) or a recipe file.", metavar="NAME|FILE"
         ),
     ] = "ti-g",
+    encoding: Annotated[
+        list[str] | None, typer.Option(help=f"{HELP} Left out: the recipe's.", metavar=METAVAR)
+    ] = None,
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="Rows to evaluate on, in the same form.", metavar="FILE")
     ] = None,
@@ -101,7 +105,7 @@ def train(
     from ti_fx.cli._recipe import chosen_recipe
     from ti_fx.train.data import read_texts
 
-    chosen = chosen_recipe(recipe)
+    chosen = _with_encodings(chosen_recipe(recipe), chosen_encodings(encoding))
     _check_folder(out, resume)
     teacher, tokenizer = _classifier(model)
     names = {int(index): name for index, name in (teacher.config.id2label or {}).items()}
@@ -118,6 +122,20 @@ def train(
 
 
 train.__doc__ = f"{train.__doc__}\n\n{_EXAMPLES}"
+
+
+def _with_encodings(recipe: Recipe, encodings: Encodings) -> Recipe:
+    """Return the recipe with other encodings; one for all weights takes the place of all that it names."""
+    if not encodings:
+        return recipe
+    own = recipe.activations
+    others = {} if encodings.name is not None else dict(own.encodings)
+    return replace(
+        recipe,
+        activations=replace(
+            own, encoding=encodings.name or own.encoding, encodings={**others, **encodings.others}
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""What ``--encoding`` may be: a name for all weights, and names for some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ti_fx.encodings import ENCODINGS, get_encoding
+from ti_fx.errors import InputError
+
+METAVAR = "NAME|GLOB=NAME"
+HELP = (
+    f"How activations are quantised and weights stored: {', '.join(ENCODINGS)}. May be repeated with weights of "
+    "another one, by globs over parameter names or module paths: lm_head=nbits2."
+)
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """The encoding of all weights (None: not said), and those of single weights by globs."""
+
+    name: str | None = None
+    others: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return self.name is not None or bool(self.others)
+
+
+def chosen_encodings(written: Sequence[str] | None) -> Encodings:
+    """Return what a user wrote.
+
+    Raises:
+        InputError: there is no such encoding, or two are given for all weights.
+    """
+    name: str | None = None
+    others: dict[str, str] = {}
+    for item in written or ():
+        glob, equals, encoding = item.rpartition("=")
+        get_encoding(encoding)
+        if equals and not glob:
+            raise InputError(f"--encoding is {item!r}; write {METAVAR}")
+        if not equals and name is not None:
+            raise InputError(
+                f"--encoding is {name} and {encoding}; give one for all weights, and others as GLOB=NAME"
+            )
+        if equals:
+            others[glob] = encoding
+        else:
+            name = encoding
+    return Encodings(name, others)
+
+
+def of_file(encoding: str) -> Encodings:
+    """Return what a file's metadata says: ``int8-token, fc.weight=nbits2``."""
+    most, *rest = encoding.split(", ")
+    return Encodings(most, dict(item.rsplit("=", 1) for item in rest))
