@@ -26,7 +26,7 @@ from ti_fx.passes import (
     Ternarize,
 )
 
-LAYERS = (4, 8, 16)
+LAYERS = (2, 3, 4)  # exact counts: what is not linear shows at any three
 MODELS: dict[str, Callable[[int], torch.nn.Module]] = {
     "bert": bert_model,
     "llama": lambda layers: llama_model(num_hidden_layers=layers),
@@ -91,7 +91,7 @@ def test_node_visits_are_linear_in_the_layers(name: str, monkeypatch: pytest.Mon
             visits.setdefault(step, []).append(count[0])
     for step, (few, more, most) in visits.items():
         assert few > 0, step
-        assert most - more == 2 * (more - few), f"{step}: {few}, {more}, {most} visits at {LAYERS} layers"
+        assert most - more == more - few, f"{step}: {few}, {more}, {most} visits at {LAYERS} layers"
 
 
 def test_a_difference_is_the_edit_script_between_two_texts() -> None:

@@ -289,7 +289,9 @@ def test_auto_compiles_long_phases_only(tmp_path: Path) -> None:
 # --- accumulation and mixed precision -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["none", "own", "given"])
+@pytest.mark.parametrize(
+    "task", ["own", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "given"))]
+)
 def test_two_micro_batches_equal_one_batch_of_twice_the_size(task: str, tmp_path: Path) -> None:
     recipe = Recipe(
         "float",

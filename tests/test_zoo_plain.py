@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from zoo_plain import BLOCKS, FACTORIES
@@ -28,11 +30,51 @@ from ti_fx.passes import (
 )
 
 POINTS = ("map", "context", "output")
-# One of each kind; the slow tests export the rest.
+# One of each kind; the slow tests export and train the rest.
 EXPORTED = ("torch_encoder_fast_path", "torch_attention", "disentangled", "einsum", "windowed", "perceiver")
-SLOW = pytest.mark.slow
-# A returned map keeps the student's value under an intervention; verify still refuses that.
-ALL = [pytest.param(name, marks=() if name in EXPORTED else SLOW) for name in FACTORIES]
+TRAINED = (
+    *("torch_encoder_fast_path", "torch_transformer", "torch_attention_fused", "post_norm", "infinite_mask"),
+    *("rotary", "relative_bias", "softcapped", "sinks", "talking_heads", "disentangled", "differential"),
+    *(
+        "handwritten_softmax",
+        "einsum",
+        "baddbmm",
+        "sdpa_grouped",
+        "multi_query",
+        "fused_split",
+        "fused_slices",
+    ),
+    *("fused_key_value", "transposed_linear", "convolved", "without_output", "latent", "weight_norm", "lora"),
+    *("tied_head", "shared_layers", "windowed", "learned_queries", "perceiver", "cross_attention_stack"),
+    *("returns_maps", "experts", "linear_attention"),
+)
+
+
+# Captures of seconds each, alike but for one option of torch.nn's decoder.
+ALIKE = ("torch_decoder_norm_first", "torch_decoder_sequence_first", "torch_decoder_causal_flag")
+
+
+def each(chosen: Iterable[str]) -> pytest.MarkDecorator:
+    """Run a test on every captured factory; those that are not chosen are slow."""
+    names = [pytest.param(name, marks=() if name in chosen else pytest.mark.slow) for name in FACTORIES]
+    return pytest.mark.parametrize("captured", names, indirect=True)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A factory's model, its two examples, and its graph, which tests fork."""
+
+    name: str
+    model: nn.Module
+    example: dict[str, Tensor]
+    other: dict[str, Tensor]
+    graph: GraphModule
+
+
+@pytest.fixture(scope="module")
+def captured(request: pytest.FixtureRequest) -> Captured:
+    made = FACTORIES[request.param]()
+    return Captured(request.param, *made, ti_fx.capture(*made[:2]))
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -62,10 +104,10 @@ def effect(gm: GraphModule, map_: Node, example: dict[str, Tensor]) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in zip(moved, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", FACTORIES)
-def test_the_graph_equals_the_model_and_its_sites_are_its_blocks(name: str) -> None:
-    model, example, other = FACTORIES[name]()
-    gm = ti_fx.capture(model, example)
+@each(set(FACTORIES) - set(ALIKE))
+def test_the_graph_equals_the_model_and_its_sites_are_its_blocks(captured: Captured) -> None:
+    name, model, example, other = captured.name, captured.model, captured.example, captured.other
+    gm = ti_fx.fork(captured.graph)
     ti_fx.Pipeline(DecomposeAttention())(gm)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it computes zeros at padding
@@ -84,10 +126,10 @@ def test_the_graph_equals_the_model_and_its_sites_are_its_blocks(name: str) -> N
         assert effect(gm, site.map, example) >= 0.01, site
 
 
-@pytest.mark.parametrize("name", FACTORIES)
-def test_every_pass_runs_and_every_gradient_is_finite(name: str) -> None:
-    model, example, _ = FACTORIES[name]()
-    gm = ti_fx.capture(model, example)
+@each(TRAINED)
+def test_every_pass_runs_and_every_gradient_is_finite(captured: Captured) -> None:
+    name, example = captured.name, captured.example
+    gm = ti_fx.fork(captured.graph)
     sites = bool(BLOCKS[name])
     losses = Distill() if sites else Distill(layer_outputs=0, scores=0, attention_outputs=0)
     prepare = ti_fx.Pipeline(
@@ -127,12 +169,11 @@ def train(gm: GraphModule, example: dict[str, Tensor]) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_the_packed_student_is_exported_and_agrees(name: str, tmp_path: Path) -> None:
-    model, example, _ = FACTORIES[name]()
-    gm = ti_fx.capture(model, example)
+@each(EXPORTED)
+def test_the_packed_student_is_exported_and_agrees(captured: Captured, tmp_path: Path) -> None:
+    gm = ti_fx.fork(captured.graph)
     ti_fx.Pipeline(DecomposeAttention(), Ternarize(), QuantizeActivations(), Strip(), Pack())(gm)
-    assert to_onnx(gm, tmp_path / "student.onnx", example).parity.differences
+    assert to_onnx(gm, tmp_path / "student.onnx", captured.example).parity.differences
 
 
 def test_a_frozen_base_weight_stays_frozen_and_its_low_rank_update_trains() -> None:
