@@ -214,6 +214,12 @@ def test_load_refuses_a_missing_folder_and_another_model(whole: Whole, tmp_path:
         assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def resuming(tmp_path_factory: pytest.TempPathFactory) -> TernaryTrainer:
+    """A trainer that is to go on with what it can't, again and again."""
+    return made(tmp_path_factory.mktemp("resuming"), saving={"max_steps": STEPS + 1})
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -230,11 +236,11 @@ def test_load_refuses_a_missing_folder_and_another_model(whole: Whole, tmp_path:
     ],
 )  # fmt: skip
 def test_resume_refuses_what_is_damaged_in_one_line(
-    edit: Callable[[Path], None], message: str, copied: Path
+    edit: Callable[[Path], None], message: str, copied: Path, resuming: TernaryTrainer
 ) -> None:
     edit(copied)
     with pytest.raises(CheckpointError, match=message) as caught:
-        made(copied.parent, saving={"max_steps": STEPS + 1}).train(resume_from_checkpoint=True)
+        resuming.train(resume_from_checkpoint=str(copied))
     assert "\n" not in str(caught.value)
 
 
@@ -261,7 +267,11 @@ def test_resume_refuses_another_recipe_teacher_or_model(copied: Path) -> None:
 # --- killed and resumed ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", range(1, STEPS))
+@pytest.mark.parametrize(
+    "step",
+    # in each phase but the first, and at the restart
+    [pytest.param(step, marks=() if step in (1, 3, 6) else pytest.mark.slow) for step in range(1, STEPS)],
+)
 def test_training_resumed_from_any_step_ends_bit_equal(step: int, whole: Whole, tmp_path: Path) -> None:
     resumed = made(tmp_path)
     resumed.train(resume_from_checkpoint=str(whole.folder / f"checkpoint-{step}"))
@@ -270,7 +280,9 @@ def test_training_resumed_from_any_step_ends_bit_equal(step: int, whole: Whole, 
     assert tail == ["output", "context", *["map"] * 4, "quantise", "quantise"]
 
 
-@pytest.mark.parametrize("step", [1, 3, 7])
+@pytest.mark.parametrize(
+    "step", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_an_error_between_two_saves_costs_only_the_steps_since(
     step: int, whole: Whole, tmp_path: Path
 ) -> None:
@@ -328,8 +340,9 @@ def killed(folder: Path, step: int, place: str, compile: str = "off") -> None:
 @pytest.mark.parametrize(
     ("step", "place"),
     [
-        (6, "begin"),  # the restart: the next step clears the optimiser
         (3, "save"),
+        # the restart: the next step clears the optimiser
+        pytest.param(6, "begin", marks=pytest.mark.slow),
         pytest.param(1, "begin", marks=pytest.mark.slow),
         pytest.param(2, "end", marks=pytest.mark.slow),
         pytest.param(6, "save", marks=pytest.mark.slow),

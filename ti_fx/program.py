@@ -150,13 +150,17 @@ def _fixed_by_equalities(
     Where one has several symbols, torch.export does not solve it: 8 * bins * (length // (length // 8)) = 256.
     """
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    sizes: dict[Any, tuple[str, int]] = {}
+    places: dict[Any, list[tuple[str, int]]] = {}
     for name, given in zip(tensors, program.graph_signature.user_inputs, strict=True):
         for index, size in enumerate(nodes[str(given)].meta["val"].shape):
             if isinstance(size, torch.SymInt):
                 environment = size.node.shape_env
-                sizes.setdefault(size.node.expr, (name, index))
-    own = {symbol: tensors[name].shape[index] for symbol, (name, index) in sizes.items() if symbol.is_Symbol}
+                places.setdefault(size.node.expr, []).append((name, index))
+    own = {
+        symbol: tensors[name].shape[index]
+        for symbol, ((name, index), *_) in places.items()
+        if symbol.is_Symbol
+    }
     equalities = [one.expr for one in environment.guards if one.expr.is_Equality] if own else []
 
     def changes(symbol: Any, size: int) -> bool:
@@ -169,7 +173,7 @@ def _fixed_by_equalities(
             for scaled in (own, {one: 2 * value for one, value in own.items()})
         )
 
-    return [sizes[symbol] for symbol, size in own.items() if not changes(symbol, size)]
+    return [place for symbol, size in own.items() if not changes(symbol, size) for place in places[symbol]]
 
 
 def has_open_sizes(program: torch.export.ExportedProgram) -> bool:
