@@ -28,7 +28,7 @@ from ti_fx import numerics
 from ti_fx.encodings import CODES_PER_BYTE
 from ti_fx.errors import ExportError
 from ti_fx.export import ops
-from ti_fx.export.attention import ATTENTION_OPSET, fuse_attention
+from ti_fx.export.fusion import FUSED_OPSET, fuse
 from ti_fx.export.layouts import UINT2
 from ti_fx.export.storage import Weights, insert, looked_up
 from ti_fx.export.student import PackedWeight, as_packed, packed_weights
@@ -70,24 +70,45 @@ ACTIVATIONS: tuple[ActivationLowering, ...] = (
 )
 
 
+Quantised = dict[tuple[Any, Any], tuple[Node, ...]]  # by value and quantiser: codes, scale, zero point
+
+
 @dataclass(frozen=True)
 class Product:
-    """A linear layer of a fake-quantised activation and a packed weight."""
+    """A linear layer of a fake-quantised activation and a packed weight.
+
+    Attributes:
+        node: whose value the product is.
+        fake_quant: the quantiser.
+        flat: the view that is quantised, where the product reads what it was flattened from; else None.
+        lowering: its ONNX side.
+        weight: ``(outputs, inputs)`` if ``transposed``, else ``(inputs, outputs)``.
+        transposed: see there.
+        bias: ``(outputs,)`` or None.
+    """
 
     node: Node
     fake_quant: Node
+    flat: Node | None
     lowering: ActivationLowering
     weight: PackedWeight
     transposed: bool
     bias: Node | None
+
+    @property
+    def activation(self) -> Node:
+        """What is quantised."""
+        source = (self.fake_quant if self.flat is None else self.flat).args[0]
+        assert isinstance(source, Node)
+        return source
 
 
 def lower(gm: GraphModule, opset: int) -> GraphModule:
     """Return a lowered private copy of a packed graph in eval mode; ``gm`` and its tensors are left alone.
 
     1. training-only modules go   2. packed look-ups   3. integer and block products   4. what is left of the
-    fake-quantisers   5. what is left of the packed weights   6. what is stored in half precision   7. unquantised
-    attention   8. residual sums before a norm
+    fake-quantisers   5. what is left of the packed weights   6. what is stored in half precision   7. norms,
+    rotary positions and unquantised attention   8. residual sums before a norm
 
     Raises:
         ExportError: a packed weight is not float32, or the opset can't express an encoding.
@@ -111,17 +132,18 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
         if product.lowering.block:
             _block_product(product, weights)
     quantised = _integer_products([one for one in products if not one.lowering.block], weights, opset)
+    copy.graph.eliminate_dead_code()
     for node in list(copy.graph.nodes):
         lowering = activation_lowering(node)
         if lowering is not None and node.users:
-            _dequantise(node, lowering, quantised.get(node))
+            _dequantise(node, lowering, quantised.get((node.args[0], node.target)))
     for weight in list(packed_weights(copy)):
         if weight.node.users:
             weights.in_float(weight)
     for node in copy.graph.find_nodes(op="get_attr"):
         _mark_half(copy, node)
-    if opset >= ATTENTION_OPSET:
-        fuse_attention(copy.graph)
+    if opset >= FUSED_OPSET:
+        fuse(copy.graph)
     for node in list(copy.graph.nodes):
         if aten_name(node) == "layer_norm":
             _plain_sum(node)
@@ -162,33 +184,34 @@ def _block_product(product: Product, weights: Weights) -> None:
     block = product.lowering.block
     whole = None if inputs % block else (outputs, inputs // block, block // CODES_PER_BYTE)
     codes, scale = weights.stored(node, weight, whole), weights.scale(node, weight)
-    arguments = (product.fake_quant.args[0], codes, scale, product.bias, shape, block)
+    arguments = (product.activation, codes, scale, product.bias, shape, block)
     supersede(node, insert(node, ops.block_linear, *arguments))
 
 
-def _integer_products(products: list[Product], weights: Weights, opset: int) -> dict[Node, tuple[Node, ...]]:
-    """Apply the fused rule; return each fake-quantiser's codes, scale and zero point, which its readers share."""
-    quantised: dict[Node, tuple[Node, ...]] = {}
+def _integer_products(products: list[Product], weights: Weights, opset: int) -> Quantised:
+    """Apply the fused rule; return the codes, scale and zero point of each quantised value, which its readers share."""
+    quantised: Quantised = {}
     for product in products:
         source, lowering = product.fake_quant, product.lowering
         if opset < lowering.opset:
             raise ExportError(
                 f"%{source.name} needs opset {lowering.opset} or newer, and opset={opset} was asked for"
             )
-        if source not in quantised:
-            quantised[source] = _quantise(source, lowering)
+        value = product.activation, source.target
+        if value not in quantised:
+            quantised[value] = _quantise(source, product.activation, lowering)
         codes = weights.codes(product.weight, transposed=product.transposed)
         scale = weights.scale(product.node, product.weight)
         if weights.scale_shape(product.weight):
             scale = insert(product.node, torch.ops.aten.reshape.default, scale, [-1])
         arguments = (codes, scale, product.bias, lowering.per_token)
-        supersede(product.node, insert(product.node, ops.integer_linear, *quantised[source], *arguments))
+        supersede(product.node, insert(product.node, ops.integer_linear, *quantised[value], *arguments))
     return quantised
 
 
-def _quantise(fake_quant: Node, lowering: ActivationLowering) -> tuple[Node, ...]:
+def _quantise(fake_quant: Node, value: Node, lowering: ActivationLowering) -> tuple[Node, ...]:
     assert lowering.quantise is not None
-    whole = insert(fake_quant, lowering.quantise, fake_quant.args[0])
+    whole = insert(fake_quant, lowering.quantise, value)
     return tuple(insert(fake_quant, operator.getitem, whole, index) for index in range(3))
 
 
@@ -197,7 +220,7 @@ def _dequantise(fake_quant: Node, lowering: ActivationLowering, parts: tuple[Nod
         options = (lowering.block,) if lowering.block else ()
         supersede(fake_quant, insert(fake_quant, lowering.value, fake_quant.args[0], *options))
     else:
-        parts = parts or _quantise(fake_quant, lowering)
+        parts = parts or _quantise(fake_quant, fake_quant.args[0], lowering)  # type: ignore[arg-type]
         supersede(fake_quant, insert(fake_quant, ops.dequantise, *parts))
 
 
@@ -234,7 +257,31 @@ def match_product(node: Node) -> Product | None:
         return None  # one scale per input can't leave the sum
     if lowering.per_token and constant_size(activation.meta["val"].shape[-1]) is None:
         return None
-    return Product(node, activation, lowering, weight, transposed, bias)
+    flat = activation.args[0]
+    view = _restored(node, flat)
+    if view is None:
+        return Product(node, activation, None, lowering, weight, transposed, bias)
+    return Product(view, activation, flat, lowering, weight, transposed, bias)
+
+
+def _restored(product: Node, flat: Any) -> Node | None:
+    """Return the view after a product that restores what the view before it, ``flat``, took away, None without one.
+
+    before:  %flat = view(%x, [-1, k])        after:  %h = product(%x)
+             %product = addmm(%bias, %flat, %w)
+             %h = view(%product, [b, s, n])
+    """
+    if len(product.users) != 1 or not isinstance(flat, Node) or aten_name(flat) not in ("view", "reshape"):
+        return None
+    (view,) = product.users
+    source = flat.args[0]
+    if aten_name(view) not in ("view", "reshape") or not isinstance(source, Node):
+        return None
+    before, middle, after = (node.meta["val"].shape for node in (source, flat, view))
+    outputs = product.meta["val"].shape[-1]
+    if before[-1] != middle[-1] or [*map(str, after)] != [*map(str, before[:-1]), str(outputs)]:
+        return None
+    return view
 
 
 def _reversed_difference(node: Node) -> None:

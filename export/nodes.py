@@ -214,6 +214,15 @@ def _place(gap: Tensor) -> list[int]:
 
 def _product_step(gm: GraphModule, node: Node, values: Mapping[Node, Tensor]) -> Tensor | None:
     """Return what one step of the activation's quantiser changes at most, for a product of a quantised activation."""
+    product: Any = node
+    while aten_name(product) in ("view", "reshape") and product.args[0] in values:
+        if values[product].shape[-1] != values[product.args[0]].shape[-1]:
+            break
+        product = product.args[0]  # the file may hold the product in the view's shape alone
+    if product is not node:
+        step = _product_step(gm, product, values)
+        rows = values[node].shape[:-1]
+        return step if step is None or not step.dim() else step.reshape(*rows, 1)
     for argument in node.all_input_nodes:
         encoding = fake_quantised(argument)
         if encoding is None:

@@ -256,19 +256,103 @@ def sum_for_norm(left: Tensor, right: Tensor) -> Tensor:
     return _node("Sum", (left, right), left.dtype, (left + right).shape)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, heads: int
-) -> Tensor:
-    """Multi-head attention over merged heads: ONNX Attention (opset 23).
+def rms_norm(value: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Normalise the last dimension by its root mean square: ONNX RMSNormalization (opset 23).
 
     Args:
-        query: float32 ``(batch, length, heads * size)``.
-        key: float32 ``(batch, key length, heads * size)``.
-        value: float32 ``(batch, key length, heads * size)``.
+        value: float32 ``(..., size)``.
+        weight: float32 ``(size,)``.
+        epsilon: added to the mean square.
+    """
+    return _node("RMSNormalization", (value, weight), value.dtype, value.shape, axis=-1, epsilon=epsilon)
+
+
+def rotary(value: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
+    """Rotate the halves of each head against each other: ONNX RotaryEmbedding (opset 23).
+
+    Args:
+        value: float32 ``(batch, length, heads * size)``, or ``(batch, heads, length, size)``.
+        cosine: float32 ``(batch or 1, length, size / 2)``.
+        sine: the same.
+        heads: number of heads that ``value`` holds merged; 0: it has them apart.
+    """
+    batch = value.shape[0]
+    tables = (cosine.expand(batch, -1, -1), sine.expand(batch, -1, -1))
+    merged = {"num_heads": heads} if heads else {}
+    return _node("RotaryEmbedding", (value, *tables), value.dtype, value.shape, **merged)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    heads: int,
+    shared_heads: int,
+) -> Tensor:
+    """Multi-head attention: ONNX Attention (opset 23).
+
+    Args:
+        query: float32 ``(batch, length, heads * size)``, or ``(batch, heads, length, size)``.
+        key: float32 ``(batch, key length, shared heads * size)``, or with the heads apart, as the query.
+        value: as the key.
         mask: float32, added to the scores, ``(batch or 1, heads or 1, length, key length)``, or None.
         scale: factor of the scores.
-        heads: number of heads.
+        heads: number of the query's heads.
+        shared_heads: number of the keys' and values' heads, which divides ``heads``.
     """
-    shape = [*query.shape[:2], value.shape[2]]
     inputs = (query, key, value) if mask is None else (query, key, value, mask)
-    return _node("Attention", inputs, query.dtype, shape, q_num_heads=heads, kv_num_heads=heads, scale=scale)
+    attributes = _attention_attributes(query, scale, heads, shared_heads)
+    return _node("Attention", inputs, query.dtype, _attended(query, value, heads, shared_heads), **attributes)
+
+
+def attention_with_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    heads: int,
+    shared_heads: int,
+    past_key: Tensor,
+    past_value: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`attention`, after a cache of keys and values; returns the longer cache, too.
+
+    Args:
+        query: float32, as in :func:`attention`.
+        key: the new tokens'.
+        value: the new tokens'.
+        mask: float32 ``(batch or 1, heads or 1, length, past + length)``, or None.
+        scale: factor of the scores.
+        heads: number of the query's heads.
+        shared_heads: number of the keys' and values' heads.
+        past_key: float32 ``(batch, shared heads, past, size)``.
+        past_value: the same.
+    """
+    length = key.shape[1] if key.dim() == 3 else key.shape[2]
+    longer = [
+        [past.shape[0], past.shape[1], past.shape[2] + length, past.shape[3]]
+        for past in (past_key, past_value)
+    ]
+    found = torch.onnx.ops.symbolic_multi_out(
+        "Attention",
+        (query, key, value, mask, past_key, past_value),
+        _attention_attributes(query, scale, heads, shared_heads),
+        dtypes=(query.dtype,) * 3,
+        shapes=(_attended(query, value, heads, shared_heads), *longer),
+    )
+    return found[0], found[1], found[2]
+
+
+def _attention_attributes(query: Tensor, scale: float, heads: int, shared_heads: int) -> dict[str, Any]:
+    merged = {"q_num_heads": heads, "kv_num_heads": shared_heads} if query.dim() == 3 else {}
+    return {"scale": scale, **merged}
+
+
+def _attended(query: Tensor, value: Tensor, heads: int, shared_heads: int) -> Size:
+    """Return the context's shape: as many heads as the query, of the values' size."""
+    if query.dim() == 4:
+        return [*query.shape[:3], value.shape[3]]
+    return [*query.shape[:2], value.shape[2] // shared_heads * heads]
