@@ -14,6 +14,7 @@ from tiny_training import different, history, rows, trainer, weights
 from torch._dynamo.utils import counters
 
 from ti_fx import Recipe
+from ti_fx.passes import Intervene
 from ti_fx.recipe import Phase
 from ti_fx.train import TernaryTrainer
 
@@ -35,10 +36,15 @@ def ti_g(folder: Path, compile: str) -> TernaryTrainer:
     return made
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> TernaryTrainer:
+@pytest.fixture(scope="module", params=["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TernaryTrainer]:
+    """A run of every phase; what is compiled, and how often, is mostly decided before a backend makes code of it."""
     torch._dynamo.reset()
-    return ti_g(tmp_path_factory.mktemp("compiled"), "on")
+    torch.compiler.set_default_backend(request.param)
+    yield ti_g(tmp_path_factory.mktemp("compiled"), "on")
+    torch.compiler.set_default_backend(None)
 
 
 @contextmanager
@@ -67,6 +73,34 @@ def test_compiled_losses_equal_eager_in_every_phase(compiled: TernaryTrainer, tm
                 # Inductor fuses and reorders float32 sums; a value at a rounding edge of int8 or at a ternary
                 # threshold may fall to the other side: one step in 255 of one activation, one weight of a thousand.
                 assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-6), (one["step"], name)
+
+
+def test_the_default_backend_computes_the_same_losses_at_every_shape(tmp_path: Path) -> None:
+    """In the phase with the most in its graph: student, teacher, what it intervenes with, and every loss."""
+
+    def trained(compile: str) -> TernaryTrainer:
+        made = trainer(
+            tmp_path,
+            Recipe("one", schedule=(Phase("map", Intervene("map")),)),
+            model=bert_model(layers=1, **NO_DROPOUT),
+            arguments_options={"max_steps": 2},
+            eval_dataset=None,
+            compile=compile,
+        )
+        made.train()
+        return made
+
+    def losses(made: TernaryTrainer) -> list[float]:
+        return [entry[name] for entry in history(made) for name in entry if name.startswith("loss")]
+
+    torch._dynamo.reset()
+    found, expected = trained("on"), trained("off")
+    assert len(losses(found)) == 10
+    # as above: float32 sums in another order, and rounding edges
+    assert losses(found) == pytest.approx(losses(expected), rel=2e-3, abs=1e-6)
+    with no_recompile():
+        for batch, length in SHAPES:
+            step(found, batch, length)
 
 
 def test_each_phase_is_one_graph(compiled: TernaryTrainer) -> None:
