@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -48,6 +49,41 @@ def compare_nodes(
     Raises:
         ParityError: names the first node that differs, its module and layer.
     """
+    cut = cut_at_nodes(path, student, inputs)
+    runtime = session_of(cut.model.SerializeToString(), Path(path).name, folder=Path(path).parent)
+    try:
+        computed = runtime.run(cut.compared, cut.feed)
+    except Exception as error:  # ONNX Runtime's errors share no base class but Exception
+        reason = " ".join(str(error).split())[:300]
+        raise ParityError(f"ONNX Runtime can't run the nodes of {Path(path).name}: {reason}") from error
+    return _compared(cut.gm, dict(zip(cut.compared, computed, strict=True)), cut.nodes, cut.values)
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """A model in which every reader of a node's value reads PyTorch's value instead.
+
+    Attributes:
+        model: it gives the values of ``compared``.
+        feed: what it takes.
+        compared: names of values, in the file's order.
+        gm: the graph that PyTorch ran.
+        nodes: its node of each name.
+        values: what PyTorch computed.
+    """
+
+    model: onnx.ModelProto
+    feed: dict[str, NDArray[Any]]
+    compared: list[str]
+    gm: GraphModule
+    nodes: dict[str, Node]
+    values: dict[Node, Tensor]
+
+
+def cut_at_nodes(
+    path: str | os.PathLike[str], student: GraphModule, inputs: Mapping[str, Tensor]
+) -> CutModel:
+    """Run the graph in PyTorch, and cut the file's model at each value that both have; arguments as above."""
     flat, leaves = io.flat_outputs(student)
     nodes = {node.name: node for node in flat.graph.nodes}
     nodes |= {name: nodes[node.name] for name, node in leaves.items()}
@@ -60,13 +96,7 @@ def compare_nodes(
     cut = _cut(model, {name: values[node] for name, node in nodes.items() if node in values})
     feed = {f"{_GIVEN}{name}": values[nodes[name]].contiguous().numpy() for name in cut.given}
     feed |= {name: value.numpy() for name, value in inputs.items() if name in cut.inputs}
-    runtime = session_of(model.SerializeToString(), Path(path).name, folder=Path(path).parent)
-    try:
-        computed = runtime.run(cut.compared, feed)
-    except Exception as error:  # ONNX Runtime's errors share no base class but Exception
-        reason = " ".join(str(error).split())[:300]
-        raise ParityError(f"ONNX Runtime can't run the nodes of {Path(path).name}: {reason}") from error
-    return _compared(flat, dict(zip(cut.compared, computed, strict=True)), nodes, values)
+    return CutModel(model, feed, cut.compared, flat, nodes, values)
 
 
 class _Recorder(Interpreter):
