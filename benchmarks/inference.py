@@ -1,152 +1,282 @@
-"""Latency and size of the exported ternary MiniLM against two baselines, interleaved in one run.
+"""Latency, size, memory and error of exported ternary models against what else there is, interleaved in one run.
 
-    python benchmarks/inference.py                     int8-tensor, 1 and 2 threads, batch 1 and 8, sequence 128
-    python benchmarks/inference.py --encoding float    another encoding: no limit on its speed
+    python benchmarks/inference.py                     MiniLM, 1 and 2 threads, batch 1 and 8, sequence 128
+    python benchmarks/inference.py --model bert-base   BERT-base's shape; gpt2: tokens per second after a cache
+    python benchmarks/inference.py --full              batch 1, 8, 32 by sequence 16, 128, 512: hours for BERT-base
+    python benchmarks/inference.py --keep runs/kept    keep what was built: exporting BERT-base takes minutes
+    python benchmarks/inference.py --quick             a small model of the same kind, no limits: does it run?
 
-Baselines: the fp32 export of the original model (torch.onnx, sdpa, all ONNX Runtime optimisations) and ONNX Runtime's
-own dynamic int8 of it. The student is not trained: values don't change the cost. In every round each contender runs
-once for a fixed share of time, so that a busy machine slows all of them alike; medians count.
-Exits with 1 below the limits: speed over fp32, megabytes on disk, bits per ternary weight.
+The baseline is the fp32 export of the original model (torch.onnx, scaled-dot-product attention, all ONNX Runtime
+optimisations); contenders.py lists the rest. OpenVINO takes part where the extra `benchmark` is installed, PyTorch with
+--torch. Students are not trained and all weights but MiniLM's are random: values don't change the cost, but the error
+against fp32 then says little; the error against the fake-quant graph counts.
+In every round each contender runs once for a fixed share of time, so that a busy machine slows all of them alike;
+medians count. Memory is measured in a fresh process each, with one thread, after one inference; loading is the median
+of three in that process. "of copy" is the stored weights that a run reads, per second, over the bytes that the machine
+copies; "of fp32 product" its operations per second over those of PyTorch's fp32 matrix product. Both are measured here,
+at the same number of threads.
+Exits with 1 if a limit (results.py) is not met.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import platform
 import sys
 import tempfile
-import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
+from contenders import BASELINE, COMPILED, DYNAMIC_INT8, PYTORCH, Builder, Contender, load
+from kept import Store
+from measure import distance, fresh, interleaved, machine
+from results import (
+    BERT_BYTES,
+    PLOT_TYPES,
+    Finding,
+    Timing,
+    finding_table,
+    limit_table,
+    limits,
+    plot,
+    require_matplotlib,
+    timing_table,
+)
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from subjects import QUICK, SUBJECTS, Subject
 from transformers.utils import logging
 
-import ti_fx
-from ti_fx.demo.baselines import export_dynamic_int8, export_fp32
-from ti_fx.demo.data import model_folder
 from ti_fx.encodings import ENCODINGS
-from ti_fx.export import ExportReport, session, to_onnx
-from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
+from ti_fx.errors import TiFxError
+from ti_fx.files import atomic_write
 
-SPEED = {1: 2.5, 2: 2.0}  # least speed over fp32, by threads
-MEGABYTES = 7.0
-BITS = 2.0
-SEQUENCE = 128
-BATCHES = (1, 8)
+DEFAULT_ENCODINGS = ("int8-tensor", "nbits2", "base3")
+BATCHES, SEQUENCES = (1, 8), (128,)
+FULL_BATCHES, FULL_SEQUENCES = (1, 8, 32), (16, 128, 512)
 MINIMUM_ROUNDS = 7
-SECONDS = 0.15  # least time of one contender in one round
-WARM_UP = 3
-
-Feed = dict[str, object]
 
 
-def main() -> int:
-    arguments = parse()
-    logging.set_verbosity_error()
-    console = Console(width=110)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        console.print("exporting the student and both baselines (about a minute) ...")
-        report = export_all(folder, arguments.encoding)
-        files = {"fp32": folder / "fp32.onnx", "ORT int8": folder / "int8.onnx", "student": report.path}
-        failures = limits_of_size(report)
-        table = Table(
-            "threads", "batch", *(f"{label}, ms" for label in files), "over fp32", "over ORT int8", "limit"
-        )
-        for threads in arguments.threads:
-            sessions = {label: session(path, threads) for label, path in files.items()}
-            for batch in BATCHES:
-                times = interleaved(sessions, feed(batch, SEQUENCE), arguments.rounds)
-                over = {label: times[label] / times["student"] for label in ("fp32", "ORT int8")}
-                limit = SPEED.get(threads) if arguments.encoding == "int8-tensor" else None
-                if limit is not None and over["fp32"] < limit:
-                    failures.append(
-                        f"{threads} threads, batch {batch}: {over['fp32']:.2f}x fp32, needs {limit}x"
-                    )
-                table.add_row(
-                    str(threads),
-                    str(batch),
-                    *(f"{1e3 * times[label]:.1f}" for label in files),
-                    *(f"{over[label]:.2f}x" for label in ("fp32", "ORT int8")),
-                    f"{limit}x" if limit else "",
-                )
-        console.print(table)
-        sizes = ", ".join(f"{label} {path.stat().st_size / 1e6:.2f} MB" for label, path in files.items())
-        console.print(f"on disk: {sizes}")
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    console = Console(width=130)
+    try:
+        if options.plot is not None:
+            require_matplotlib()
+        if options.keep is not None:
+            return measure(options, Store(options.keep, console), console)
+        with tempfile.TemporaryDirectory() as name:
+            return measure(options, Store(Path(name), console), console)
+    except TiFxError as error:
+        console.print(f"error: {error}", soft_wrap=True, markup=False)
+        return error.exit_code
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", choices=sorted(SUBJECTS), default="minilm")
+    parser.add_argument(
+        "--encoding",
+        choices=sorted(ENCODINGS),
+        action="append",
+        help=f"of ti_fx; repeat it for more (default: {', '.join(DEFAULT_ENCODINGS)})",
+    )
+    parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2])
+    parser.add_argument("--batch", type=positive, nargs="+", help="(default: 1 8)")
+    parser.add_argument(
+        "--sequence", type=positive, nargs="+", help="tokens, or tokens in a decoder's cache (default: 128)"
+    )
+    parser.add_argument("--full", action="store_true", help="batch 1 8 32 and sequence 16 128 512")
+    parser.add_argument("--rounds", type=int, default=9, help=f"at least {MINIMUM_ROUNDS} (default: 9)")
+    parser.add_argument("--torch", action="store_true", help="also PyTorch, eager and compiled")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what is built, for the next run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help=f"draw size against latency ({', '.join(PLOT_TYPES)})"
+    )
+    parser.add_argument("--quick", action="store_true", help="a small model, no limits")
+    options = parser.parse_args(arguments)
+    if options.rounds < MINIMUM_ROUNDS:
+        parser.error(f"--rounds is {options.rounds}; a median needs at least {MINIMUM_ROUNDS}")
+    if options.full and (options.batch or options.sequence):
+        parser.error("--full gives all sizes; leave out --batch and --sequence")
+    if options.plot is not None and options.plot.suffix not in PLOT_TYPES:
+        parser.error(f"--plot is {options.plot}; its name must end with one of {', '.join(PLOT_TYPES)}")
+    options.batch = options.batch or (FULL_BATCHES if options.full else BATCHES)
+    options.sequence = options.sequence or (FULL_SEQUENCES if options.full else SEQUENCES)
+    options.encoding = list(dict.fromkeys(options.encoding or DEFAULT_ENCODINGS))
+    return options
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def measure(options: argparse.Namespace, store: Store, console: Console) -> int:
+    """Build, measure and print; return the exit code."""
+    subject = (QUICK if options.quick else SUBJECTS)[options.model]
+    contenders, left_out = build(subject, store, options)
+    for label, reason in left_out.items():
+        console.print(f"left out: {label} ({reason})", soft_wrap=True, markup=False)
+    console.print("memory and loading, in fresh processes ...")
+    memory = fresh(contenders, options.model, options.quick, subject.first_feed())
+    findings = compared(contenders, subject, memory)
+    console.print(finding_table(findings))
+    limits_of_machine = {threads: machine(threads) for threads in options.threads}
+    for threads, reached in limits_of_machine.items():
         console.print(
-            f"bits per ternary weight: {report.code_bits:.3f}, {report.code_and_scale_bits:.3f} with scales"
+            f"{threads} threads: the machine copies {reached['copy'] / 1e9:.1f} GB/s, read and written, "
+            f"and multiplies {reached['multiply'] / 1e9:.0f} GFLOP/s in fp32"
         )
-    for failure in failures:
-        console.print(f"[red]below the limit:[/red] {failure}")
-    return 1 if failures else 0
+    timings: list[Timing] = []
+    for threads, reached in limits_of_machine.items():
+        console.print(f"timing with {threads} threads ...")
+        timings += timed(contenders, subject, options, threads, reached)
+    console.print(timing_table(timings, subject.decodes))
+    checks = [] if options.quick else limits(options.model, timings, findings)
+    if checks:
+        console.print(limit_table(checks))
+    if options.json is not None:
+        write_json(options, left_out, findings, limits_of_machine, timings, checks)
+    if options.plot is not None:
+        first = timings[0]
+        size = f"{'past' if subject.decodes else 'sequence'} {first.sequence}"
+        plot(
+            options.plot,
+            f"{subject.name}, batch {first.batch}, {size}, {first.threads} threads",
+            timings,
+            findings,
+        )
+    return 1 if any(check.met is False for check in checks) else 0
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--encoding", choices=sorted(ENCODINGS), default="int8-tensor")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    if arguments.rounds < MINIMUM_ROUNDS:
-        parser.error(f"--rounds is {arguments.rounds}; a median needs at least {MINIMUM_ROUNDS}")
-    return arguments
+def build(
+    subject: Subject, store: Store, options: argparse.Namespace
+) -> tuple[list[Contender], dict[str, str]]:
+    """Return the contenders, and why others are left out."""
+    builder = Builder(subject, store)
+    contenders = builder.baselines() + builder.openvino()
+    if options.torch:
+        contenders += builder.pytorch()
+    else:
+        builder.left_out[f"{PYTORCH}, {COMPILED}"] = "--torch adds them; compiling takes minutes"
+    disk_limits = BERT_BYTES if options.model == "bert-base" and not options.quick else {}
+    contenders += [builder.student(encoding, disk_limits.get(encoding)) for encoding in options.encoding]
+    return contenders, builder.left_out
 
 
-def inputs(batch: int, sequence: int) -> dict[str, Tensor]:
-    ids = torch.randint(1000, 30000, (batch, sequence), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+def compared(
+    contenders: list[Contender], subject: Subject, memory: dict[str, dict[str, float]]
+) -> list[Finding]:
+    """Return each contender's errors beside its sizes."""
+    feed = subject.error_feed()
+    torch.set_num_threads(1)
+    logits = {
+        one.label: np.array(load(one.kind, one.path, subject, threads=1)(feed))
+        for one in contenders
+        if one.kind != "compiled"
+    }
+    logits |= {one.label: logits[PYTORCH] for one in contenders if one.kind == "compiled"}
+    found = []
+    for one in contenders:
+        reference = None if one.reference is None else distance(logits[one.label], one.reference)
+        found.append(
+            Finding(
+                one.label,
+                one.bytes,
+                reference,
+                distance(logits[one.label], logits[BASELINE]),
+                code_bits=one.facts.get("code_bits"),
+                sizes=one.facts.get("sizes"),
+                note=one.facts.get("note", ""),
+                **memory.get(one.label, {}),
+            )
+        )
+    return found
 
 
-def feed(batch: int, sequence: int) -> Feed:
-    return {name: value.numpy() for name, value in inputs(batch, sequence).items()}
+def timed(
+    contenders: list[Contender],
+    subject: Subject,
+    options: argparse.Namespace,
+    threads: int,
+    reached: dict[str, float],
+) -> Iterator[Timing]:
+    """Yield every contender's timing at every size, with this number of threads."""
+    torch.set_num_threads(threads)
+    runs = {one.label: load(one.kind, one.path, subject, threads) for one in contenders}
+    streamed = {one.label: one.facts.get("streamed") for one in contenders}
+    for batch in options.batch:
+        for sequence in options.sequence:
+            feed = subject.feed(batch, sequence)
+            operations = subject.operations(batch, sequence)
+            calls = {label: partial(run, feed) for label, run in runs.items()}
+            seconds = interleaved(calls, options.rounds)
+            for label, median in seconds.items():
+                size = streamed[label]
+                yield Timing(
+                    threads,
+                    batch,
+                    sequence,
+                    label,
+                    median,
+                    over_fp32=seconds[BASELINE] / median,
+                    over_int8=seconds[DYNAMIC_INT8] / median,
+                    of_copy=None if size is None else size / median / reached["copy"],
+                    of_multiply=operations / median / reached["multiply"],
+                )
 
 
-def export_all(folder: Path, encoding: str) -> ExportReport:
-    """Write ``fp32.onnx``, ``int8.onnx`` and ``student.onnx`` into a folder."""
-    example = inputs(2, 16)
-    source = model_folder()
-    export_fp32(source, folder / "fp32.onnx", example)
-    export_dynamic_int8(folder / "fp32.onnx", folder / "int8.onnx")
-    gm = ti_fx.capture(AutoModelForSequenceClassification.from_pretrained(source).eval(), example)
-    ti_fx.Pipeline(Ternarize(), QuantizeActivations(encoding=encoding), Strip(), Pack())(gm)
-    return to_onnx(gm, folder / "student.onnx", example)
+def write_json(
+    options: argparse.Namespace,
+    left_out: dict[str, str],
+    findings: list[Finding],
+    reached: dict[int, dict[str, float]],
+    timings: list[Timing],
+    checks: list[Any],
+) -> None:
+    """Write every number, atomically."""
+    content = {
+        "model": options.model,
+        "quick": options.quick,
+        "rounds": options.rounds,
+        "machine": {
+            "processor": processor(),
+            "bytes_copied_and_operations_per_second_by_threads": reached,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "onnxruntime": onnxruntime.__version__,
+        },
+        "left_out": left_out,
+        "contenders": [asdict(one) for one in findings],
+        "timings": [asdict(one) for one in timings],
+        "limits": [asdict(one) | {"met": one.met} for one in checks],
+    }
+    atomic_write(options.json, json.dumps(content, indent=1) + "\n")
 
 
-def limits_of_size(report: ExportReport) -> list[str]:
-    failures = []
-    if report.bytes > MEGABYTES * 1e6:
-        failures.append(f"{report.bytes / 1e6:.2f} MB on disk, at most {MEGABYTES} are allowed")
-    if report.code_bits > BITS:
-        failures.append(f"{report.code_bits:.3f} bits per ternary weight, at most {BITS} are allowed")
-    return failures
-
-
-def interleaved(
-    sessions: dict[str, onnxruntime.InferenceSession], given: Feed, rounds: int
-) -> dict[str, float]:
-    """Return each contender's median seconds per run."""
-    repeats = {}
-    for label, contender in sessions.items():
-        for _ in range(WARM_UP):
-            contender.run(None, given)
-        repeats[label] = max(1, round(SECONDS / seconds(contender, given, 1)))
-    times: dict[str, list[float]] = {label: [] for label in sessions}
-    for _ in range(rounds):
-        for label, contender in sessions.items():
-            times[label].append(seconds(contender, given, repeats[label]))
-    return {label: statistics.median(values) for label, values in times.items()}
-
-
-def seconds(contender: onnxruntime.InferenceSession, given: Feed, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        contender.run(None, given)
-    return (time.perf_counter() - start) / repeats
+def processor() -> str:
+    """Return the processor's name as the kernel gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

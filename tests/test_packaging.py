@@ -162,7 +162,10 @@ def imported_projects(path: Path) -> set[str]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module or "")
-    ours = {"ti_fx", "tests", "examples", "benchmarks", *(path.stem for path in (ROOT / "tests").iterdir())}
+    folders = ("tests", "benchmarks")  # their modules import each other
+    ours = {"ti_fx", "examples", *folders} | {
+        path.stem for folder in folders for path in (ROOT / folder).iterdir()
+    }
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - ours
 
 
