@@ -169,11 +169,9 @@ def test_a_table_read_in_two_ways_is_refused() -> None:
         with_cache(packed(model, example, tied="embedding"), model, example)
 
 
-def test_a_file_without_a_cache_is_refused(decoder: Decoder, tmp_path: Path) -> None:
-    path = tmp_path / "plain.onnx"
-    to_onnx(decoder.student, path, text_example(batch=2))
+def test_a_file_without_a_cache_is_refused(decoder: Decoder, onnx_file: Path) -> None:
     with pytest.raises(InputError, match="has no cache"):
-        OnnxCausalLM(path, decoder.model.config)
+        OnnxCausalLM(onnx_file, decoder.model.config)
 
 
 @dataclass(frozen=True)
