@@ -49,7 +49,7 @@ BLOCK = {
     "float": (18, 21, 25),
 }
 BERT = {"int8-tensor": (18, 25), "int8-token": (21,), "nbits2": (25,), "portable": (18,), "base3": (18, 25)}
-LLAMA = {"int8-token": (25,), "nbits2": (25,)}
+LLAMA = {"int8-token": (25,), "nbits2": (25,), "base3": (18, 23, 25)}
 # Run by the other versions: loads a model, and writes what it gives, its names in order, or why it can't be run.
 RUN = """
 import sys, numpy, onnxruntime
@@ -108,12 +108,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("python", nargs="+", help="a Python that has another version of onnxruntime")
-    pythons = parser.parse_args().python
+    parser.add_argument("--only", default="", help="a part of the names of the files to write")
+    options = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
-        files = list(written(Path(name)))
+        files = list(written(Path(name), options.only))
         _, expected = results(sys.executable, files)
-        found = dict(results(python, files) for python in pythons)
+        found = dict(results(python, files) for python in options.python)
         for file, installed in zip(files, expected, strict=True):
             if isinstance(installed, str):
                 print(f"{file.name} does not run in the installed version: {installed}")
@@ -121,8 +122,8 @@ def main() -> int:
         return show(files, expected, found)
 
 
-def written(folder: Path) -> Iterator[File]:
-    """Write every model in every encoding and opset, cut at its nodes."""
+def written(folder: Path, only: str) -> Iterator[File]:
+    """Write every model in every encoding and opset, cut at its nodes; of these, those with ``only`` in their name."""
     block = Block().eval()
     values = {"values": torch.randn(3, 7, WIDTH)}
     sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 1, "vocab_size": 1100}
@@ -137,12 +138,16 @@ def written(folder: Path) -> Iterator[File]:
     )
     for model, example, encodings in models:
         for encoding, opsets in encodings.items():
+            names = {f"{type(model).__name__} {encoding} {opset}": opset for opset in opsets}
+            wanted = {name: opset for name, opset in names.items() if only in name}
+            if not wanted:
+                continue
             student = packed(model, example, encoding)
             inputs = example
             if model is llama:
                 student, inputs = with_cache(student, model, example)
-            for opset in opsets:
-                yield file_of(folder, f"{type(model).__name__} {encoding} {opset}", student, inputs, opset)
+            for name, opset in wanted.items():
+                yield file_of(folder, name, student, inputs, opset)
 
 
 def packed(model: nn.Module, example: dict[str, Tensor], encoding: str) -> GraphModule:
