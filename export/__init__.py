@@ -5,6 +5,7 @@ if __name__ != "ti_fx.export":
 
 from ti_fx.export.cache import encoder_decoder_with_cache, with_cache
 from ti_fx.export.choose import Choice, choose_encoding
+from ti_fx.export.genai import write_genai_config
 from ti_fx.export.parity import check
 from ti_fx.export.pipelines import pipeline
 from ti_fx.export.report import ExportReport, ParityReport
@@ -25,4 +26,5 @@ __all__ = [
     "session",
     "to_onnx",
     "with_cache",
+    "write_genai_config",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
 import ti_fx
 from ti_fx.errors import ExportError, InputError, PreconditionError
-from ti_fx.export import ExportReport, encoder_decoder_with_cache, to_onnx, with_cache
+from ti_fx.export import (
+    ExportReport,
+    Runtime,
+    encoder_decoder_with_cache,
+    to_onnx,
+    with_cache,
+    write_genai_config,
+)
 from ti_fx.export.generation import OnnxCausalLM, OnnxSeq2SeqLM
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 from ti_fx.pipeline import Pass
@@ -287,3 +295,28 @@ def test_what_is_kept_in_half_precision_stays_so_with_a_cache() -> None:
         found = cached(**given, **empty)["logits"]
         expected = student(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_configuration_for_genai_names_what_the_file_has(decoder: Decoder, tmp_path: Path) -> None:
+    path = write_genai_config(decoder.report.path, decoder.model.config)
+    content = json.loads(path.read_text())
+    parts = content["model"]["decoder"]
+    runtime = Runtime(decoder.report.path)
+    named = {parts["inputs"][name] for name in ("input_ids", "attention_mask", "position_ids")}
+    layers = range(parts["num_hidden_layers"])
+    named |= {parts["inputs"][f"past_{part}_names"] % layer for part in ("key", "value") for layer in layers}
+    assert named == set(runtime.inputs)
+    returned = {parts["outputs"]["logits"]}
+    returned |= {
+        parts["outputs"][f"present_{part}_names"] % layer for part in ("key", "value") for layer in layers
+    }
+    assert returned == set(runtime.outputs)
+    assert (path.parent / parts["filename"]) == decoder.report.path
+    assert (parts["num_attention_heads"], parts["num_key_value_heads"], parts["head_size"]) == (4, 2, 4)
+    assert content["model"]["context_length"] == content["search"]["max_length"] == 32
+    assert not content["search"]["past_present_share_buffer"]
+
+
+def test_a_configuration_for_genai_needs_a_cache(translator: Translator) -> None:
+    with pytest.raises(InputError, match="is no decoder with a cache"):
+        write_genai_config(translator.reports[0].path, translator.model.config)
