@@ -69,16 +69,16 @@ def write(model: ir.Model, path: Path, external: bool | None, size_threshold: in
         if value.const_value is not None
     }
     size = sum(tensor.nbytes for tensor in stored.values())
-    if size > LIMIT if external is None else external:
+    if external is False and size > LIMIT:
+        raise ExportError(f"{size / 1e9:.2f} GB don't fit one ONNX file (2 GB); leave external_data out")
+    if external or size > LIMIT:
         _write_data(
             model, [value for value, tensor in stored.items() if _moves(tensor, size_threshold)], path
         )
     try:
         content = ir.serde.serialize_model(model).SerializeToString()
     except Exception as error:  # protobuf says EncodeError or ValueError, by version
-        raise ExportError(
-            f"the model's {size / 1e9:.2f} GB don't fit one ONNX file (2 GB): {error}; leave external_data out"
-        ) from error
+        raise ExportError(f"the model does not fit one ONNX file (2 GB): {error}") from error
     path.write_bytes(content)
 
 

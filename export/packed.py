@@ -138,7 +138,7 @@ class FileContent:
         initializers: every stored tensor by name; its values may lie in the data file.
         metadata: all metadata by name.
         folder: where the data file is, if there is one.
-        data_bytes: its size, 0 if there is none.
+        data: what that file is, None if there is none.
     """
 
     encoding: str
@@ -147,7 +147,7 @@ class FileContent:
     initializers: dict[str, onnx.TensorProto]
     metadata: dict[str, str]
     folder: Path
-    data_bytes: int
+    data: external.DataFile | None
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """Return a stored tensor's bytes, flat; of a data file, they are mapped, not read."""
@@ -201,7 +201,7 @@ def content_of(model: onnx.ModelProto, folder: Path, data: external.DataFile | N
         initializers={tensor.name: tensor for tensor in model.graph.initializer},
         metadata=metadata,
         folder=folder,
-        data_bytes=0 if data is None else data.bytes,
+        data=data,
     )
 
 

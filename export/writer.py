@@ -119,15 +119,15 @@ def to_onnx(
             external.write(model, temporary, external_data, size_threshold)
             content = packed.open_file(temporary)
             report = parity.compare(temporary, student, inputs, content)
-            size = temporary.stat().st_size + content.data_bytes
+            sizes = [file.stat().st_size for file in beside.iterdir()]
             rows, replaced = _stored(content), external.data_file(path)
-        data = external.data_file(path)
+        data = None if content.data is None else path.with_name(content.data.name)
         external.remove(replaced, unless=data)
         sidecars = _copy_files(Path(folder), path.parent)
     shapes = {weight.codes_name: weight.shape for weight in packed_weights(student)}
     return ExportReport(
         path=path,
-        bytes=size,
+        bytes=sum(sizes),
         opset=opset,
         encoding=encoding_of(student),
         tensors=rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -12,6 +13,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ti_fx.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -52,7 +58,8 @@ def atomic_files(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success the files in it take their places, else none does.
 
     They are fsynced and renamed, the one called as ``path`` last. It names the others, whose names must depend on what
-    they hold: so one that is replaced was equal, and until the last rename the old file finds what it names.
+    they hold: so one that is replaced was equal, and until the last rename the old file finds what it names. What a
+    killed process left of its temporary folder is removed.
 
     Raises:
         InputError: the folder is missing, read-only or full. What was there is left as it was.
@@ -60,12 +67,18 @@ def atomic_files(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            if (owner := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(owner)
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     except OSError as error:
         raise InputError(
             f"can't write {target}: {error.strerror or error}; choose a folder you can write to"
         ) from error
+    lock: int | None = None
     try:
+        lock = _lock(folder)
         yield folder
         _put_beside(folder, target)
     except OSError as error:
@@ -74,6 +87,21 @@ def atomic_files(path: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the returned descriptor is closed or the process ends; None if another process has it."""
+    if fcntl is None or not folder.is_dir():
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _put_beside(folder: Path, target: Path) -> None:
