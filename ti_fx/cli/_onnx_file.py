@@ -19,10 +19,13 @@ def describe(path: Path) -> dict[str, Any]:
     """Return what an ONNX file holds, as JSON values; ``ti_fx`` is None of a file that ti_fx did not write.
 
     Raises:
-        InputError: the file is missing, damaged or no ONNX, or what it says of itself can't be read.
+        InputError: the file or its data file is missing or damaged, it is no ONNX, or what it says of itself can't be
+            read.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    from ti_fx.export import external
 
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -31,13 +34,14 @@ def describe(path: Path) -> dict[str, Any]:
     if not model.graph.node:
         raise InputError(f"{path} holds no graph; it was cut short or is not an ONNX file: export it again")
     metadata = {entry.key: entry.value for entry in model.metadata_props}
+    data = external.require_data(path, model) if external.DATA_KEY in metadata else None
     tensors = _tensors(model, metadata)
     stored: Counter[str] = Counter()
     for row in tensors:
         stored[row["type"]] += row["bytes"]
     return {
         "file": str(path),
-        "bytes": path.stat().st_size,
+        "bytes": path.stat().st_size + (0 if data is None else data.bytes),
         "ir_version": model.ir_version,
         "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
