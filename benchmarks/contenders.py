@@ -3,6 +3,7 @@
 fp32              torch.onnx of the original model with scaled-dot-product attention: the baseline
 fp32 optimised    the same file after onnxruntime.transformers' optimiser
 ORT int8          ONNX Runtime's own dynamic int8 of it
+ORT int8 products the same of its matrix products alone, embeddings in fp32
 OpenVINO int8/4   OpenVINO's weight compression of it (nncf), run as by default: in bfloat16 where the processor has it
 PyTorch           the original model, eager and compiled
 int8-tensor, ...  ti_fx's encodings; the student is not trained
@@ -16,7 +17,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,8 @@ from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 
 Kind = Literal["onnx", "openvino", "torch", "compiled"]
 Run = Callable[[Feed], NDArray[Any]]
-BASELINE, DYNAMIC_INT8, OPTIMISED = "fp32", "ORT int8", "fp32 optimised"
+BASELINE, OPTIMISED = "fp32", "fp32 optimised"
+DYNAMIC_INT8, INT8_PRODUCTS = "ORT int8", "ORT int8 products"
 PYTORCH, COMPILED = "PyTorch", "PyTorch compiled"
 OPENVINO = {"OpenVINO int8": "INT8_ASYM", "OpenVINO int4": "INT4_SYM"}
 _REFERENCE = "reference.npy"
@@ -84,12 +86,16 @@ class Builder:
         self.left_out: dict[str, str] = {}
 
     def baselines(self) -> list[Contender]:
-        """Return fp32, fp32 optimised if the optimiser takes the file, and dynamic int8."""
-        optimised = self._optional(OPTIMISED, self._optimised)
-        int8 = self._derived("ort-int8", lambda path: export_dynamic_int8(self._fp32_path, path))
+        """Return fp32, fp32 optimised if the optimiser takes the file, and dynamic int8 of all and of the products."""
         found = [self._of_file(BASELINE, self._fp32, "fp32.onnx")]
+        optimised = self._optional(OPTIMISED, self._optimised)
         found += [self._of_file(OPTIMISED, optimised, "model.onnx")] if optimised else []
-        return [*found, self._of_file(DYNAMIC_INT8, int8, "model.onnx")]
+        for label, operators in ((DYNAMIC_INT8, None), (INT8_PRODUCTS, ("MatMul", "Gemm"))):
+            write = partial(export_dynamic_int8, self._fp32_path, operators=operators)
+            found.append(
+                self._of_file(label, self._derived(label.lower().replace(" ", "-"), write), "model.onnx")
+            )
+        return found
 
     def openvino(self) -> list[Contender]:
         """Return both of OpenVINO's weight compressions, as far as it is installed and takes the file."""

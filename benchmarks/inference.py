@@ -13,8 +13,8 @@ against fp32 then says little; the error against the fake-quant graph counts.
 In every round each contender runs once for a fixed share of time, so that a busy machine slows all of them alike;
 medians count. Memory is measured in a fresh process each, with one thread, after one inference; loading is the median
 of three in that process. "of copy" is the stored weights that a run reads, per second, over the bytes that the machine
-copies; "of fp32 product" its operations per second over those of PyTorch's fp32 matrix product. Both are measured here,
-at the same number of threads.
+copies; "of fp32 product" its operations per second over those of PyTorch's fp32 matrix product. Both take
+their turns beside the contenders, with as many threads.
 Exits with 1 if a limit (results.py) is not met.
 """
 
@@ -37,7 +37,7 @@ import onnxruntime
 import torch
 from contenders import BASELINE, COMPILED, DYNAMIC_INT8, PYTORCH, Builder, Contender, load
 from kept import Store
-from measure import distance, fresh, interleaved, machine
+from measure import COPY, MULTIPLY, Call, distance, fresh, interleaved, machine
 from results import (
     BERT_BYTES,
     PLOT_TYPES,
@@ -136,28 +136,22 @@ def measure(options: argparse.Namespace, store: Store, console: Console) -> int:
     memory = fresh(contenders, options.model, options.quick, subject.first_feed())
     findings = compared(contenders, subject, memory)
     console.print(finding_table(findings))
-    limits_of_machine = {threads: machine(threads) for threads in options.threads}
-    for threads, reached in limits_of_machine.items():
-        console.print(
-            f"{threads} threads: the machine copies {reached['copy'] / 1e9:.1f} GB/s, read and written, "
-            f"and multiplies {reached['multiply'] / 1e9:.0f} GFLOP/s in fp32"
-        )
     timings: list[Timing] = []
-    for threads, reached in limits_of_machine.items():
-        console.print(f"timing with {threads} threads ...")
-        timings += timed(contenders, subject, options, threads, reached)
+    for threads in options.threads:
+        console.print(f"timing, threads {threads} ...")
+        timings += timed(contenders, subject, options, threads)
     console.print(timing_table(timings, subject.decodes))
     checks = [] if options.quick else limits(options.model, timings, findings)
     if checks:
         console.print(limit_table(checks))
     if options.json is not None:
-        write_json(options, left_out, findings, limits_of_machine, timings, checks)
+        write_json(options, left_out, findings, timings, checks)
     if options.plot is not None:
         first = timings[0]
         size = f"{'past' if subject.decodes else 'sequence'} {first.sequence}"
         plot(
             options.plot,
-            f"{subject.name}, batch {first.batch}, {size}, {first.threads} threads",
+            f"{subject.name}: threads {first.threads}, batch {first.batch}, {size}",
             timings,
             findings,
         )
@@ -214,20 +208,22 @@ def timed(
     subject: Subject,
     options: argparse.Namespace,
     threads: int,
-    reached: dict[str, float],
 ) -> Iterator[Timing]:
-    """Yield every contender's timing at every size, with this number of threads."""
+    """Yield every contender's timing at every size, with this number of threads; the machine takes its turns, too."""
     torch.set_num_threads(threads)
     runs = {one.label: load(one.kind, one.path, subject, threads) for one in contenders}
     streamed = {one.label: one.facts.get("streamed") for one in contenders}
+    limits_of_machine = machine()
     for batch in options.batch:
         for sequence in options.sequence:
             feed = subject.feed(batch, sequence)
             operations = subject.operations(batch, sequence)
-            calls = {label: partial(run, feed) for label, run in runs.items()}
+            calls: dict[str, Call] = {label: partial(run, feed) for label, run in runs.items()}
+            calls |= {label: call for label, (call, _) in limits_of_machine.items()}
             seconds = interleaved(calls, options.rounds)
-            for label, median in seconds.items():
-                size = streamed[label]
+            reached = {label: amount / seconds[label] for label, (_, amount) in limits_of_machine.items()}
+            for label in runs:
+                median, size = seconds[label], streamed[label]
                 yield Timing(
                     threads,
                     batch,
@@ -236,8 +232,10 @@ def timed(
                     median,
                     over_fp32=seconds[BASELINE] / median,
                     over_int8=seconds[DYNAMIC_INT8] / median,
-                    of_copy=None if size is None else size / median / reached["copy"],
-                    of_multiply=operations / median / reached["multiply"],
+                    of_copy=None if size is None else size / median / reached[COPY],
+                    of_multiply=operations / median / reached[MULTIPLY],
+                    copied=reached[COPY],
+                    multiplied=reached[MULTIPLY],
                 )
 
 
@@ -245,7 +243,6 @@ def write_json(
     options: argparse.Namespace,
     left_out: dict[str, str],
     findings: list[Finding],
-    reached: dict[int, dict[str, float]],
     timings: list[Timing],
     checks: list[Any],
 ) -> None:
@@ -254,10 +251,7 @@ def write_json(
         "model": options.model,
         "quick": options.quick,
         "rounds": options.rounds,
-        "machine": {
-            "processor": processor(),
-            "bytes_copied_and_operations_per_second_by_threads": reached,
-        },
+        "processor": processor(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

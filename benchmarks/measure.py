@@ -24,8 +24,8 @@ SECONDS = 0.15  # least time of one contender in one round
 WARM_UP = 3  # runs before the first round, if they don't take longer than
 WARM_UP_SECONDS = 2.0
 COPIED_BYTES = 1 << 28  # far beyond any cache
-MATRIX = 2048
-SAMPLES = 7
+MATRIX = 1024
+COPY, MULTIPLY = "copy", "multiply"
 
 
 def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
@@ -59,21 +59,20 @@ def seconds_of(call: Call, repeats: int = 1) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def machine(threads: int) -> dict[str, float]:
-    """Return what this machine reaches: ``copy``, bytes read and written a second, and ``multiply``, fp32 operations.
+def machine() -> dict[str, tuple[Call, float]]:
+    """Return what shows the machine's limits, with the amount of one call, to be timed beside the contenders.
 
-    Sets PyTorch's number of threads.
+    ``copy`` counts bytes, read and written; ``multiply`` the operations of a product of fp32 matrices. Both run in
+    PyTorch with its number of threads.
     """
-    torch.set_num_threads(threads)
     source = torch.ones(COPIED_BYTES // 4)
     target = torch.empty_like(source)
     left, right = torch.ones(MATRIX, MATRIX), torch.ones(MATRIX, MATRIX)
     product = torch.empty(MATRIX, MATRIX)
-    copy, multiply = (
-        statistics.median(seconds_of(call) for _ in range(SAMPLES + 1))
-        for call in (lambda: target.copy_(source), lambda: torch.mm(left, right, out=product))
-    )
-    return {"copy": 2 * COPIED_BYTES / copy, "multiply": 2 * MATRIX**3 / multiply}
+    return {
+        COPY: (lambda: target.copy_(source), 2 * COPIED_BYTES),
+        MULTIPLY: (lambda: torch.mm(left, right, out=product), 2 * MATRIX**3),
+    }
 
 
 def distance(found: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -28,7 +28,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ti_fx.demo.data import model_folder
 
 Feed = dict[str, NDArray[Any]]
-ERROR_TOKENS = 32  # of each of the two rows on which errors are measured
+ERROR_TOKENS = 32  # of each row on which errors are measured
+ERROR_ROWS = 8  # of an encoder, which has few logits a row
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,11 @@ class Subject:
         return self._tokens(2, 16)
 
     def error_inputs(self) -> dict[str, Tensor]:
-        """Return inputs to compare logits on: two rows, the second half padding where the model is an encoder."""
-        found = self._tokens(2, ERROR_TOKENS)
-        if not self.decodes:
-            found["attention_mask"][1, ERROR_TOKENS // 2 :] = 0
+        """Return inputs to compare logits on: a decoder's two rows, or an encoder's eight, some half padding."""
+        if self.decodes:
+            return self._tokens(2, ERROR_TOKENS)
+        found = self._tokens(ERROR_ROWS, ERROR_TOKENS)
+        found["attention_mask"][1::2, ERROR_TOKENS // 2 :] = 0
         return found
 
     def error_feed(self) -> Feed:

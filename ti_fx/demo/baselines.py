@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -42,8 +42,14 @@ def export_fp32(model_folder: Path, path: Path, example: Mapping[str, Tensor]) -
         program.save(str(temporary), external_data=False)
 
 
-def export_dynamic_int8(fp32: Path, path: Path) -> None:
-    """Write ONNX Runtime's own dynamic int8 quantisation of an fp32 file."""
+def export_dynamic_int8(fp32: Path, path: Path, operators: Sequence[str] | None = None) -> None:
+    """Write ONNX Runtime's own dynamic int8 quantisation of an fp32 file.
+
+    Args:
+        fp32: the file.
+        path: the new one.
+        operators: what is quantised, such as ``MatMul``; None: everything that ONNX Runtime can, embeddings too.
+    """
     model = onnx.load(fp32)
     del model.graph.value_info[
         :
@@ -53,6 +59,6 @@ def export_dynamic_int8(fp32: Path, path: Path) -> None:
         level = logger.level
         logger.setLevel(logging.ERROR)  # it advises a pre-processing that fails on torch's exports
         try:
-            quantize_dynamic(model, temporary, weight_type=QuantType.QInt8)
+            quantize_dynamic(model, temporary, operators, weight_type=QuantType.QInt8)
         finally:
             logger.setLevel(level)
