@@ -31,7 +31,7 @@ from ti_fx.graph import aten_name, constant_size, supersede
 # ONNX Runtime 1.31 gives zeros where a whole row of the mask is the lowest float or -inf; softmax gives the mean of V.
 LOWEST = -1e38
 _COPIES = ("contiguous", "clone")
-_RESHAPES = ("view", "reshape", "_unsafe_view")
+_RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten")
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,8 @@ def _rotary(total: Any, halves: dict[Node, Node]) -> None:
             merged: Any = view.args[0]
             rotated = graph.call_function(ops.rotary, (merged, *found, total.meta["val"].shape[1]))
             rotated.meta["val"] = merged.meta["val"]
-            split = graph.call_function(torch.ops.aten.view.default, (rotated, view.args[1]))
+            options: Any = view.target, (rotated, *view.args[1:]), view.kwargs
+            split = graph.call_function(*options)
             split.meta["val"] = view.meta["val"]
             new = graph.call_function(torch.ops.aten.transpose.int, (split, 1, 2))
     supersede(total, new)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from models import bert_model, gpt2_model, llama_model, t5_model, text_example, tokens
@@ -97,6 +99,19 @@ def test_the_comparison_has_the_cache_states(decoder: Decoder) -> None:
     assert any("past=0" in case for case in cases)
     assert any("sequence=1," in case for case in cases)
     assert decoder.report.parity.skipped == ()
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def test_layers_are_operators_of_onnx(decoder: Decoder, translator: Translator) -> None:
+    found = operators(decoder.report.path)
+    assert (found["Attention"], found["RotaryEmbedding"], found["RMSNormalization"]) == (2, 4, 5)
+    assert (found["Softmax"], found["Transpose"]) == (0, 0)
+    assert (
+        operators(translator.reports[1].path)["Attention"] == 4
+    )  # two of the decoder's own, two on the encoder
 
 
 def test_the_cached_graph_is_the_student(decoder: Decoder) -> None:
