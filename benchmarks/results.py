@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,14 +275,13 @@ def plot(path: Path, title: str, timings: Sequence[Timing], findings: Sequence[F
         for one in timings
         if (one.threads, one.batch, one.sequence) == (first.threads, first.batch, first.sequence)
     ]
-    sizes = [found[one.label].bytes for one in shown]
-    middle = math.sqrt(min(sizes) * max(sizes))
+    largest = max(found[one.label].bytes for one in shown)
     for index, one in enumerate(sorted(shown, key=lambda one: one.seconds)):
         finding = found[one.label]
         student = finding.code_bits is not None
         point = (finding.bytes / 1e6, 1e3 * one.seconds)
         axes.plot(*point, "s" if student else "o", color="tab:red" if student else "tab:blue")
-        right = finding.bytes > middle  # the label stays within the picture
+        right = finding.bytes > largest / 2  # the label stays within the picture
         axes.annotate(
             one.label,
             point,
