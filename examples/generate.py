@@ -40,10 +40,15 @@ ti_fx.Pipeline(Ternarize(), QuantizeActivations(encoding=options.encoding), Pack
 
 # The same student once more, with keys and values of the tokens before as inputs and outputs.
 cached, inputs = with_cache(student, model, example)
-report = to_onnx(cached, options.out / "decoder.onnx", inputs, config=model.config)
+report = to_onnx(
+    *(cached, options.out / "decoder.onnx", inputs),
+    config=model.config,
+    generation_config=model.generation_config,
+)
 print(report)
 
-# transformers' own generate: greedy search, sampling, beams, batches padded on the left.
+# transformers' own generate: greedy search, sampling, beams, batches padded on the left. With to_onnx(..., tokenizer=)
+# ti_fx.export.pipeline(report.path)("a prompt") takes and gives text.
 runtime = OnnxCausalLM(report.path, model.config)
 written = runtime.generate(
     tokens[:, :4], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0

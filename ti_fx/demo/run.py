@@ -20,7 +20,7 @@ from ti_fx.demo.show import print_table, write_page
 from ti_fx.demo.stages import VERSIONS, Stage, Stages
 from ti_fx.demo.students import STUDENT_SETTINGS, StudentSettings
 from ti_fx.demo.teacher import TEACHER_SETTINGS, TeacherSettings, fine_tune, quiet_loading
-from ti_fx.export import to_onnx
+from ti_fx.export import pipeline, to_onnx
 from ti_fx.files import atomic_path, atomic_write
 from ti_fx.graph import input_names
 from ti_fx.passes import Pack
@@ -32,6 +32,8 @@ COMPILED = ("ternarybert",)  # one phase, so one graph repays its compilation
 SEED = 0
 TRAINING_CODE = ("core", "passes", "train")
 LATENCY_ROUNDS = 15
+SIDECARS = ("config.json", "tokenizer.json", "tokenizer_config.json")
+QUESTION = "Who wrote Hamlet ?"
 
 
 def run(
@@ -82,6 +84,8 @@ def run(
         results, folder / "report.html", trained["ti-g"].folder / "checkpoint", teacher.folder / "model", data
     )
     print_table(results)
+    (answer,) = pipeline(folder / "student.onnx")(QUESTION)
+    say(f"student.onnx takes {QUESTION!r} for {answer['label']} ({answer['score']:.0%})")
     say(f"wrote {folder}/report.html, results.json and student.onnx in {time.perf_counter() - start:.0f} s")
     return results
 
@@ -162,7 +166,9 @@ def _example(tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
 
 
 def _publish(folder: Path, trained: dict[str, Stage], exported: Stage) -> None:
-    """Put what a user looks for where they look for it."""
+    """Put what a user looks for where they look for it: with what lies beside them, the files are callables."""
+    for name in SIDECARS:
+        atomic_write(folder / name, (exported.folder / name).read_bytes())
     names = {"ti-g": "student.onnx", "ternarybert": "ternarybert.onnx"}
     for method, name in names.items():
         with atomic_path(folder / name) as temporary:
