@@ -33,7 +33,8 @@ from ti_fx.capture import capture
 from ti_fx.errors import CaptureError, ExportError, InputError
 from ti_fx.export.inputs import other_sizes, resized
 from ti_fx.export.student import fake_quantised, packed_weights, require_packed, weight_encodings
-from ti_fx.graph import aten_name, mode, register, state, tensor
+from ti_fx.graph import aten_name, mode, prune, register, state, tensor
+from ti_fx.metadata import move_to_cpu
 from ti_fx.passes import Pack, QuantizeActivations
 from ti_fx.passes.pack import half_name
 from ti_fx.passes.ternarize import quantise
@@ -68,7 +69,8 @@ def with_cache(student: GraphModule, model: nn.Module, example: Mapping[str, Any
 
     Args:
         student: a packed graph of ``model``, captured without a cache.
-        model: the transformers model that it was captured from; only its architecture matters.
+        model: the transformers model that it was captured from; only its architecture matters, and it may be without
+            values, on the meta device (then its cached graph is not compared with it).
         example: ``input_ids`` and, if there is any padding, ``attention_mask``, int64 ``[batch, length]`` of at least
             two rows and five tokens.
 
@@ -133,8 +135,26 @@ def _captured(model: nn.Module, inputs: dict[str, Tensor], forward: Forward) -> 
     with forward_of_tensors(model, forward, list(inputs)):
         gm = capture(model, inputs, dynamic="all").eval()
         _name_sizes(gm)
-        _compare_states(gm, model, inputs)
+        if _without_values(model):
+            _stand_in(gm)
+        else:
+            _compare_states(gm, model, inputs)
     return CachedGraph(gm, inputs)
+
+
+def _without_values(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _stand_in(gm: GraphModule) -> None:
+    """Let zeros, of four bytes in all, stand in for each tensor without values until it becomes the student's."""
+    prune(gm)  # gives it containers of its own
+    for name, stored in [*gm.named_parameters(), *gm.named_buffers()]:
+        if stored.is_meta:
+            zeros = torch.zeros((), dtype=stored.dtype).expand(stored.shape)
+            is_parameter = isinstance(stored, nn.Parameter)
+            register(gm, name, nn.Parameter(zeros, requires_grad=False) if is_parameter else zeros)
+    move_to_cpu(gm)
 
 
 def _name_sizes(gm: GraphModule) -> None:
@@ -178,8 +198,14 @@ def _causal_example(model: nn.Module, example: Mapping[str, Any]) -> dict[str, T
     ids = _token_ids(example, "input_ids")
     mask = example.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
+    # without values, only the cache's shapes matter, and transformers can't look into a mask
+    given = (
+        {"input_ids": ids.to("meta")}
+        if _without_values(model)
+        else {"input_ids": ids, "attention_mask": mask}
+    )
     with torch.no_grad():
-        found = model(input_ids=ids, attention_mask=mask, use_cache=True, return_dict=True)
+        found = model(**given, use_cache=True, return_dict=True)
     layers = _layers(model, getattr(found, "past_key_values", None))
     batch, past = ids.shape
     inputs = {
@@ -188,7 +214,12 @@ def _causal_example(model: nn.Module, example: Mapping[str, Any]) -> dict[str, T
     }
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = torch.arange(past, past + _NEW).expand(batch, _NEW).contiguous()
-    return inputs | _flat(layers, PAST_KEY, PAST_VALUE)
+    random = torch.Generator().manual_seed(0)
+    past_values = {
+        name: torch.randn(value.shape, dtype=value.dtype, generator=random) if value.is_meta else value
+        for name, value in _flat(layers, PAST_KEY, PAST_VALUE).items()
+    }
+    return inputs | past_values
 
 
 def _both_examples(

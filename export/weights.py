@@ -14,24 +14,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.node import Argument, map_aggregate
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ti_fx import numerics
 from ti_fx.errors import InputError, did_you_mean
 from ti_fx.graph import fork, is_persistent, parameter_nodes, prune, register, tensor
-from ti_fx.metadata import fake_mode, refresh
+from ti_fx.metadata import move_to_cpu
 from ti_fx.passes.pack import Pack, pack_weight, require_ternary
 from ti_fx.pipeline import Pipeline, Report
 
 WeightSource = str | os.PathLike[str] | Mapping[str, Tensor] | Callable[[str], Tensor]
-
-_META = torch.device("meta")
-_CPU = torch.device("cpu")
 
 
 def pack_from(
@@ -84,7 +79,7 @@ class _Fill(PassBase):
         prune(made)  # gives it containers of its own
         for name in self.needed:
             self._fill(made, name)
-        _move_to_cpu(made)
+        move_to_cpu(made)
         Pack(kept=self.kept).apply(made)
         return PassResult(made, True)
 
@@ -111,7 +106,7 @@ class _Fill(PassBase):
                     f"{source.name} has {name} as {value.dtype}{list(value.shape)}, and the graph needs "
                     f"{expected.dtype}{list(expected.shape)}; give the weights of the model that was captured"
                 )
-            return value.detach().to(_CPU, expected.dtype).contiguous()
+            return value.detach().to("cpu", expected.dtype).contiguous()
         raise _missing(name, self.sources)
 
 
@@ -122,24 +117,6 @@ def _missing(name: str, sources: list[_Source]) -> InputError:
         f"{name} has no values on the meta device, and the weights don't have it{near}; a buffer is computed, not "
         "stored: give dict(model.named_buffers()) of a model made under accelerate.init_empty_weights()"
     )
-
-
-def _move_to_cpu(gm: GraphModule) -> None:
-    """Write the CPU where the trace wrote the meta device: in calls, and in what is known of the inputs."""
-    mode = fake_mode(gm)
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            value = node.meta["val"]
-            with mode:
-                node.meta["val"] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device=_CPU
-                )
-        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _on_cpu)
-    refresh(gm, gm.graph.nodes)
-
-
-def _on_cpu(argument: Argument) -> Argument:
-    return _CPU if argument == _META else argument
 
 
 class _Source:

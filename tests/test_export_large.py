@@ -25,7 +25,17 @@ from transformers import LlamaForCausalLM
 
 import ti_fx
 from ti_fx.errors import ExportError, InputError, ParityError, PreconditionError, TiFxError
-from ti_fx.export import ParityReport, Runtime, check, external, pack_from, parity, to_onnx, writer
+from ti_fx.export import (
+    ParityReport,
+    Runtime,
+    check,
+    external,
+    pack_from,
+    parity,
+    to_onnx,
+    with_cache,
+    writer,
+)
 from ti_fx.export.external import DATA_KEY, data_file
 from ti_fx.export.lowering import lower
 from ti_fx.export.packed import open_file
@@ -367,11 +377,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def without_values() -> nn.Module:
+    with init_empty_weights():
+        return LlamaForCausalLM(llama_model(**CONFIG).config)
+
+
 @pytest.fixture(scope="module")
 def hollow() -> tuple[GraphModule, dict[str, Tensor]]:
     """A graph without values that is ready to be packed, and the model's buffers."""
-    with init_empty_weights():
-        model: nn.Module = LlamaForCausalLM(llama_model(**CONFIG).config)
+    model = without_values()
     buffers = dict(model.named_buffers())
     gm = ti_fx.capture(model.to("meta"), text_example())
     ti_fx.Pipeline(Ternarize(), QuantizeActivations(encoding="nbits2-32"), Strip())(gm)
@@ -420,6 +434,19 @@ def test_one_weight_is_in_memory_at_a_time(
     assert ti_fx.dump(gm) == ti_fx.dump(expected)
     state = expected.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in gm.state_dict().items())
+
+
+def test_a_model_without_values_gets_a_cache(
+    ordinary: GraphModule, hollow: tuple[GraphModule, dict[str, Tensor]]
+) -> None:
+    gm, buffers = ti_fx.fork(hollow[0]), hollow[1]
+    pack_from(gm, llama_model(**CONFIG).state_dict(), buffers)
+    found = with_cache(gm, without_values().to("meta"), text_example())
+    expected = with_cache(ordinary, llama_model(**CONFIG), text_example())
+    assert ti_fx.dump(found.gm) == ti_fx.dump(expected.gm)
+    values = found.gm(**expected.inputs)
+    assert all(torch.equal(value, values[name]) for name, value in expected.gm(**expected.inputs).items())
+    found.gm(**found.inputs)
 
 
 def test_the_exporter_sees_no_codes(ordinary: GraphModule) -> None:

@@ -16,6 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.node import Argument, map_aggregate
 from torch.utils import _pytree as pytree
 
 from ti_fx.errors import VerificationError
@@ -207,3 +208,24 @@ def inconsistencies(gm: GraphModule, nodes: Iterable[Node]) -> list[Node]:
     """Return those of ``nodes`` whose recorded value is not what evaluating them now gives."""
     evaluator = Evaluator(gm)
     return [node for node in nodes if evaluator.signature(node) != signature(evaluator.value(node))]
+
+
+def move_to_cpu(gm: GraphModule) -> None:
+    """Write the CPU where the trace wrote the meta device: in calls, and in what is known of every value.
+
+    The graph's own tensors must be on the CPU already.
+    """
+    mode = fake_mode(gm)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            with mode:
+                node.meta["val"] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device="cpu"
+                )
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _on_cpu)
+    refresh(gm, gm.graph.nodes)
+
+
+def _on_cpu(argument: Argument) -> Argument:
+    return torch.device("cpu") if argument == torch.device("meta") else argument
