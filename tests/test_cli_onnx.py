@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from classifier import ti_fx_command
+from classifier import Train, ti_fx_command
 
 import ti_fx
 from ti_fx.cli._encodings import chosen_encodings
@@ -60,6 +60,23 @@ def test_check_takes_encodings_and_precision_from_the_file(mixed: Path, factory:
     ran = ti_fx_command("check", mixed, factory, "--ternarize")
     assert (ran.code, ran.err) == (0, "")
     assert "10 stored tensors are equal byte for byte" in ran.out
+
+
+@pytest.mark.slow
+def test_a_student_trained_with_two_encodings_is_exported_and_checked(
+    tmp_path: Path, train_command: Train
+) -> None:
+    encodings = ("--encoding", "int8-token", "--encoding", "*.intermediate.dense=int8-tensor")
+    ran = train_command(tmp_path / "run", *encodings)
+    assert ran.code == 0, ran.err
+    out = tmp_path / "student.onnx"
+    assert ti_fx_command("export", tmp_path / "run", "--out", out, "--kept", "float16").code == 0
+    assert ti_fx_command("check", out, tmp_path / "run").code == 0
+    own = json.loads(ti_fx_command("inspect", out, "--json").out)["ti_fx"]
+    weight = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert own["encoding"] == f"int8-token, {weight}=int8-tensor"
+    assert own["batch_dependent"] == [weight]
+    assert set(own["kept"]) == {"float16"}
 
 
 def test_inspect_shows_encodings_by_weight(mixed: Path) -> None:
