@@ -59,6 +59,7 @@ def to_onnx(
     requantize: bool = False,
     external_data: bool | None = None,
     size_threshold: int = external.SIZE_THRESHOLD,
+    ram_megabytes: float | None = None,
     config: Saveable | None = None,
     tokenizer: Saveable | None = None,
     processor: Saveable | None = None,
@@ -80,6 +81,8 @@ def to_onnx(
         external_data: True writes large tensors to a data file beside the model, False refuses to; None does it for
             a model above 2 GB, which ONNX can't hold in one file.
         size_threshold: from how many bytes on a tensor goes to the data file, if there is one.
+        ram_megabytes: as of :func:`check`: a file whose weights would take more in ONNX Runtime is not run, and only
+            its stored tensors are compared; the report says so.
         config: a model configuration, saved beside the file (``config.json``).
         tokenizer: saved beside the file, too (``tokenizer.json``, ...).
         processor: an image processor or feature extractor, saved beside the file (``preprocessor_config.json``).
@@ -118,7 +121,7 @@ def to_onnx(
             temporary = beside / path.name
             external.write(model, temporary, external_data, size_threshold)
             content = packed.open_file(temporary)
-            report = parity.compare(temporary, student, inputs, content)
+            report = parity.compare(temporary, student, inputs, content, ram_megabytes)
             sizes = [file.stat().st_size for file in beside.iterdir()]
             rows, replaced = _stored(content), external.data_file(path)
         data = None if content.data is None else path.with_name(content.data.name)
