@@ -14,11 +14,12 @@ text-generation        input_ids and a cache (``with_cache``)               a pr
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ti_fx.errors import InputError, did_you_mean
+from ti_fx.errors import InputError, MissingExtra, did_you_mean
 from ti_fx.export.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def pipeline(
     Raises:
         InputError: there is no such file or task, the file is for another task or for none of these, or what belongs
             beside it is missing, can't be read or is another model's.
+        MissingExtra: the file takes images, and Pillow is not installed.
     """
     if task is not None and task not in TASKS:
         raise InputError(f"there is no task {task!r}{did_you_mean(task, TASKS)}")
@@ -108,6 +110,8 @@ def _tokenizer(path: Path) -> Any:
 def _processor(path: Path) -> Any:
     from transformers import AutoImageProcessor
 
+    if importlib.util.find_spec("PIL") is None:
+        raise MissingExtra("images are read with Pillow: pip install 'ti_fx[images]'")
     _require(path, PROCESSOR, "processor=image_processor")
     return _read(path, AutoImageProcessor, PROCESSOR)
 

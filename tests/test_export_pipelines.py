@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from transformers import GenerationConfig, TextClassificationPipeline, ViTImageProcessorPil
 
 import ti_fx
-from ti_fx.errors import InputError
+from ti_fx.errors import InputError, MissingExtra
 from ti_fx.export import Runtime, pipeline, to_onnx, with_cache
 from ti_fx.export.generation import OnnxCausalLM
 from ti_fx.passes import Pack, QuantizeActivations, Ternarize
@@ -149,7 +149,7 @@ def test_an_input_that_the_file_lacks_is_refused_where_it_matters(tmp_path: Path
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    model = vit_model(image_size=16, initializer_range=0.5, **NAMES)
+    model = vit_model(num_hidden_layers=1, image_size=16, initializer_range=0.5, **NAMES)
     example = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
     student = packed(model, example)
     path = tmp_path_factory.mktemp("images") / "student.onnx"
@@ -177,6 +177,12 @@ def test_images_get_labels_and_scores(images: Exported, tmp_path: Path) -> None:
     assert {one["label"]: one["score"] for one in found[1]} == pytest.approx(
         dict(zip(LABELS, expected.tolist(), strict=True)), abs=CLOSE
     )
+
+
+def test_images_need_pillow(images: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"pip install 'ti_fx\[images\]'"):
+        pipeline(images.path)
 
 
 @pytest.fixture(scope="module")
