@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ti_fx.errors import InputError, MissingExtra, did_you_mean
+from ti_fx.export.cache import CROSS_KEY, PAST_KEY
 from ti_fx.export.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def pipeline(
 def _task(runtime: Runtime, path: Path) -> str:
     """Return what a file is for, as its inputs and outputs say."""
     taken = set(runtime.inputs)
-    if "past_key_0" in taken and "input_ids" in taken:
+    if PAST_KEY.format(0) in taken and "input_ids" in taken:
         return GENERATION
     logits = _logits(runtime)
     if logits is not None and len(logits) == 2:
@@ -82,6 +83,10 @@ def _task(runtime: Runtime, path: Path) -> str:
             return TEXT
         if taken == {"pixel_values"}:
             return IMAGE
+    if CROSS_KEY.format(0) in {*runtime.inputs, *runtime.outputs}:
+        raise InputError(
+            f"{path} is one of an encoder-decoder's two files; call both with ti_fx.export.generation.OnnxSeq2SeqLM"
+        )
     raise InputError(
         f"{path} takes {', '.join(runtime.inputs)} and gives {', '.join(runtime.outputs)}, which is none of "
         f"{', '.join(TASKS)}; call it with ti_fx.export.Runtime"

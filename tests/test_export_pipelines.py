@@ -279,12 +279,24 @@ def test_a_wrong_task_is_refused(texts: Exported, prompts: Exported, tmp_path: P
         pipeline(prompts.path, "image-classification")
     with pytest.raises(InputError, match="there is no file"):
         pipeline(tmp_path / "none.onnx")
-    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
-    opset = onnx.helper.make_opsetid("", 18)
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), tmp_path / "relu.onnx")
     with pytest.raises(InputError, match="takes x and gives y, which is none of text-classification"):
-        pipeline(tmp_path / "relu.onnx")
+        pipeline(relu(tmp_path, "x", "y"))
+    with pytest.raises(
+        InputError, match=r"one of an encoder-decoder's two files; call both with .*OnnxSeq2SeqLM"
+    ):
+        pipeline(relu(tmp_path, "x", "cross_key_0"))
+
+
+def relu(folder: Path, given: str, made: str) -> Path:
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4])
+        for name in (given, made)
+    ]
+    node = onnx.helper.make_node("Relu", [given], [made])
+    graph = onnx.helper.make_graph([node], "g", values[:1], values[1:])
+    opset = onnx.helper.make_opsetid("", 18)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), folder / "relu.onnx")
+    return folder / "relu.onnx"
 
 
 @pytest.mark.parametrize(
