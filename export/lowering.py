@@ -30,6 +30,7 @@ from ti_fx.errors import ExportError
 from ti_fx.export import ops
 from ti_fx.export.fusion import FUSED_OPSET, fuse
 from ti_fx.export.layouts import UINT2
+from ti_fx.export.numbers import write_numbers
 from ti_fx.export.storage import Weights, insert, looked_up
 from ti_fx.export.student import PackedWeight, as_packed, packed_weights
 from ti_fx.graph import aten_name, constant_size, fork, supersede, tensor
@@ -108,7 +109,7 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
 
     1. training-only modules go   2. packed look-ups   3. integer and block products   4. what is left of the
     fake-quantisers   5. what is left of the packed weights   6. what is stored in half precision   7. norms,
-    rotary positions and unquantised attention   8. residual sums before a norm
+    rotary positions and unquantised attention   8. residual sums before a norm   9. numbers in arithmetic
 
     Raises:
         ExportError: a packed weight is not float32, or the opset can't express an encoding.
@@ -147,10 +148,7 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
     for node in list(copy.graph.nodes):
         if aten_name(node) == "layer_norm":
             _plain_sum(node)
-        elif aten_name(node) == "rsub":
-            _reversed_difference(node)
-        elif aten_name(node) == "add":
-            _sum_with_number(node)
+    write_numbers(copy.graph)
     copy.graph.eliminate_dead_code()
     copy.graph.lint()
     copy.recompile()
@@ -282,22 +280,6 @@ def _restored(product: Node, flat: Any) -> Node | None:
     if before[-1] != middle[-1] or [*map(str, after)] != [*map(str, before[:-1]), str(outputs)]:
         return None
     return view
-
-
-def _reversed_difference(node: Node) -> None:
-    """Write number - x as -x + number, which is the same: torch.onnx 2.13 can't promote an integer x in ``rsub``."""
-    if len(node.args) == 2 and not node.kwargs and not isinstance(node.args[1], Node):
-        negative = insert(node, torch.ops.aten.neg.default, node.args[0])
-        supersede(node, insert(node, torch.ops.aten.add.Scalar, negative, node.args[1]))
-
-
-def _sum_with_number(node: Node) -> None:
-    """Write number + alpha * x as x * alpha + number: torch.onnx 2.13 knows a sum by its first term, a tensor."""
-    if len(node.args) == 2 and isinstance(node.args[1], Node) and not isinstance(node.args[0], Node):
-        number, scaled = node.args
-        if "alpha" in node.kwargs:
-            scaled = insert(node, torch.ops.aten.mul.Scalar, scaled, node.kwargs["alpha"])
-        supersede(node, insert(node, torch.ops.aten.add.Scalar, scaled, number))
 
 
 def _plain_sum(norm: Node) -> None:

@@ -339,3 +339,19 @@ def test_a_number_before_a_tensor_is_exported(tmp_path: Path) -> None:
     example = {**layers_example(), "mask": torch.tensor([[0, 1, 0, 0, 1]]).expand(3, 5).contiguous()}
     report = to_onnx(packed(Masked(), example), tmp_path / "masked.onnx", example)
     assert report.parity.nodes is not None
+
+
+def test_a_small_number_is_not_taken_for_nothing(tmp_path: Path) -> None:
+    """The exporter's optimiser takes 1e-8 for 0 and 1.000005 for 1."""
+
+    class Small(Layers):
+        def forward(self, values: Tensor) -> dict[str, Tensor]:
+            size = (values * 1e-4).pow(2).mean(-1, keepdim=True)
+            return super().forward(values / (size + 1e-8).sqrt() * (size * 1.000005 / size))
+
+    report = to_onnx(packed(Small(), layers_example()), tmp_path / "small.onnx", layers_example())
+    stored = {
+        float(onnx.numpy_helper.to_array(one).flat[0]) for one in onnx.load(report.path).graph.initializer
+    }
+    assert any(value == np.float32(1e-8) for value in stored)
+    assert any(value == np.float32(1.000005) for value in stored)

@@ -1,0 +1,60 @@
+"""Numbers in arithmetic, written so that torch.onnx 2.13 and its optimiser (onnxscript 0.7) compute what was meant."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from ti_fx.export.storage import insert
+from ti_fx.graph import aten_name, supersede
+
+aten = torch.ops.aten
+_NEUTRAL = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0}
+
+
+def write_numbers(graph: Graph) -> None:
+    """Rewrite what the exporter refuses or gets wrong.
+
+    1. ``number - x`` becomes -x + number: it can't promote an integer x there
+    2. ``number + alpha * x`` becomes x * alpha + number: it knows a sum by its first term, a tensor
+    3. ``x + 1e-8``, whose number the optimiser takes for 0 (or, in products, for 1), reads it as a vector of one
+    """
+    for node in list(graph.nodes):
+        name = aten_name(node)
+        if name == "rsub":
+            _reversed_difference(node)
+        elif name == "add" and len(node.args) == 2 and not isinstance(node.args[0], Node):
+            _sum_with_number(node)
+        elif name in _NEUTRAL and not node.kwargs and getattr(node.target, "_overloadname", "") == "Tensor":
+            _nearly_neutral(node, _NEUTRAL[name])
+
+
+def _reversed_difference(node: Node) -> None:
+    if len(node.args) == 2 and not node.kwargs and not isinstance(node.args[1], Node):
+        negative = insert(node, aten.neg.default, node.args[0])
+        supersede(node, insert(node, aten.add.Scalar, negative, node.args[1]))
+
+
+def _sum_with_number(node: Node) -> None:
+    number, scaled = node.args
+    if "alpha" in node.kwargs:
+        scaled = insert(node, aten.mul.Scalar, scaled, node.kwargs["alpha"])
+    supersede(node, insert(node, aten.add.Scalar, scaled, number))
+
+
+def _nearly_neutral(node: Node, neutral: float) -> None:
+    source, number = node.args
+    value = source.meta.get("val") if isinstance(source, Node) else None
+    if not isinstance(number, float) or not isinstance(value, Tensor):
+        return
+    if number == neutral or not math.isclose(
+        number, neutral, rel_tol=1e-5, abs_tol=1e-8
+    ):  # the optimiser's own
+        return
+    if value.is_floating_point() and value.dim():
+        with node.graph.inserting_before(node):
+            vector = node.graph.call_function(aten.full.default, ([1], number), {"dtype": value.dtype})
+        node.update_arg(1, vector)
