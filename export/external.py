@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -83,10 +84,8 @@ def write(model: ir.Model, path: Path, external: bool | None, size_threshold: in
 
 
 def _moves(tensor: ir.TensorProtocol, size_threshold: int) -> bool:
-    is_size = tensor.dtype in (
-        ir.DataType.INT64,
-        ir.DataType.INT32,
-    )  # ONNX Runtime reads shapes before the data
+    # ONNX Runtime needs sizes and shapes, which are small integers, before it reads the data
+    is_size = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32)
     return tensor.nbytes >= max(1, size_threshold, SIZE_THRESHOLD if is_size else 0)
 
 
@@ -143,9 +142,10 @@ def require_data(path: Path, model: onnx.ModelProto) -> DataFile | None:
     _require_unchanged(path, data)
     for tensor in outside:
         offset, length = _span(tensor)
-        if offset < 0 or length < 0 or offset + length > data.bytes:
+        if offset < 0 or length != _size(tensor) or offset + length > data.bytes:
             raise InputError(
-                f"{path} names bytes beyond the end of {data.name}: it was changed; export it again"
+                f"{path} names bytes that {data.name} does not have, or not as many as {tensor.name} takes: it was "
+                "changed; export it again"
             )
     return data
 
@@ -263,6 +263,14 @@ def _span(tensor: onnx.TensorProto) -> tuple[int, int]:
         return int(entries["offset"]), int(entries["length"])
     except (KeyError, ValueError):
         return -1, -1
+
+
+def _size(tensor: onnx.TensorProto) -> int | None:
+    """Return how many bytes a tensor takes, None of a type that has no size."""
+    try:
+        return math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
+    except (ValueError, TypeError):
+        return None
 
 
 _METADATA_FIELD = 14  # of ModelProto

@@ -184,9 +184,10 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "backslash": (lambda path: relocate(path, r"..\student.data"), "no file beside it"),
     "folder": (lambda path: relocate(path, ".."), "no file beside it"),
     "one of two": (lambda path: edit(path, "location", "other.data"), "'other.data', which .* did not write"),
-    "beyond": (lambda path: edit(path, "length", str(10**9)), "beyond the end"),
-    "negative": (lambda path: edit(path, "offset", "-4096"), "beyond the end"),
-    "no number": (lambda path: edit(path, "offset", "four"), "beyond the end"),
+    "beyond": (lambda path: edit(path, "offset", str(10**9)), "bytes that .* does not have"),
+    "negative": (lambda path: edit(path, "offset", "-4096"), "bytes that .* does not have"),
+    "no number": (lambda path: edit(path, "offset", "four"), "bytes that .* does not have"),
+    "too few": (lambda path: edit(path, "length", "1"), "not as many as .* takes"),
     "other keys": (lambda path: record(path, size=3), f"metadata {DATA_KEY} can't be read"),
     "other types": (lambda path: record(path, bytes="3"), "other types than were written"),
 }
