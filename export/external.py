@@ -268,9 +268,10 @@ def _span(tensor: onnx.TensorProto) -> tuple[int, int]:
 def _size(tensor: onnx.TensorProto) -> int | None:
     """Return how many bytes a tensor takes, None of a type that has no size."""
     try:
-        return math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
+        each: float = ir.DataType(tensor.data_type).itemsize
     except (ValueError, TypeError):
         return None
+    return math.ceil(math.prod(tensor.dims) * each)
 
 
 _METADATA_FIELD = 14  # of ModelProto
