@@ -271,7 +271,8 @@ def _size(tensor: onnx.TensorProto) -> int | None:
         each: float = ir.DataType(tensor.data_type).itemsize
     except (ValueError, TypeError):
         return None
-    return math.ceil(math.prod(tensor.dims) * each)
+    count: int = math.prod(tensor.dims)
+    return math.ceil(count * each)
 
 
 _METADATA_FIELD = 14  # of ModelProto
@@ -280,6 +281,7 @@ _METADATA_FIELD = 14  # of ModelProto
 def _metadata(path: Path) -> dict[str, str]:
     """Read a model's metadata; the graph, which may be large, is passed over. Of a damaged file, what there is."""
     found: dict[str, str] = {}
+    limit = path.stat().st_size
     with open(path, "rb") as file:
         while (tag := _number(file)) is not None:
             field, kind = tag >> 3, tag & 7
@@ -287,7 +289,7 @@ def _metadata(path: Path) -> dict[str, str]:
                 _number(file)
             elif kind == 2:  # so many bytes
                 size = _number(file)
-                if size is None:
+                if size is None or size > limit:
                     break
                 if field != _METADATA_FIELD:
                     file.seek(size, os.SEEK_CUR)
