@@ -48,7 +48,7 @@ def main() -> int:
         num_key_value_heads=HEADS,
     )
     with step("build without values"), init_empty_weights():
-        model = LlamaForCausalLM(config)
+        model: nn.Module = LlamaForCausalLM(config)
     buffers = dict(model.named_buffers())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters / 1e9:.2f} billion parameters in {arguments.layers} layers")

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -124,11 +125,16 @@ def main() -> int:
 
 def written(folder: Path, only: str) -> Iterator[File]:
     """Write every model in every encoding and opset, cut at its nodes; of these, those with ``only`` in their name."""
-    block = Block().eval()
+    block = Block().train(False)
     values = {"values": torch.randn(3, 7, WIDTH)}
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 1, "vocab_size": 1100}
-    bert = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=HEADS)).eval()
-    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=2)).eval()
+    sizes: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 1,
+        "vocab_size": 1100,
+    }
+    bert = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=HEADS)).train(False)
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=2)).train(False)
     ids = torch.randint(0, 1100, (2, 7))
     texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     models: tuple[tuple[nn.Module, dict[str, Tensor], dict[str, tuple[int, ...]]], ...] = (

@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, free_unbacked_symbols
@@ -167,8 +166,8 @@ def _fixed_by_equalities(
         asked = [one for one in equalities if symbol in one.free_symbols]
         others = (2 * size, 3 * size, size // 2, *range(size + 1, size + 33), *range(2, size))
         return any(
-            # what further symbols leave open is no ``false``
-            all(one.subs({**scaled, symbol: other}) is not sympy.false for one in asked)
+            # what further symbols leave open is a sympy relation, neither true nor false
+            all(one.subs({**scaled, symbol: other}) != False for one in asked)  # noqa: E712
             for other in others
             for scaled in (own, {one: 2 * value for one, value in own.items()})
         )
