@@ -9,12 +9,14 @@ from pathlib import Path
 
 import onnx
 import pytest
-from classifier import Train, ti_fx_command
+from classifier import Train, ti_fx_command, tokenizer
+from models import llama_model
 
 import ti_fx
 from ti_fx.cli._encodings import chosen_encodings
 from ti_fx.cli.train import _with_encodings
 from ti_fx.errors import InputError
+from ti_fx.export import pipeline
 from ti_fx.passes import QuantizeActivations
 from ti_fx.recipe import Recipe
 
@@ -77,6 +79,20 @@ def test_a_student_trained_with_two_encodings_is_exported_and_checked(
     assert own["encoding"] == f"int8-token, {weight}=int8-tensor"
     assert own["batch_dependent"] == [weight]
     assert set(own["kept"]) == {"float16"}
+
+
+@pytest.mark.slow  # a decoder is captured four times
+def test_a_language_model_is_exported_with_its_cache_and_continues_prompts(tmp_path: Path) -> None:
+    llama_model(num_hidden_layers=1).save_pretrained(tmp_path / "llama")
+    tokenizer().save_pretrained(tmp_path / "llama")
+    out = tmp_path / "file" / "student.onnx"
+    options = ("--ternarize", "--cache", "--encoding", "int8-token")
+    ran = ti_fx_command("export", tmp_path / "llama", "--out", out, *options)
+    assert ran.code == 0, ran.err
+    assert ti_fx_command("check", out, tmp_path / "llama", "--ternarize").code == 0
+    (found,) = pipeline(out)("how many w7", max_new_tokens=3, do_sample=False)
+    assert found["generated_text"].startswith("how many w7")
+    assert (out.parent / "generation_config.json").is_file()
 
 
 def test_inspect_shows_encodings_by_weight(mixed: Path) -> None:
@@ -192,6 +208,10 @@ def test_choose_prints_its_choice(factory: str) -> None:
         (("choose", "FACTORY", "--encoding", "int9"), "unknown encoding 'int9'"),
         (("export", "FACTORY", "--out", "x.onnx", "--encoding", "a=nbits2"), "give GLOB=NAME to ti-fx train"),
         (("export", "FACTORY", "--out", "x.onnx", "--kept", "int8"), "Invalid value for '--kept'"),
+        (
+            ("export", "FACTORY", "--ternarize", "--out", "x.onnx", "--cache"),
+            "the example needs input_ids",
+        ),
         (
             ("export", "FACTORY", "--ternarize", "--out", "x.onnx", "--encoding", "none=nbits2"),
             "encodings='none' matches no ternary weight",

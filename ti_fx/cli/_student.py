@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.fx import GraphModule
 
 from ti_fx.cli._encodings import Encodings
@@ -24,7 +25,7 @@ class Student:
 
 
 def packed_student(
-    source: str, *, model: str | None, ternarize: bool, encodings: Encodings, kept: str
+    source: str, *, model: str | None, ternarize: bool, encodings: Encodings, kept: str, cache: bool
 ) -> Student:
     """Return the packed student.
 
@@ -34,6 +35,7 @@ def packed_student(
         ternarize: ``source`` is a plain model, to be made ternary as it is.
         encodings: of the weights of such a model; a checkpoint has its own.
         kept: the type of what is not ternary, ``float32`` or ``float16``.
+        cache: whether a causal language model's keys and values go in and out.
 
     Raises:
         TiFxError: nothing usable is there, or the model can't be captured.
@@ -56,14 +58,24 @@ def packed_student(
         default = QuantizeActivations().encoding
         activations = QuantizeActivations(encodings.name or default, encodings=encodings.others)
         Pipeline(DecomposeAttention(), Ternarize(), activations, pack)(gm)
-        return Student(gm, found.example, folder if folder.is_dir() else None)
+        student = Student(gm, found.example, folder if folder.is_dir() else None)
+        return _with_cache(student, found.model) if cache else student
     if not is_checkpoint and ((folder / "config.json").is_file() or ":" in source):
         raise InputError(
             f"{source} is a model, not a ti_fx checkpoint; train it with ti-fx train, or take it untrained: --ternarize"
         )
     gm = load(folder, None if model is None else load_source(model).model)
     Pipeline(pack)(gm)
-    return Student(gm, read_tensors(folder / EXAMPLE), folder)
+    student = Student(gm, read_tensors(folder / EXAMPLE), folder)
+    return _with_cache(student, load_source(model or source).model) if cache else student
+
+
+def _with_cache(student: Student, model: nn.Module) -> Student:
+    from ti_fx.export import with_cache
+    from ti_fx.export.inputs import bind
+
+    found = with_cache(student.graph, model.float().eval(), bind(student.graph, student.example))
+    return Student(found.gm, found.inputs, student.folder)
 
 
 def saved_parts(folder: Path | None) -> dict[str, Any]:

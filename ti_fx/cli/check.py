@@ -39,13 +39,17 @@ def check(
     """Check an exported file: stored weights, each node, and the outputs of ONNX Runtime beside PyTorch's."""
     from ti_fx import export
     from ti_fx.cli._student import packed_student
+    from ti_fx.export.cache import PAST_KEY
     from ti_fx.export.facts import KEPT, value_of
     from ti_fx.export.packed import open_file
 
     content = open_file(file)
     encodings = of_file(content.requantized_from or content.encoding)
     kept = "float16" if "float16" in value_of(content.metadata, KEPT, {}) else "float32"
-    student = packed_student(checkpoint, model=source, ternarize=ternarize, encodings=encodings, kept=kept)
+    cache = PAST_KEY.format(0) in export.Runtime(file).inputs
+    student = packed_student(
+        checkpoint, model=source, ternarize=ternarize, encodings=encodings, kept=kept, cache=cache
+    )
     report = export.check(file, student.graph, student.example)
     output.table(
         ("output", "case", "max", "p99", "mean", "range", "allowed"),

@@ -19,7 +19,7 @@ _EXAMPLES = """[bold]Examples[/bold]
   ti-fx export runs/ti-g --out student.onnx --encoding int8-token --requantize
   ti-fx export runs/digits --out digits.onnx --source mypackage.models:make_model
   ti-fx export ./my-bert --out untrained.onnx --ternarize
-  ti-fx export ./my-gpt2 --out untrained.onnx --ternarize --encoding int8-token --encoding "*.wte=nbits2"
+  ti-fx export ./my-gpt2 --out untrained.onnx --ternarize --cache --encoding int8-token --encoding "*.wte=nbits2"
 
 What is saved beside the model's weights (configuration, tokenizer, image processor) goes beside the file."""
 
@@ -66,6 +66,13 @@ def export(
             metavar="N",
         ),
     ] = None,
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache",
+            help="Keys and values go in and out, so that a causal language model generates from the file.",
+        ),
+    ] = False,
     source: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +100,9 @@ def export(
     from ti_fx.cli._student import packed_student, saved_parts
     from ti_fx.export import to_onnx
 
-    student = packed_student(checkpoint, model=source, ternarize=ternarize, encodings=chosen, kept=kept.value)
+    student = packed_student(
+        checkpoint, model=source, ternarize=ternarize, encodings=chosen, kept=kept.value, cache=cache
+    )
     report = to_onnx(
         student.graph,
         out,
