@@ -37,6 +37,8 @@ def check(
     ] = False,
 ) -> None:
     """Check an exported file: stored weights, each node, and the outputs of ONNX Runtime beside PyTorch's."""
+    import onnx
+
     from ti_fx import export
     from ti_fx.cli._student import packed_student
     from ti_fx.export.cache import PAST_KEY
@@ -46,7 +48,8 @@ def check(
     content = open_file(file)
     encodings = of_file(content.requantized_from or content.encoding)
     kept = "float16" if "float16" in value_of(content.metadata, KEPT, {}) else "float32"
-    cache = PAST_KEY.format(0) in export.Runtime(file).inputs
+    given = onnx.load(str(file), load_external_data=False).graph.input
+    cache = any(value.name == PAST_KEY.format(0) for value in given)
     student = packed_student(
         checkpoint, model=source, ternarize=ternarize, encodings=encodings, kept=kept, cache=cache
     )
