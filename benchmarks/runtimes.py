@@ -134,7 +134,9 @@ def written(folder: Path, only: str) -> Iterator[File]:
         "vocab_size": 1100,
     }
     bert = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=HEADS)).train(False)
-    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=2)).train(False)
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=2)).train(
+        False
+    )
     ids = torch.randint(0, 1100, (2, 7))
     texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     models: tuple[tuple[nn.Module, dict[str, Tensor], dict[str, tuple[int, ...]]], ...] = (
