@@ -22,7 +22,7 @@ from ti_fx.export import ops
 from ti_fx.export.attention import called, fuse_attention, rank, split_view
 from ti_fx.graph import aten_name, constant_size, supersede
 
-FUSED_OPSET = 25  # ONNX Runtime has them since opset 23; what runs INT2 weights, an opset 25 type, runs them all
+FUSED_OPSET = 25  # what runs INT2 weights, a type of this opset, runs them all
 _EVERYTHING = 2**31 - 1
 _UNARY = ("cos", "sin", "to", "mul", "unsqueeze")
 
