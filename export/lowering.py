@@ -107,9 +107,9 @@ class Product:
 def lower(gm: GraphModule, opset: int) -> GraphModule:
     """Return a lowered private copy of a packed graph in eval mode; ``gm`` and its tensors are left alone.
 
-    1. training-only modules go   2. packed look-ups   3. integer and block products   4. what is left of the
-    fake-quantisers   5. what is left of the packed weights   6. what is stored in half precision   7. norms,
-    rotary positions and unquantised attention   8. residual sums before a norm   9. numbers in arithmetic
+    1. training-only modules and needless squeezes go   2. packed look-ups   3. integer and block products   4. what
+    is left of the fake-quantisers   5. what is left of the packed weights   6. what is stored in half precision
+    7. norms, rotary positions and unquantised attention   8. residual sums before a norm   9. numbers in arithmetic
 
     Raises:
         ExportError: a packed weight is not float32, or the opset can't express an encoding.
@@ -119,6 +119,7 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
     copy._forward_pre_hooks.clear()
     copy._forward_pre_hooks_with_kwargs.clear()
     _drop_dropout(copy)
+    _drop_squeezes(copy)
     products = [found for node in copy.graph.nodes if (found := match_product(node)) is not None]
     integers, blocks = (
         {one.weight.codes_name: one.transposed for one in products if bool(one.lowering.block) == by_blocks}
@@ -159,6 +160,15 @@ def _drop_dropout(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.op == "call_module" and isinstance(gm.get_submodule(node.target), nn.Dropout):
             node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+
+
+def _drop_squeezes(gm: GraphModule) -> None:
+    """Drop squeezes of a dimension that is not 1: in PyTorch they do nothing, and ONNX refuses them."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim):
+        source, dim = node.args
+        if constant_size(source.meta["val"].shape[dim]) != 1:
+            node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
 
 

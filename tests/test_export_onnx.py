@@ -330,11 +330,12 @@ def test_other_sizes_stay_within_the_models_limits(student: GraphModule) -> None
     assert inputs["attention_mask"].sum(1).tolist() == [9, 8, 7, 6, 9]
 
 
-def test_a_number_before_a_tensor_is_exported(tmp_path: Path) -> None:
+def test_a_number_before_a_tensor_and_a_needless_squeeze_are_exported(tmp_path: Path) -> None:
     class Masked(Layers):
         def forward(self, values: Tensor, mask: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
             kept = (1.0 - mask) * torch.add(0.25, mask == 0, alpha=0.5)
-            return super().forward(values * kept.unsqueeze(-1))
+            # a squeeze of a dimension that is not 1 does nothing, and ONNX has no such squeeze
+            return super().forward((values * kept.unsqueeze(-1)).squeeze(1))
 
     example = {**layers_example(), "mask": torch.tensor([[0, 1, 0, 0, 1]]).expand(3, 5).contiguous()}
     report = to_onnx(packed(Masked(), example), tmp_path / "masked.onnx", example)
