@@ -260,7 +260,7 @@ def result(name: str, group: str = "encoder", until: str = "runtime", **outcome:
 
 
 def test_the_table_counts_by_group_and_lists_what_is_left_out() -> None:
-    refused = ("CoverageError", "sites: 1 attention blocks found, 2 counted | <here>")
+    refused = ("CoverageError", "sites: 1 attention blocks found, 2 counted | <here> [a](b)")
     run = Run.of(
         [
             result("a", stage="runtime", blocks=2, sites=2),
@@ -282,7 +282,7 @@ def test_the_table_counts_by_group_and_lists_what_is_left_out() -> None:
         "| **all types** | **4** | **3 (75.0%)** | **1 of 3 (33.3%)** | **1** | **1 (100.0%)** | **1 (100.0%)** |",
     ]
     assert "- `d`: KeyError: pack: x" in lines
-    assert "- `b`: CoverageError: sites: 1 attention blocks found, 2 counted | &lt;here>" in lines
+    assert "- `b`: CoverageError: sites: 1 attention blocks found, 2 counted | &lt;here> [a]\\(b)" in lines
     assert "<details><summary>Without softmax attention: 1</summary>" in lines
     assert "<details><summary>Built, but not with sdpa attention: 1</summary>" in lines
     assert "- `b`: has no sdpa" in lines

@@ -205,7 +205,8 @@ def _row(cells: Sequence[str]) -> str:
 def _listed(title: str, lines: Sequence[str]) -> list[str]:
     if not lines:
         return []
-    escaped = [line.replace("<", "&lt;").replace("\n", " ") for line in lines]
+    # No tag, no line of its own, no link: messages print code.
+    escaped = [line.replace("<", "&lt;").replace("\n", " ").replace("](", "]\\(") for line in lines]
     return [
         "",
         f"<details><summary>{title}</summary>",
