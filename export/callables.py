@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from transformers import (
     GenerationConfig,
     ImageClassificationPipeline,
     PreTrainedConfig,
-    PreTrainedModel,
     TextClassificationPipeline,
     TextGenerationPipeline,
 )
@@ -22,7 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.chat_template_utils import Chat
 
 from ti_fx.errors import InputError
-from ti_fx.export.generation import OnnxCausalLM
+from ti_fx.export.generation import OnnxCausalLM, OnnxModel
 from ti_fx.export.runtime import Runtime
 
 # What a tokenizer gives that changes nothing, whatever the model, where it is this value throughout.
@@ -30,7 +28,7 @@ _NEUTRAL = {"attention_mask": 1, "token_type_ids": 0}
 _NO_LIMIT = 10**6  # a tokenizer without one says 10**30
 
 
-class OnnxClassifier(PreTrainedModel):  # type: ignore[no-untyped-call]
+class OnnxClassifier(OnnxModel):  # type: ignore[no-untyped-call]
     """An exported classifier in the place of a transformers model.
 
     A file of a fixed batch takes any number of rows: what is missing from the last batch are copies of its last row,
@@ -40,24 +38,6 @@ class OnnxClassifier(PreTrainedModel):  # type: ignore[no-untyped-call]
         runtime: the file.
         config: the model's configuration.
     """
-
-    config_class = PreTrainedConfig
-
-    def __init__(self, runtime: Runtime, config: PreTrainedConfig) -> None:
-        config = copy.deepcopy(config)
-        config._attn_implementation = "eager"  # nothing here attends; any other must be declared by the class
-        super().__init__(config)
-        self.runtime = runtime
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU."""
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """float32."""
-        return torch.float32
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
         """Return the logits, float32 ``[rows, labels]``.

@@ -19,31 +19,21 @@ from ti_fx.export.cache import CROSS_KEY, CROSS_VALUE, PAST_KEY, PAST_VALUE, PRE
 from ti_fx.export.runtime import Runtime
 
 
-class _OnnxLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """What transformers asks of a model that generates, around the file of a decoder with a cache."""
+class OnnxModel(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """What transformers asks of any model, around an exported file.
+
+    Args:
+        runtime: the file.
+        config: the model's configuration.
+    """
 
     config_class = PreTrainedConfig
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | Runtime,
-        config: PreTrainedConfig,
-        generation_config: GenerationConfig | None,
-        threads: int | None,
-    ) -> None:
+    def __init__(self, runtime: Runtime, config: PreTrainedConfig) -> None:
         config = copy.deepcopy(config)
         config._attn_implementation = "eager"  # nothing here attends; any other must be declared by the class
         super().__init__(config)
-        self.runtime = path if isinstance(path, Runtime) else Runtime(path, threads)
-        self.layers = sum(name.startswith("past_key_") for name in self.runtime.inputs)
-        if not self.layers:
-            raise InputError(
-                f"{path} has no cache of keys and values; export what ti_fx.export.with_cache returns"
-            )
-        self.generation_config = copy.deepcopy(
-            generation_config or GenerationConfig.from_model_config(config)
-        )
-        self.generation_config.use_cache = True  # what the file is for, whatever training had
+        self.runtime = runtime
 
     @property
     def device(self) -> torch.device:
@@ -54,6 +44,28 @@ class _OnnxLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call
     def dtype(self) -> torch.dtype:
         """float32."""
         return torch.float32
+
+
+class _OnnxLM(OnnxModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """What transformers asks of a model that generates, around the file of a decoder with a cache."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | Runtime,
+        config: PreTrainedConfig,
+        generation_config: GenerationConfig | None,
+        threads: int | None,
+    ) -> None:
+        super().__init__(path if isinstance(path, Runtime) else Runtime(path, threads), config)
+        self.layers = sum(name.startswith("past_key_") for name in self.runtime.inputs)
+        if not self.layers:
+            raise InputError(
+                f"{path} has no cache of keys and values; export what ti_fx.export.with_cache returns"
+            )
+        self.generation_config = copy.deepcopy(
+            generation_config or GenerationConfig.from_model_config(config)
+        )
+        self.generation_config.use_cache = True  # what the file is for, whatever training had
 
     @classmethod
     def can_generate(cls) -> bool:
