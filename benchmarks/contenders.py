@@ -57,7 +57,7 @@ class Contender:
         path: its file, or the folder of a PyTorch model.
         bytes: on disk, of all its files.
         facts: what was found when it was built: ``note``, ``streamed`` (bytes of the stored weights that one run
-            reads), ``code_bits`` and ``sizes`` (bytes by ``Pack``'s option) of a student.
+            reads), ``code_bits`` of a student.
         reference: a student's logits of the error inputs as its fake-quant graph computes them.
     """
 
@@ -114,14 +114,11 @@ class Builder:
         eager = Contender(PYTORCH, "torch", folder, size, {})
         return [eager, Contender(COMPILED, "compiled", folder, size, {})]
 
-    def student(self, encoding: str, disk_limit: float | None) -> Contender:
-        """Return the ternary student in an encoding.
-
-        Where it takes more bytes than ``disk_limit``, what is not ternary is stored in half precision.
-        """
-        key = self._key(*_OWN, "ti_fx", "passes", "export") | {"limit": str(disk_limit)}
+    def student(self, encoding: str) -> Contender:
+        """Return the ternary student in an encoding."""
+        key = self._key(*_OWN, "ti_fx", "passes", "export")
         entry = self.store.get(
-            self._name(encoding), key, lambda folder: self._write_student(folder, encoding, disk_limit)
+            self._name(encoding), key, lambda folder: self._write_student(folder, encoding)
         )
         reference = np.load(entry.folder / _REFERENCE)
         path = entry.folder / "student.onnx"
@@ -225,23 +222,14 @@ class Builder:
         ti_fx.Pipeline(Ternarize())(gm)
         return gm
 
-    def _write_student(self, folder: Path, encoding: str, disk_limit: float | None) -> dict[str, Any]:
+    def _write_student(self, folder: Path, encoding: str) -> dict[str, Any]:
         gm = ti_fx.fork(self._ternary)
         ti_fx.Pipeline(QuantizeActivations(encoding=encoding), Strip())(gm)
         with torch.no_grad():
             np.save(folder / _REFERENCE, gm(**self.subject.error_inputs())["logits"].numpy())
         path = folder / "student.onnx"
-        report = self._write(ti_fx.fork(gm), path, Pack())
-        sizes = {"float32": report.bytes}
-        if disk_limit is not None and report.bytes > disk_limit:
-            report = self._write(gm, path, Pack(kept="float16"))
-            sizes["float16"] = report.bytes
-        return {
-            "streamed": streamed_bytes(path),
-            "code_bits": report.code_bits,
-            "sizes": sizes,
-            "note": "what is not ternary in half precision" if "float16" in sizes else "",
-        }
+        report = self._write(gm, path, Pack())
+        return {"streamed": streamed_bytes(path), "code_bits": report.code_bits}
 
     def _write(self, gm: GraphModule, path: Path, pack: Pack) -> ExportReport:
         ti_fx.Pipeline(pack)(gm)

@@ -39,7 +39,6 @@ from contenders import BASELINE, COMPILED, DYNAMIC_INT8, PYTORCH, Builder, Conte
 from kept import Store
 from measure import COPY, MULTIPLY, Call, distance, fresh, interleaved, machine
 from results import (
-    BERT_BYTES,
     PLOT_TYPES,
     Finding,
     Timing,
@@ -168,8 +167,7 @@ def build(
         contenders += builder.pytorch()
     else:
         builder.left_out[f"{PYTORCH}, {COMPILED}"] = "--torch adds them; compiling takes minutes"
-    disk_limits = BERT_BYTES if options.model == "bert-base" and not options.quick else {}
-    contenders += [builder.student(encoding, disk_limits.get(encoding)) for encoding in options.encoding]
+    contenders += [builder.student(encoding) for encoding in options.encoding]
     return contenders, builder.left_out
 
 
@@ -195,7 +193,6 @@ def compared(
                 reference,
                 distance(logits[one.label], logits[BASELINE]),
                 code_bits=one.facts.get("code_bits"),
-                sizes=one.facts.get("sizes"),
                 note=one.facts.get("note", ""),
                 **memory.get(one.label, {}),
             )

@@ -68,7 +68,6 @@ class Finding:
         error_fp32: the same from fp32's.
         load_seconds, steady, peak: in a fresh process; bytes, above those before the session. None: not measured.
         code_bits: bits on disk per ternary weight.
-        sizes: a student's bytes by the type of what is not ternary, of each that was written.
         note: how it was built.
     """
 
@@ -80,7 +79,6 @@ class Finding:
     steady: float | None = None
     peak: float | None = None
     code_bits: float | None = None
-    sizes: dict[str, int] | None = None
     note: str = ""
 
 
@@ -216,10 +214,8 @@ def finding_table(findings: Iterable[Finding]) -> Table:
     """Return a table with one row per contender."""
     table = Table("contender", "MB", "load, s", "RAM, MB", "peak, MB", "error, graph", "error, fp32", "note")
     for one in findings:
-        sizes = one.sizes or {}
         note = ", ".join(
             ([one.note] if one.note else [])
-            + [f"{size / 1e6:.2f} MB with {kept}" for kept, size in sizes.items() if len(sizes) > 1]
             + ([f"{one.code_bits:.2f} bits a weight"] if one.code_bits is not None else [])
         )
         table.add_row(

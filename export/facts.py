@@ -5,7 +5,7 @@ ti_fx.encoding            of the weights, and after it each weight of another on
 ti_fx.requantized_from    the encoding it was trained with, where that is another one
 ti_fx.batch_dependent     JSON list of the weights whose activation has one range for the whole batch, so that a
                           row's result depends on what else is in it; ``attention`` is the products of attention
-ti_fx.tensors             JSON list of the packed tensors: name, layout
+ti_fx.tensors             JSON: the names of the packed tensors by layout
 ti_fx.kept                JSON: the floating types of the tensors that are not packed, and how many there are of each
 ti_fx.tensors_sha256      of all tensors of the packed graph
 ti_fx.recipe              JSON: the recipe that the student was trained by

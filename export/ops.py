@@ -48,12 +48,17 @@ def packed(stored: Tensor, target: str, kind: str, shape: Size, dtype: torch.dty
 
 
 def codes_from_table(stored: Tensor, table: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return int8 codes from packed bytes by a table, ``(256, codes in a byte)``; done once, as the file is loaded."""
+    """Return int8 codes from packed bytes by a table, ``(256, codes in a byte)``; done once, as the file is loaded.
+
+    ``stored``: uint8, flat, or ``(rows, bytes)`` of a weight whose rows begin with a byte.
+    """
     count = torch.Size(shape).numel()
     codes = torch.nn.functional.embedding(stored.to(torch.int32), table)
-    if codes.numel() != count:  # a needless step would leave one more copy of the codes behind
-        codes = codes.reshape(-1)[:count]
-    return codes.reshape(tuple(shape))
+    if codes.numel() == count:  # a needless step would leave one more copy of the codes behind
+        return codes.reshape(tuple(shape))
+    if stored.dim() == 2:
+        return codes.flatten(1)[:, : shape[1]]
+    return codes.reshape(-1)[:count].reshape(tuple(shape))
 
 
 def dequantised_weight(codes: Tensor, scale: Tensor) -> Tensor:
@@ -89,27 +94,20 @@ def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> T
 
 
 def look_up_by_table(codes: Tensor, scale: Tensor, table: Tensor, ids: Tensor, columns: int) -> Tensor:
-    """Look rows up in a table that stays packed in memory, with standard operators alone.
-
-    A row may begin within a byte, so each code is found by its own position: as fast as a few additions of the result.
+    """Look rows up in a table that stays packed in memory, with standard operators alone, as fast as the others do.
 
     Args:
-        codes: uint8, flat; codes in row-major order.
+        codes: uint8 ``(rows, bytes)``.
         scale: float32 ``(rows, 1)`` or ``()``.
         table: int8 ``(256, codes in a byte)``.
         ids: integers, any shape.
         columns: codes in a row.
     """
-    per_byte = table.shape[1]
-    size = [*ids.shape, columns]
-    whole = torch.int32 if codes.shape[0] * per_byte < 2**31 else torch.int64
-    position = ids.to(whole).unsqueeze(-1) * columns + torch.arange(columns, dtype=whole)
-    byte = _node("Div", (position, torch.full((), per_byte, dtype=whole)), whole, size)
-    stored = _node("Gather", (codes, byte), torch.uint8, size).to(whole)
-    # stored * per_byte + (position % per_byte)
-    place = position + (stored - byte) * per_byte
-    found = _node("Gather", (table.reshape(-1), place), torch.int8, size).to(torch.float32)
-    return found * (torch.nn.functional.embedding(ids, scale) if scale.dim() else scale)
+    stored = _node("Gather", (codes, ids), torch.uint8, [*ids.shape, codes.shape[1]])
+    found = torch.nn.functional.embedding(stored.to(torch.int32), table).flatten(-2)
+    if found.shape[-1] != columns:
+        found = found[..., :columns]
+    return found.to(torch.float32) * (torch.nn.functional.embedding(ids, scale) if scale.dim() else scale)
 
 
 def quantise_tensor(value: Tensor) -> Quantised:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,22 @@ class PackedTensor:
 
 
 def to_json(tensors: Iterable[PackedTensor]) -> str:
-    """Return the table as it is written into the file's metadata."""
-    rows = [asdict(item) for item in tensors]
-    for row in rows:
-        if row["initializer"] == row["target"]:
-            del row["initializer"]
-    return json.dumps(rows, separators=(",", ":"))
+    """Return the table as it is written into the file's metadata: by kind, ``target`` or ``[target, initializer]``."""
+    kinds: dict[str, list[Any]] = {}
+    for item in tensors:
+        renamed = item.initializer != item.target
+        kinds.setdefault(item.kind, []).append([item.target, item.initializer] if renamed else item.target)
+    return json.dumps(kinds, separators=(",", ":"))
 
 
 def from_json(text: str) -> list[PackedTensor]:
     """Undo :func:`to_json`; raises ValueError, TypeError or KeyError for any other text."""
-    return [PackedTensor(**{"initializer": row["target"], **row}) for row in json.loads(text)]
+    found = []
+    for kind, entries in dict(json.loads(text)).items():
+        for entry in entries:
+            target, initializer = (entry, entry) if isinstance(entry, str) else entry
+            found.append(PackedTensor(target, initializer, kind))
+    return found
 
 
 def resolve_markers(model: ir.Model, gm: GraphModule) -> list[PackedTensor]:

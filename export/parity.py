@@ -148,7 +148,11 @@ def _megabytes(student: GraphModule) -> float:
         each = 0.25 if name in tables or blocks else 1.0 if fake_quant else 8.0
         total += (0.25 + each) * torch.Size(weight.shape).numel()
     stored = {str(node.target) for node in student.graph.find_nodes(op="get_attr")} - weights.keys()
-    return (total + 2 * sum(tensor(student, name).nbytes for name in stored)) / 1e6
+    for value in (tensor(student, name) for name in stored):
+        total += value.nbytes + value.numel() * max(
+            value.element_size(), 4
+        )  # half precision is read as float32
+    return total / 1e6
 
 
 def _cases(

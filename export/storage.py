@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from ti_fx.encodings import CODES_PER_BYTE, NEWEST_OPSET
 from ti_fx.errors import ExportError
 from ti_fx.export import ops
-from ti_fx.export.layouts import BASE3, BYTES, INT2, UINT2, Layout
+from ti_fx.export.layouts import BASE3, BASE3_ROWS, BYTES, BYTES_ROWS, INT2, UINT2, Layout
 from ti_fx.export.student import PackedWeight, as_packed, packed_weights, weight_encodings
 from ti_fx.graph import aten_name, supersede, tensor
 
@@ -55,6 +55,11 @@ class Weights:
         self.layouts: dict[str, Layout] = {}
         encodings = weight_encodings(gm)
         tables = {table.codes_name for node in gm.graph.nodes if (table := looked_up(node)) is not None}
+        self.tied = {
+            weight.codes_name
+            for weight in packed_weights(gm)
+            if weight.codes_name in tables and any(looked_up(reader) is None for reader in weight.node.users)
+        }
         for weight in packed_weights(gm):
             if weight.dtype != torch.float32:
                 raise ExportError(
@@ -70,12 +75,17 @@ class Weights:
     def _matrix(
         self, weight: PackedWeight, storage: str, tables: set[str], blocks: dict[str, bool]
     ) -> Layout:
-        """Return the layout of a weight, transposed or not."""
+        """Return the layout of a weight, transposed or not.
+
+        A table that is only looked up has the smallest: it is as fast, and rows are unpacked as they are read.
+        """
         name, shape = weight.codes_name, weight.shape
+        if name in tables:
+            if name not in self.tied or storage == "base3" or shape[1] % CODES_PER_BYTE:
+                return BASE3_ROWS
+            return UINT2 if storage == "two-bit" else BYTES_ROWS
         if storage != "two-bit":
             return BASE3 if storage == "base3" else BYTES
-        if name in tables:
-            return BYTES if shape[1] % CODES_PER_BYTE else UINT2
         if name in blocks and not shape[int(blocks[name])] % CODES_PER_BYTE:
             return UINT2
         return INT2 if self.opset >= NEWEST_OPSET else BYTES
@@ -108,12 +118,12 @@ class Weights:
     def stored(self, before: Node, weight: PackedWeight, blocks: tuple[int, ...] | None = None) -> Node:
         """Return the marked bytes of a weight, as they are stored; of INT2, its codes.
 
-        They are flat, or have the shape ``blocks`` if whoever asks first gives one: ONNX Runtime would copy what it
-        reshapes when it loads the file.
+        They are flat, of a table ``(rows, bytes)``, or have the shape ``blocks`` if whoever asks first gives one: ONNX
+        Runtime would copy what it reshapes when it loads the file.
         They are a stand-in, so that the exporter neither holds nor copies them: the file's come from the packed graph.
         """
         layout, name = self.layouts[weight.codes_name], weight.codes_name
-        form = blocks or (layout.size(weight.shape),)
+        form = blocks or layout.stored(weight.shape)
         read = self._buffer(before, name.replace(".", "_"), lambda: _stand_in(form))
         if layout in (INT2, INT2.turned):
             size, dtype = layout.written(weight.shape), torch.int8
@@ -136,7 +146,7 @@ class Weights:
         supersede(node, insert(node, ops.dequantised_weight, self.codes(weight), self.scale(node, weight)))
 
     def _table(self, before: Node, layout: Layout) -> Node:
-        return self._buffer(before, f"codes_of_{layout.name.removesuffix('-transposed')}", layout.table)
+        return self._buffer(before, f"codes_of_{layout.name.partition('-')[0]}", layout.table)
 
     def _buffer(self, before: Node, name: str, make: Callable[[], torch.Tensor]) -> Node:
         if name not in self.gm._buffers:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ti_fx import numerics
+from ti_fx.encodings import Kept
 from ti_fx.errors import InputError, did_you_mean
 from ti_fx.graph import fork, is_persistent, parameter_nodes, prune, register, tensor
 from ti_fx.metadata import move_to_cpu
@@ -29,9 +30,7 @@ from ti_fx.pipeline import Pipeline, Report
 WeightSource = str | os.PathLike[str] | Mapping[str, Tensor] | Callable[[str], Tensor]
 
 
-def pack_from(
-    gm: GraphModule, *weights: WeightSource, kept: Literal["float32", "float16"] = "float32"
-) -> Report:
+def pack_from(gm: GraphModule, *weights: WeightSource, kept: Kept | None = None) -> Report:
     """Pack a graph that was captured on the meta device, reading one weight at a time.
 
     ``gm`` is what ``Pack()`` makes of the model with values, and on the CPU, afterwards; on an error it is as it was.
@@ -65,9 +64,7 @@ def pack_from(
 class _Fill(PassBase):
     """Give each tensor its values, or the codes of its values."""
 
-    def __init__(
-        self, sources: list[_Source], needed: list[str], kept: Literal["float32", "float16"]
-    ) -> None:
+    def __init__(self, sources: list[_Source], needed: list[str], kept: Kept | None) -> None:
         self.sources, self.needed, self.kept = sources, needed, kept
 
     def __str__(self) -> str:

@@ -224,6 +224,9 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
             value.metadata_props.clear()
             if value not in outputs:
                 value.type, value.shape = None, None
+    for value in model.graph.initializers.values():  # what they hold says it, too
+        value.metadata_props.clear()
+        value.type, value.shape = None, None
     model.graph.metadata_props.clear()
     model.producer_name, model.producer_version = "ti_fx", __version__
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import encodings, numerics, roles
 from ti_fx.errors import PostconditionError, PreconditionError
-from ti_fx.graph import call, erase, get_attr, prune, register, supersede, tensor
+from ti_fx.graph import call, erase, get_attr, prune, register, state, supersede, tensor
 from ti_fx.pipeline import Pass
 
 
@@ -28,10 +27,11 @@ class Pack(Pass):
 
     Attributes:
         kept: the type in which float32 Parameters that are not ternary are stored (biases, norms, position tables,
-            heads). float16 rounds them, here as in the file; one with values beyond its range stays as it is.
+            heads). float16 rounds them, here as in the file; one with values beyond its range stays as it is. None is
+            what the student's encoding wants: float16 for ``base3``, whose point is size, float32 for all others.
     """
 
-    kept: Literal["float32", "float16"] = "float32"
+    kept: encodings.Kept | None = None
 
     def requires(self, gm: GraphModule) -> None:
         """A stripped graph with ternary weights, or one that is packed already."""
@@ -47,7 +47,7 @@ class Pack(Pass):
         """Replace every quantiser and drop the latent weights."""
         for node in [node for node in gm.graph.nodes if node.target is numerics.ternary]:
             pack_weight(gm, node, tensor(gm, str(node.all_input_nodes[0].target)))
-        if self.kept == "float16":
+        if (self.kept or _kept(gm)) == "float16":
             for node in gm.graph.find_nodes(op="get_attr"):
                 _halve(gm, node)
         prune(gm)
@@ -92,6 +92,11 @@ def pack_weight(gm: GraphModule, node: Node, weight: Tensor) -> None:
     supersede(node, unpacked)
     if not source.users:
         erase(source)
+
+
+def _kept(gm: GraphModule) -> encodings.Kept:
+    name = state(gm).get("encoding")
+    return "float32" if name is None else encodings.get_encoding(name).kept
 
 
 def half_name(parameter: str) -> str:

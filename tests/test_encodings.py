@@ -349,6 +349,18 @@ def test_what_is_kept_may_be_stored_in_half_the_bytes(tmp_path: Path) -> None:
     check(report.path, gm, example())
 
 
+@pytest.mark.parametrize("name", ["base3", "portable"])
+def test_the_encoding_says_how_what_is_kept_is_stored(name: str) -> None:
+    """The point of base3 is size; every other encoding keeps what was trained to the bit, unless asked."""
+    default, asked = prepared(QuantizeActivations(name)), prepared(QuantizeActivations(name))
+    ti_fx.Pipeline(Strip(), Pack())(default)
+    ti_fx.Pipeline(Strip(), Pack(kept="float16" if name == "portable" else "float32"))(asked)
+    halved, whole = (default, asked) if name == "base3" else (asked, default)
+    assert halved.get_buffer("packed.first.bias_half").dtype == torch.float16
+    assert whole.get_parameter("first.bias").dtype == torch.float32
+    assert "packed.first.bias_half" not in dict(whole.named_buffers())
+
+
 def test_values_beyond_half_precision_are_kept() -> None:
     model = Model()
     with torch.no_grad():
@@ -366,7 +378,13 @@ def test_layouts_hold_every_code(name: str) -> None:
         codes = torch.randint(-1, 2, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
         stored = layout.encode(pack_codes(codes), shape)
         assert stored.dtype == torch.uint8
-        assert stored.numel() == -(-codes.numel() // layout.table().shape[1])
+        assert stored.numel() == torch.Size(layout.stored(shape)).numel()
+        padded = (
+            shape[0] * -(-shape[1] // layout.per_byte)
+            if layout.rows
+            else -(-codes.numel() // layout.per_byte)
+        )
+        assert stored.numel() == padded
         assert torch.equal(layout.decode(stored, shape), codes)
 
 

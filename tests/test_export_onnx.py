@@ -122,11 +122,11 @@ def test_names_of_inputs_outputs_and_axes_are_the_models(exported: ExportReport)
 
 def test_report_says_where_the_bytes_are(exported: ExportReport) -> None:
     assert exported.bytes == exported.path.stat().st_size
-    assert exported.code_bits == 2.0
+    assert 1.6 < exported.code_bits < 2.0  # the table's five codes a byte, the others' four
     assert 2.0 < exported.code_and_scale_bits < 3.0  # one scale per row of 32 is one more bit
     assert exported.encoding == "int8-tensor"
     text = str(exported)
-    assert "2.000 bits each" in text
+    assert f"{exported.code_bits:.3f} bits each" in text
     assert "permuted" in text
 
 
@@ -148,7 +148,7 @@ def test_one_quantiser_serves_query_key_and_value(exported: ExportReport) -> Non
     found = operators(exported.path)
     assert found.count("DynamicQuantizeLinear") == 5  # QKV, output, two feed-forward layers, pooler
     assert found.count("MatMulInteger") == 7
-    assert found.count("GatherBlockQuantized") == 1
+    assert "GatherBlockQuantized" not in found  # the table is tied to no product
     assert found.count("Attention") == 1
 
 

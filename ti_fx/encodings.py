@@ -16,6 +16,7 @@ from ti_fx import numerics
 from ti_fx.errors import InputError, did_you_mean
 
 Storage = Literal["two-bit", "bytes", "base3"]
+Kept = Literal["float32", "float16"]
 NEWEST_OPSET = 25  # the first with the type INT2
 
 
@@ -31,6 +32,7 @@ class Encoding:
         storage: ``two-bit`` (in the type or the operator of ONNX Runtime that suits the reader), ``bytes`` (four codes
             a byte, standard operators alone) or ``base3`` (five codes a byte, standard operators alone).
         opset: the ONNX opset that is written unless another is asked for.
+        kept: the type in which ``Pack`` stores what is not ternary unless another is asked for.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Encoding:
     description: str
     storage: Storage = "two-bit"
     opset: int = NEWEST_OPSET
+    kept: Kept = "float32"
 
 
 ENCODINGS: dict[str, Encoding] = {
@@ -77,8 +80,9 @@ ENCODINGS: dict[str, Encoding] = {
             "base3",
             numerics.int8_tensor,
             False,
-            "computes as int8-tensor; five codes a byte on disk, 1.6 bits each",
+            "computes as int8-tensor; five codes a byte on disk, 1.6 bits each, what is kept in half precision",
             "base3",
+            kept="float16",
         ),
         Encoding("float", None, True, "activations stay in floating point"),
     )

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from ti_fx.cli._encodings import Encodings
 from ti_fx.cli._loading import load_source
+from ti_fx.encodings import Kept
 from ti_fx.errors import InputError
 
 
@@ -25,7 +26,7 @@ class Student:
 
 
 def packed_student(
-    source: str, *, model: str | None, ternarize: bool, encodings: Encodings, kept: str, cache: bool
+    source: str, *, model: str | None, ternarize: bool, encodings: Encodings, kept: Kept | None, cache: bool
 ) -> Student:
     """Return the packed student.
 
@@ -34,7 +35,7 @@ def packed_student(
         model: the source model of a checkpoint, where the checkpoint can't make it by itself.
         ternarize: ``source`` is a plain model, to be made ternary as it is.
         encodings: of the weights of such a model; a checkpoint has its own.
-        kept: the type of what is not ternary, ``float32`` or ``float16``.
+        kept: the type of what is not ternary, as of ``Pack``.
         cache: whether a causal language model's keys and values go in and out.
 
     Raises:
@@ -44,7 +45,7 @@ def packed_student(
     from ti_fx.pipeline import Pipeline
     from ti_fx.train.checkpoint import EXAMPLE, FACTS, load, read_tensors
 
-    folder, pack = Path(source), Pack(kept="float16" if kept == "float16" else "float32")
+    folder, pack = Path(source), Pack(kept=kept)
     is_checkpoint = (folder / FACTS).is_file()
     if ternarize and is_checkpoint:
         raise InputError(f"{source} is a checkpoint, so it is ternary already; leave out --ternarize")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,20 +14,13 @@ from ti_fx.errors import InputError
 _EXAMPLES = """[bold]Examples[/bold]
 
   ti-fx export runs/ti-g --out student.onnx
-  ti-fx export runs/ti-g --out small.onnx --encoding base3 --kept float16
+  ti-fx export runs/ti-g --out small.onnx --encoding base3
   ti-fx export runs/ti-g --out student.onnx --encoding int8-token --requantize
   ti-fx export runs/digits --out digits.onnx --source mypackage.models:make_model
   ti-fx export ./my-bert --out untrained.onnx --ternarize
   ti-fx export ./my-gpt2 --out untrained.onnx --ternarize --cache --encoding int8-token --encoding "*.wte=nbits2"
 
 What is saved beside the model's weights (configuration, tokenizer, image processor) goes beside the file."""
-
-
-class Kept(StrEnum):
-    """What ``--kept`` takes."""
-
-    float32 = "float32"
-    float16 = "float16"
 
 
 def export(
@@ -57,8 +49,13 @@ def export(
         ),
     ] = False,
     kept: Annotated[
-        Kept, typer.Option(help="How what is not ternary is stored: biases, norms, position tables, heads.")
-    ] = Kept.float32,
+        Literal["float32", "float16"] | None,
+        typer.Option(
+            help="How what is not ternary is stored: biases, norms, position tables, heads. Left out: float32, of "
+            "base3 float16.",
+            show_default=False,
+        ),
+    ] = None,
     opset: Annotated[
         int | None,
         typer.Option(
@@ -101,7 +98,7 @@ def export(
     from ti_fx.export import to_onnx
 
     student = packed_student(
-        checkpoint, model=source, ternarize=ternarize, encodings=chosen, kept=kept.value, cache=cache
+        checkpoint, model=source, ternarize=ternarize, encodings=chosen, kept=kept, cache=cache
     )
     report = to_onnx(
         student.graph,
