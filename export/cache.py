@@ -50,6 +50,14 @@ _NEW = 3  # tokens after the cache in the example of the trace
 Forward = Callable[..., dict[str, Tensor]]
 
 
+def cached_layers(inputs: Collection[str]) -> int:
+    """Return how many layers' keys and values are among a graph's inputs: 0 of one without a cache."""
+    layers = 0
+    while PAST_KEY.format(layers) in inputs:
+        layers += 1
+    return layers
+
+
 class CachedGraph(NamedTuple):
     """A graph with keys and values as inputs or outputs, and inputs for it."""
 

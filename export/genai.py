@@ -10,8 +10,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from ti_fx.errors import InputError
-from ti_fx.export.cache import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
-from ti_fx.export.runtime import Runtime
+from ti_fx.export.cache import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE, cached_layers
+from ti_fx.export.packed import open_file
 from ti_fx.files import atomic_write
 
 FILE = "genai_config.json"
@@ -41,8 +41,8 @@ def write_genai_config(
         InputError: the file is missing or damaged, or has no cache; the configuration names no longest text.
     """
     path = Path(path)
-    inputs = Runtime(path).inputs
-    layers = sum(name.startswith("past_key_") for name in inputs)
+    inputs = open_file(path).inputs
+    layers = cached_layers(inputs)
     if not layers or "input_ids" not in inputs:
         raise InputError(f"{path} is no decoder with a cache; export what ti_fx.export.with_cache returns")
     text = config.get_text_config(decoder=True)
@@ -52,7 +52,7 @@ def write_genai_config(
             f"{type(config).__name__} has no max_position_embeddings, which onnxruntime-genai needs"
         )
     search = generation_config or GenerationConfig.from_model_config(config)
-    _, shared_heads, _, size = inputs[PAST_KEY.format(0)].shape
+    _, shared_heads, _, size = inputs[PAST_KEY.format(0)]
     tokens = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
     eos = search.eos_token_id
     first = eos[0] if isinstance(eos, list) else eos

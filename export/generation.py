@@ -15,7 +15,15 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from ti_fx.errors import InputError
-from ti_fx.export.cache import CROSS_KEY, CROSS_VALUE, PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE
+from ti_fx.export.cache import (
+    CROSS_KEY,
+    CROSS_VALUE,
+    PAST_KEY,
+    PAST_VALUE,
+    PRESENT_KEY,
+    PRESENT_VALUE,
+    cached_layers,
+)
 from ti_fx.export.runtime import Runtime
 
 
@@ -57,7 +65,7 @@ class _OnnxLM(OnnxModel, GenerationMixin):  # type: ignore[no-untyped-call]
         threads: int | None,
     ) -> None:
         super().__init__(path if isinstance(path, Runtime) else Runtime(path, threads), config)
-        self.layers = sum(name.startswith("past_key_") for name in self.runtime.inputs)
+        self.layers = cached_layers(self.runtime.inputs)
         if not self.layers:
             raise InputError(
                 f"{path} has no cache of keys and values; export what ti_fx.export.with_cache returns"

@@ -140,6 +140,7 @@ class FileContent:
         encoding: its encoding.
         requantized_from: the encoding it was trained with, where that is another one.
         tensors: where the packed tensors are.
+        inputs: the shape of each input by name: numbers, and names of dynamic axes.
         initializers: every stored tensor by name; its values may lie in the data file.
         metadata: all metadata by name.
         folder: where the data file is, if there is one.
@@ -149,6 +150,7 @@ class FileContent:
     encoding: str
     requantized_from: str | None
     tensors: tuple[PackedTensor, ...]
+    inputs: dict[str, tuple[int | str, ...]]
     initializers: dict[str, onnx.TensorProto]
     metadata: dict[str, str]
     folder: Path
@@ -203,6 +205,10 @@ def content_of(model: onnx.ModelProto, folder: Path, data: external.DataFile | N
         encoding=metadata[ENCODING_KEY],
         requantized_from=metadata.get(REQUANTIZED_KEY),
         tensors=tuple(from_json(metadata[TENSORS_KEY])),
+        inputs={
+            value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+            for value in model.graph.input
+        },
         initializers={tensor.name: tensor for tensor in model.graph.initializer},
         metadata=metadata,
         folder=folder,

@@ -37,20 +37,17 @@ def check(
     ] = False,
 ) -> None:
     """Check an exported file: stored weights, each node, and the outputs of ONNX Runtime beside PyTorch's."""
-    import onnx
-
     from ti_fx import export
     from ti_fx.cli._student import packed_student
     from ti_fx.encodings import Kept
-    from ti_fx.export.cache import PAST_KEY
+    from ti_fx.export.cache import cached_layers
     from ti_fx.export.facts import KEPT, value_of
     from ti_fx.export.packed import open_file
 
     content = open_file(file)
     encodings = of_file(content.requantized_from or content.encoding)
     kept: Kept = "float16" if "float16" in value_of(content.metadata, KEPT, {}) else "float32"
-    given = onnx.load(str(file), load_external_data=False).graph.input
-    cache = any(value.name == PAST_KEY.format(0) for value in given)
+    cache = cached_layers(content.inputs) > 0
     student = packed_student(
         checkpoint, model=source, ternarize=ternarize, encodings=encodings, kept=kept, cache=cache
     )
