@@ -141,6 +141,7 @@ class FileContent:
         requantized_from: the encoding it was trained with, where that is another one.
         tensors: where the packed tensors are.
         inputs: the shape of each input by name: numbers, and names of dynamic axes.
+        outputs: names.
         initializers: every stored tensor by name; its values may lie in the data file.
         metadata: all metadata by name.
         folder: where the data file is, if there is one.
@@ -151,6 +152,7 @@ class FileContent:
     requantized_from: str | None
     tensors: tuple[PackedTensor, ...]
     inputs: dict[str, tuple[int | str, ...]]
+    outputs: tuple[str, ...]
     initializers: dict[str, onnx.TensorProto]
     metadata: dict[str, str]
     folder: Path
@@ -209,6 +211,7 @@ def content_of(model: onnx.ModelProto, folder: Path, data: external.DataFile | N
             value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
             for value in model.graph.input
         },
+        outputs=tuple(value.name for value in model.graph.output),
         initializers={tensor.name: tensor for tensor in model.graph.initializer},
         metadata=metadata,
         folder=folder,

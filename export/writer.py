@@ -7,7 +7,8 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +40,8 @@ from ti_fx.export.student import (
 from ti_fx.files import atomic_files, atomic_write, reported
 from ti_fx.graph import mode
 
+Example = Mapping[str, Any] | tuple[Any, ...]
+
 OLDEST_OPSET = 18  # the oldest that torch.onnx writes
 
 
@@ -52,7 +55,7 @@ class Saveable(Protocol):
 def to_onnx(
     gm: GraphModule,
     path: str | os.PathLike[str],
-    example: Mapping[str, Any] | tuple[Any, ...],
+    example: Example,
     *,
     encoding: str | None = None,
     opset: int | None = None,
@@ -95,15 +98,69 @@ def to_onnx(
         ExportError: the graph can't be expressed in ONNX.
         ParityError: ONNX Runtime computes something else.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give a file name, such as {path / 'student.onnx'}")
-    if size_threshold < 0:
-        raise InputError(f"size_threshold is {size_threshold}; give a number of bytes, 0 for every tensor")
+    options = Options(
+        encoding,
+        opset,
+        requantize,
+        external_data,
+        size_threshold,
+        ram_megabytes,
+        config,
+        (tokenizer, processor, generation_config),
+    )
+    (report,) = write_files({Path(path): (gm, example)}, options)
+    return report
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`to_onnx` takes beside the graph; ``beside`` is what else is saved beside the files."""
+
+    encoding: str | None = None
+    opset: int | None = None
+    requantize: bool = False
+    external_data: bool | None = None
+    size_threshold: int = external.SIZE_THRESHOLD
+    ram_megabytes: float | None = None
+    config: Saveable | None = None
+    beside: tuple[Saveable | None, ...] = ()
+
+
+def write_files(files: Mapping[Path, tuple[GraphModule, Example]], options: Options) -> list[ExportReport]:
+    """Write graphs that belong together as :func:`to_onnx` writes one: all files, or none if any fails.
+
+    Args:
+        files: a packed graph and its example by the path to write; all paths in one folder.
+        options: of all.
+    """
+    for path in files:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; give a file name, such as {path / 'student.onnx'}")
+    if options.size_threshold < 0:
+        raise InputError(
+            f"size_threshold is {options.size_threshold}; give a number of bytes, 0 for every tensor"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (options.config, *options.beside):
+            if part is not None:
+                with reported(folder):
+                    part.save_pretrained(folder)
+        with ExitStack() as places:
+            written = [_write(gm, path, example, options, places) for path, (gm, example) in files.items()]
+        for path, (_, replaced) in zip(files, written, strict=True):
+            external.remove(replaced, unless=external.data_file(path))
+        sidecars = _copy_files(Path(folder), path.parent)
+    return [replace(report, sidecars=(*report.sidecars, *sidecars)) for report, _ in written]
+
+
+def _write(
+    gm: GraphModule, path: Path, example: Example, options: Options, places: ExitStack
+) -> tuple[ExportReport, Path | None]:
+    """Write a file that takes its place when ``places`` is left, and compare it; return the data file it replaces."""
     require_packed(gm)
     _require_cpu(gm)
-    student = with_encoding(gm, encoding, requantize)
-    opset = _opset(opset, student)
+    student = with_encoding(gm, options.encoding, options.requantize)
+    opset = _opset(options.opset, student)
     inputs = io.bind(student, example)
     outputs = io.run_graph(student, inputs)
     cost = None
@@ -111,34 +168,27 @@ def to_onnx(
         trained = io.run_graph(gm, inputs)
         cost = {name: relative_distance(value, trained[name]) for name, value in outputs.items()}
     model = _export(student, inputs, opset)
-    _describe(model, gm, student, opset, config)
-    with tempfile.TemporaryDirectory() as folder:
-        for part in (config, tokenizer, processor, generation_config):
-            if part is not None:
-                with reported(folder):
-                    part.save_pretrained(folder)
-        with atomic_files(path) as beside:
-            temporary = beside / path.name
-            external.write(model, temporary, external_data, size_threshold)
-            content = packed.open_file(temporary)
-            report = parity.compare(temporary, student, inputs, content, ram_megabytes)
-            sizes = [file.stat().st_size for file in beside.iterdir()]
-            rows, replaced = _stored(content), external.data_file(path)
-        data = None if content.data is None else path.with_name(content.data.name)
-        external.remove(replaced, unless=data)
-        sidecars = _copy_files(Path(folder), path.parent)
+    _describe(model, gm, student, opset, options.config)
+    beside = places.enter_context(atomic_files(path))
+    temporary = beside / path.name
+    external.write(model, temporary, options.external_data, options.size_threshold)
+    content = packed.open_file(temporary)
+    report = parity.compare(temporary, student, inputs, content, options.ram_megabytes)
     shapes = {weight.codes_name: weight.shape for weight in packed_weights(student)}
-    return ExportReport(
-        path=path,
-        bytes=sum(sizes),
-        opset=opset,
-        encoding=encoding_of(student),
-        tensors=rows,
-        ternary_weights=sum(torch.Size(shape).numel() for shape in shapes.values()),
-        parity=report,
-        requantized=cost,
-        sidecars=sidecars if data is None else (data, *sidecars),
-        batch_dependent=batch_dependent(student),
+    return (
+        ExportReport(
+            path=path,
+            bytes=sum(file.stat().st_size for file in beside.iterdir()),
+            opset=opset,
+            encoding=encoding_of(student),
+            tensors=_stored(content),
+            ternary_weights=sum(torch.Size(shape).numel() for shape in shapes.values()),
+            parity=report,
+            requantized=cost,
+            sidecars=() if content.data is None else (path.with_name(content.data.name),),
+            batch_dependent=batch_dependent(student),
+        ),
+        external.data_file(path),
     )
 
 

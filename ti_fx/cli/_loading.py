@@ -51,6 +51,45 @@ class Source:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Hollow:
+    """A model whose parameters have no values (they are on the meta device), and where the values are.
+
+    Attributes:
+        model: in eval mode.
+        example: inputs that fit it, on the CPU.
+        folder: of its weights.
+        buffers: the values of its buffers, which no file has.
+    """
+
+    model: nn.Module
+    example: Mapping[str, Any]
+    folder: Path
+    buffers: dict[str, Tensor]
+
+
+def load_hollow(source: str) -> Hollow:
+    """Make a model of which only the buffers have values, so that weights can be read one at a time.
+
+    Args:
+        source: a folder with config.json and safetensors, or a name on the hub.
+
+    Raises:
+        InputError: nothing usable is there.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        if not _HUB_NAME.fullmatch(source):
+            raise InputError(
+                f"--low-memory reads weights from safetensors in a model's folder, and {source} is none; leave it out"
+            )
+        folder = _from_hub(source, meta=False)
+    model, _ = _from_folder(folder, meta=True, buffers=True)
+    buffers = dict(model.named_buffers())
+    model.to("meta").eval()
+    return Hollow(model, example_for(model, torch.device("cpu")), folder, buffers)
+
+
 def load_graph(source: str, meta: bool = False) -> Loaded:
     """Load and capture a model.
 
@@ -99,8 +138,8 @@ def load_source(source: str, meta: bool = False) -> Source:
     return Source(f"{type(model).__name__} {source} from the hub", model, example_for(model), note)
 
 
-def example_for(model: nn.Module) -> dict[str, Tensor]:
-    """Return inputs that fit a Hugging Face model, by the rules of the zoo, on the model's device.
+def example_for(model: nn.Module, device: torch.device | None = None) -> dict[str, Tensor]:
+    """Return inputs that fit a Hugging Face model, by the rules of the zoo, on ``device`` or on the model's.
 
     Raises:
         InputError: it is no such model, or no rule makes what it takes.
@@ -117,7 +156,7 @@ def example_for(model: nn.Module) -> dict[str, Tensor]:
         )
     model.eval()
     try:
-        (example,) = example_inputs(config.model_type, model, (Sizes(BATCH, TOKENS),), seed=0)
+        (example,) = example_inputs(config.model_type, model, (Sizes(BATCH, TOKENS),), seed=0, device=device)
     except DataError as error:
         raise InputError(
             f"no example inputs: {error}; use module:factory with a function that returns (model, example)"
@@ -153,8 +192,10 @@ def _from_hub(name: str, meta: bool) -> Path:
         ) from error
 
 
-def _from_folder(folder: Path, meta: bool) -> tuple[nn.Module, str]:
+def _from_folder(folder: Path, meta: bool, buffers: bool = False) -> tuple[nn.Module, str]:
+    """Return a folder's model and a note; with ``meta`` without values, of which ``buffers`` keeps the buffers'."""
     import transformers
+    from accelerate import init_empty_weights
 
     logging: Any = transformers.utils.logging
 
@@ -178,7 +219,8 @@ def _from_folder(folder: Path, meta: bool) -> tuple[nn.Module, str]:
         if has_weights and not meta:
             return kind.from_pretrained(folder, local_files_only=True), ""
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta") if meta else nullcontext():
+        hollow = init_empty_weights() if buffers else torch.device("meta")
+        with hollow if meta else nullcontext():
             made = kind(config) if names else kind.from_config(config)
     except OSError:
         raise

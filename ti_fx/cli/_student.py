@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.fx import GraphModule
 
 from ti_fx.cli._encodings import Encodings
-from ti_fx.cli._loading import load_source
+from ti_fx.cli._loading import load_hollow, load_source
 from ti_fx.encodings import Kept
 from ti_fx.errors import InputError
 
@@ -25,10 +25,20 @@ class Student:
     folder: Path | None
 
 
+Part = Literal["", "encoder", "decoder"]
+
+
 def packed_student(
-    source: str, *, model: str | None, ternarize: bool, encodings: Encodings, kept: Kept | None, cache: bool
-) -> Student:
-    """Return the packed student.
+    source: str,
+    *,
+    model: str | None,
+    ternarize: bool,
+    encodings: Encodings,
+    kept: Kept | None,
+    cache: bool,
+    low_memory: bool = False,
+) -> dict[Part, Student]:
+    """Return the packed student, of an encoder-decoder with a cache both parts.
 
     Args:
         source: a checkpoint's folder; with ``ternarize``, a model as ``load_source`` takes it.
@@ -36,47 +46,79 @@ def packed_student(
         ternarize: ``source`` is a plain model, to be made ternary as it is.
         encodings: of the weights of such a model; a checkpoint has its own.
         kept: the type of what is not ternary, as of ``Pack``.
-        cache: whether a causal language model's keys and values go in and out.
+        cache: whether a language model's keys and values go in and out.
+        low_memory: read the weights of a plain model one at a time.
 
     Raises:
         TiFxError: nothing usable is there, or the model can't be captured.
     """
-    from ti_fx.passes import DecomposeAttention, Pack, QuantizeActivations, Ternarize
+    from ti_fx.passes import Pack
     from ti_fx.pipeline import Pipeline
     from ti_fx.train.checkpoint import EXAMPLE, FACTS, load, read_tensors
 
-    folder, pack = Path(source), Pack(kept=kept)
+    folder = Path(source)
     is_checkpoint = (folder / FACTS).is_file()
     if ternarize and is_checkpoint:
         raise InputError(f"{source} is a checkpoint, so it is ternary already; leave out --ternarize")
     if ternarize and model is not None:
         raise InputError("--source says which model a checkpoint is of; leave it out with --ternarize")
+    if low_memory and not ternarize:
+        raise InputError(
+            "--low-memory is for a plain model, and needs --ternarize; a checkpoint is read whole"
+        )
     if ternarize:
-        from ti_fx.capture import capture
-
-        found = load_source(source)
-        gm = capture(found.model.float().eval(), found.example)
-        default = QuantizeActivations().encoding
-        activations = QuantizeActivations(encodings.name or default, encodings=encodings.others)
-        Pipeline(DecomposeAttention(), Ternarize(), activations, pack)(gm)
-        student = Student(gm, found.example, folder if folder.is_dir() else None)
-        return _with_cache(student, found.model) if cache else student
+        student, of = _made_ternary(source, encodings, kept, low_memory)
+        return _with_cache(student, of) if cache else {"": student}
     if not is_checkpoint and ((folder / "config.json").is_file() or ":" in source):
         raise InputError(
             f"{source} is a model, not a ti_fx checkpoint; train it with ti-fx train, or take it untrained: --ternarize"
         )
     gm = load(folder, None if model is None else load_source(model).model)
-    Pipeline(pack)(gm)
+    Pipeline(Pack(kept=kept))(gm)
     student = Student(gm, read_tensors(folder / EXAMPLE), folder)
-    return _with_cache(student, load_source(model or source).model) if cache else student
+    return _with_cache(student, load_source(model or source).model) if cache else {"": student}
 
 
-def _with_cache(student: Student, model: nn.Module) -> Student:
-    from ti_fx.export import with_cache
+def _made_ternary(
+    source: str, encodings: Encodings, kept: Kept | None, low_memory: bool
+) -> tuple[Student, nn.Module]:
+    """Return the packed student of a plain model as it is, and the model."""
+    from ti_fx.capture import capture
+    from ti_fx.export import pack_from
+    from ti_fx.passes import DecomposeAttention, Pack, QuantizeActivations, Ternarize
+    from ti_fx.pipeline import Pipeline
+
+    activations = QuantizeActivations(
+        encodings.name or QuantizeActivations().encoding, encodings=encodings.others
+    )
+    passes = (DecomposeAttention(), Ternarize(), activations)
+    if low_memory:
+        hollow = load_hollow(source)
+        gm = capture(hollow.model, hollow.example)
+        Pipeline(*passes)(gm)
+        pack_from(gm, hollow.folder, hollow.buffers, kept=kept)
+        return Student(gm, hollow.example, hollow.folder), hollow.model
+    found = load_source(source)
+    gm = capture(found.model.float().eval(), found.example)
+    Pipeline(*passes, Pack(kept=kept))(gm)
+    folder = Path(source)
+    return Student(gm, found.example, folder if folder.is_dir() else None), found.model
+
+
+def _with_cache(student: Student, model: nn.Module) -> dict[Part, Student]:
+    from ti_fx.export import encoder_decoder_with_cache, with_cache
     from ti_fx.export.inputs import bind
 
-    found = with_cache(student.graph, model.float().eval(), bind(student.graph, student.example))
-    return Student(found.gm, found.inputs, student.folder)
+    model.float().eval()
+    example = bind(student.graph, student.example)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        both = encoder_decoder_with_cache(student.graph, model, example)
+        return {
+            "encoder": Student(both.encoder.gm, both.encoder.inputs, student.folder),
+            "decoder": Student(both.decoder.gm, both.decoder.inputs, student.folder),
+        }
+    found = with_cache(student.graph, model, example)
+    return {"": Student(found.gm, found.inputs, student.folder)}
 
 
 def saved_parts(folder: Path | None) -> dict[str, Any]:

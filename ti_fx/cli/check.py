@@ -10,6 +10,7 @@ import typer
 
 from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import of_file
+from ti_fx.errors import InputError
 
 _EXAMPLES = """[bold]Examples[/bold]
 
@@ -35,23 +36,41 @@ def check(
     ternarize: Annotated[
         bool, typer.Option("--ternarize", help="CHECKPOINT is a plain model, made ternary without training.")
     ] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Read its weights one at a time, as for export.")
+    ] = False,
+    ram_megabytes: Annotated[
+        float | None, typer.Option(help="Don't run a file that would take more, as for export.", metavar="MB")
+    ] = None,
 ) -> None:
     """Check an exported file: stored weights, each node, and the outputs of ONNX Runtime beside PyTorch's."""
     from ti_fx import export
-    from ti_fx.cli._student import packed_student
+    from ti_fx.cli._student import Part, packed_student
     from ti_fx.encodings import Kept
-    from ti_fx.export.cache import cached_layers
+    from ti_fx.export.cache import CROSS_KEY, cached_layers
     from ti_fx.export.facts import KEPT, value_of
     from ti_fx.export.packed import open_file
 
     content = open_file(file)
     encodings = of_file(content.requantized_from or content.encoding)
     kept: Kept = "float16" if "float16" in value_of(content.metadata, KEPT, {}) else "float32"
-    cache = cached_layers(content.inputs) > 0
-    student = packed_student(
-        checkpoint, model=source, ternarize=ternarize, encodings=encodings, kept=kept, cache=cache
+    cross = CROSS_KEY.format(0)
+    part: Part = "decoder" if cross in content.inputs else "encoder" if cross in content.outputs else ""
+    parts = packed_student(
+        checkpoint,
+        model=source,
+        ternarize=ternarize,
+        encodings=encodings,
+        kept=kept,
+        cache=bool(part) or cached_layers(content.inputs) > 0,
+        low_memory=low_memory,
     )
-    report = export.check(file, student.graph, student.example)
+    if part not in parts:
+        raise InputError(
+            f"{file} is the {part} of an encoder-decoder, and {checkpoint} is none; check it with its own"
+        )
+    student = parts[part]
+    report = export.check(file, student.graph, student.example, ram_megabytes=ram_megabytes)
     output.table(
         ("output", "case", "max", "p99", "mean", "range", "allowed"),
         [

@@ -18,6 +18,8 @@ _EXAMPLES = """[bold]Examples[/bold]
   ti-fx export runs/ti-g --out student.onnx --encoding int8-token --requantize
   ti-fx export runs/digits --out digits.onnx --source mypackage.models:make_model
   ti-fx export ./my-bert --out untrained.onnx --ternarize
+  ti-fx export ./my-t5 --out t5.onnx --ternarize --cache --encoding int8-token
+  ti-fx export ./Llama-2-7b --out llama.onnx --ternarize --cache --encoding nbits2 --low-memory
   ti-fx export ./my-gpt2 --out untrained.onnx --ternarize --cache --encoding int8-token --encoding "*.wte=nbits2"
 
 What is saved beside the model's weights (configuration, tokenizer, image processor) goes beside the file."""
@@ -67,7 +69,8 @@ def export(
         bool,
         typer.Option(
             "--cache",
-            help="Keys and values go in and out, so that a causal language model generates from the file.",
+            help="Keys and values go in and out, so that a language model generates from the file. An encoder-decoder "
+            "becomes two: FILE-encoder.onnx and FILE-decoder.onnx.",
         ),
     ] = False,
     source: Annotated[
@@ -81,6 +84,29 @@ def export(
         bool,
         typer.Option("--ternarize", help="CHECKPOINT is a plain model: make it ternary without training."),
     ] = False,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="With --ternarize: read the weights one at a time from the folder's safetensors, for a model that "
+            "does not fit into memory.",
+        ),
+    ] = False,
+    external_data: Annotated[
+        bool | None,
+        typer.Option(
+            "--external-data/--no-external-data",
+            help="Write large tensors to a data file beside the model, or refuse to. Left out: above 2 GB.",
+            show_default=False,
+        ),
+    ] = None,
+    ram_megabytes: Annotated[
+        float | None,
+        typer.Option(
+            help="Don't run a file whose weights would take more in ONNX Runtime; compare stored tensors alone.",
+            metavar="MB",
+        ),
+    ] = None,
 ) -> None:
     """Write a student as ONNX with packed ternary weights, and compare ONNX Runtime with PyTorch."""
     if out.suffix != ".onnx":
@@ -95,21 +121,33 @@ def export(
             "a checkpoint has the encodings that its weights were trained with; give GLOB=NAME to ti-fx train"
         )
     from ti_fx.cli._student import packed_student, saved_parts
-    from ti_fx.export import to_onnx
+    from ti_fx.export.writer import Options, write_files
 
-    student = packed_student(
-        checkpoint, model=source, ternarize=ternarize, encodings=chosen, kept=kept, cache=cache
+    parts = packed_student(
+        checkpoint,
+        model=source,
+        ternarize=ternarize,
+        encodings=chosen,
+        kept=kept,
+        cache=cache,
+        low_memory=low_memory,
     )
-    report = to_onnx(
-        student.graph,
-        out,
-        student.example,
+    saved = saved_parts(next(iter(parts.values())).folder)
+    options = Options(
         encoding=None if ternarize else chosen.name,
         opset=opset,
         requantize=requantize,
-        **saved_parts(student.folder),
+        external_data=external_data,
+        ram_megabytes=ram_megabytes,
+        config=saved.pop("config", None),
+        beside=tuple(saved.values()),
     )
-    output.say(str(report))
+    files = {
+        out.with_name(f"{out.stem}-{part}.onnx") if part else out: (student.graph, student.example)
+        for part, student in parts.items()
+    }
+    for report in write_files(files, options):
+        output.say(str(report))
 
 
 export.__doc__ = f"{export.__doc__}\n\n{_EXAMPLES}"

@@ -27,11 +27,11 @@ _USUAL = {
 
 
 def example_inputs(
-    name: str, model: nn.Module, sizes: tuple[Sizes, ...], seed: int
+    name: str, model: nn.Module, sizes: tuple[Sizes, ...], seed: int, device: torch.device | None = None
 ) -> list[dict[str, Tensor]]:
     """Return keyword tensors for the model's forward, in each of these sizes, after running it on all of them.
 
-    They are on the model's device; on the meta device shapes are all that a run checks.
+    They are on ``device``, or on the model's; on the meta device shapes are all that a run checks.
 
     Where an input comes in several shapes among models (images, their patches, or several a row), the first with
     which the forward runs is taken.
@@ -43,7 +43,7 @@ def example_inputs(
     keys = _keys(name, model, parameters)
     first: Exception | None = None
     also = ALSO.get(name, {})
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    own = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     makers = {key: (OTHER_MAKERS[also[key]],) if also.get(key) else MAKERS[key] for key in keys}
     for chosen in itertools.islice(itertools.product(*(makers[key] for key in keys)), TRIES):
         examples = []
@@ -52,8 +52,8 @@ def example_inputs(
                 generator = torch.Generator().manual_seed(seed + number)
                 request = Request(model.config, model, size, generator)  # type: ignore[arg-type]
                 for key, maker in zip(keys, chosen, strict=True):
-                    request.made[key] = maker(request).to(device)
-                _try(model, request.made)
+                    request.made[key] = maker(request).to(device or own)
+                _try(model, {key: value.to(own) for key, value in request.made.items()})
                 examples.append(request.made)
         except Exception as error:
             first = first or error
