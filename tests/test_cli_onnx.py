@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 from classifier import Train, ti_fx_command, tokenizer
-from models import llama_model
+from models import bert_model, llama_model, t5_model
 
 import ti_fx
 from ti_fx.cli._encodings import chosen_encodings
@@ -93,6 +93,47 @@ def test_a_language_model_is_exported_with_its_cache_and_continues_prompts(tmp_p
     (found,) = pipeline(out)("how many w7", max_new_tokens=3, do_sample=False)
     assert found["generated_text"].startswith("how many w7")
     assert (out.parent / "generation_config.json").is_file()
+
+
+@pytest.mark.slow  # an encoder-decoder is captured four times
+def test_an_encoder_decoder_becomes_two_files_that_are_checked(tmp_path: Path) -> None:
+    t5_model(num_layers=1).save_pretrained(tmp_path / "t5")
+    options = ("--ternarize", "--cache", "--encoding", "int8-token")
+    ran = ti_fx_command("export", tmp_path / "t5", "--out", tmp_path / "file" / "t5.onnx", *options)
+    assert ran.code == 0, ran.err
+    files = [tmp_path / "file" / f"t5-{part}.onnx" for part in ("encoder", "decoder")]
+    assert sorted((tmp_path / "file").glob("*.onnx")) == sorted(files)
+    for file in files:
+        assert ti_fx_command("check", file, tmp_path / "t5", "--ternarize").code == 0
+    llama_model(num_hidden_layers=1).save_pretrained(tmp_path / "llama")
+    ran = ti_fx_command("check", files[1], tmp_path / "llama", "--ternarize")
+    assert ran.code == 2
+    assert "is the decoder of an encoder-decoder, and" in ran.err
+
+
+def test_weights_that_are_read_one_at_a_time_give_the_same_file(tmp_path: Path) -> None:
+    bert_model(1).save_pretrained(tmp_path / "bert")
+    outs = [tmp_path / name / "student.onnx" for name in ("whole", "single")]
+    for out, options in zip(outs, ((), ("--low-memory",)), strict=True):
+        ran = ti_fx_command("export", tmp_path / "bert", "--out", out, "--ternarize", *options)
+        assert ran.code == 0, ran.err
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    options = ("--ternarize", "--low-memory", "--ram-megabytes", "0.001")
+    ran = ti_fx_command("check", outs[0], tmp_path / "bert", *options)
+    assert ran.code == 0, ran.err
+    assert "stored tensors alone were compared" in ran.out
+
+
+def test_reading_weights_one_at_a_time_needs_a_plain_model_in_a_folder(tmp_path: Path, factory: str) -> None:
+    out = tmp_path / "student.onnx"
+    for source, options, reason in (
+        (factory, ("--ternarize",), "reads weights from safetensors in a model's folder"),
+        (str(tmp_path), (), "is for a plain model, and needs --ternarize"),
+    ):
+        ran = ti_fx_command("export", source, "--out", out, "--low-memory", *options)
+        assert ran.code == 2
+        assert reason in ran.err
+    assert not out.exists()
 
 
 def test_inspect_shows_encodings_by_weight(mixed: Path) -> None:

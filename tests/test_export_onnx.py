@@ -19,6 +19,7 @@ import ti_fx
 from ti_fx.errors import EncodingMismatch, ExportError, InputError, ParityError, PreconditionError
 from ti_fx.export import ExportReport, Runtime, check, parity, session, to_onnx
 from ti_fx.export import inputs as io
+from ti_fx.export.writer import Options, write_files
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 
 VOCABULARY = 1100
@@ -159,6 +160,17 @@ def test_onnx_runtime_does_not_fuse_what_would_be_slow_or_wrong(
     assert "SkipLayerNormalization" not in found  # 5x slower than Sum and LayerNormalization
     assert "MatMulNBits" not in found  # another computation
     assert found.count("DynamicQuantizeMatMul") + found.count("MatMulIntegerToFloat") == 7
+
+
+def test_files_that_belong_together_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+    student, example = packed(Layers(), layers_example()), layers_example()
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    with pytest.raises(InputError):
+        write_files({first: (student, example), second: (student, {"other": torch.zeros(2)})}, Options())
+    assert list(tmp_path.iterdir()) == []
+    reports = write_files({first: (student, example), second: (student, example)}, Options())
+    assert [report.path for report in reports] == [first, second]
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_row_of_padding_only_is_what_pytorch_computes(exported: ExportReport, student: GraphModule) -> None:
