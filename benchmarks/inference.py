@@ -1,7 +1,8 @@
 """Latency, size, memory and error of exported ternary models against what else there is, interleaved in one run.
 
     python benchmarks/inference.py                     MiniLM, 1 and 2 threads, batch 1 and 8, sequence 128
-    python benchmarks/inference.py --model bert-base   BERT-base's shape; gpt2: tokens per second after a cache
+    python benchmarks/inference.py --model bert-base   BERT-base's shape; gpt2: tokens per second after a cache,
+                                                       with --prefill a prompt at once
     python benchmarks/inference.py --full              batch 1, 8, 32 by sequence 16, 128, 512: hours for BERT-base
     python benchmarks/inference.py --keep runs/kept    keep what was built: exporting BERT-base takes minutes
     python benchmarks/inference.py --quick             a small model of the same kind, no limits: does it run?
@@ -96,6 +97,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--sequence", type=positive, nargs="+", help="tokens, or tokens in a decoder's cache (default: 128)"
     )
+    parser.add_argument(
+        "--prefill",
+        action="store_true",
+        help="time a decoder on whole prompts instead of one token; no limits",
+    )
     parser.add_argument("--full", action="store_true", help="batch 1 8 32 and sequence 16 128 512")
     parser.add_argument("--rounds", type=int, default=9, help=f"at least {MINIMUM_ROUNDS} (default: 9)")
     parser.add_argument("--torch", action="store_true", help="also PyTorch, eager and compiled")
@@ -108,6 +114,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rounds < MINIMUM_ROUNDS:
         parser.error(f"--rounds is {options.rounds}; a median needs at least {MINIMUM_ROUNDS}")
+    if options.prefill and not SUBJECTS[options.model].decodes:
+        parser.error(f"--prefill is for a decoder, and {options.model} is none")
     if options.full and (options.batch or options.sequence):
         parser.error("--full gives all sizes; leave out --batch and --sequence")
     if options.plot is not None and options.plot.suffix not in PLOT_TYPES:
@@ -139,15 +147,16 @@ def measure(options: argparse.Namespace, store: Store, console: Console) -> int:
     for threads in options.threads:
         console.print(f"timing, threads {threads} ...")
         timings += timed(contenders, subject, options, threads)
-    console.print(timing_table(timings, subject.decodes))
-    checks = [] if options.quick else limits(options.model, timings, findings)
+    after_cache = subject.decodes and not options.prefill
+    console.print(timing_table(timings, after_cache))
+    checks = [] if options.quick or options.prefill else limits(options.model, timings, findings)
     if checks:
         console.print(limit_table(checks))
     if options.json is not None:
         write_json(options, left_out, findings, timings, checks)
     if options.plot is not None:
         first = timings[0]
-        size = f"{'past' if subject.decodes else 'sequence'} {first.sequence}"
+        size = f"{'past' if after_cache else 'sequence'} {first.sequence}"
         plot(
             options.plot,
             f"{subject.name}: threads {first.threads}, batch {first.batch}, {size}",
@@ -213,8 +222,8 @@ def timed(
     limits_of_machine = machine()
     for batch in options.batch:
         for sequence in options.sequence:
-            feed = subject.feed(batch, sequence)
-            operations = subject.operations(batch, sequence)
+            feed = subject.feed(batch, sequence, options.prefill)
+            operations = subject.operations(feed)
             calls: dict[str, Call] = {label: partial(run, feed) for label, run in runs.items()}
             calls |= {label: call for label, (call, _) in limits_of_machine.items()}
             seconds = interleaved(calls, options.rounds)
@@ -247,6 +256,7 @@ def write_json(
     content = {
         "model": options.model,
         "quick": options.quick,
+        "prefill": options.prefill,
         "rounds": options.rounds,
         "processor": processor(),
         "versions": {

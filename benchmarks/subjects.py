@@ -79,9 +79,11 @@ class Subject:
         """Return the same for a file: a decoder reads all tokens at once, after an empty cache."""
         return self._arrays(self.error_inputs(), 0)
 
-    def feed(self, batch: int, sequence: int) -> Feed:
-        """Return what is timed: an encoder's ``sequence`` tokens, or a decoder's next one after ``sequence``."""
-        return self._arrays(self._tokens(batch, 1 if self.decodes else sequence), sequence)
+    def feed(self, batch: int, sequence: int, prefill: bool = False) -> Feed:
+        """Return what is timed: ``sequence`` tokens, or a decoder's next one after them, unless ``prefill``."""
+        if self.decodes and not prefill:
+            return self._arrays(self._tokens(batch, 1), sequence)
+        return self._arrays(self._tokens(batch, sequence), 0)
 
     def export_feed(self) -> Feed:
         """Return a decoder's inputs to trace it with: three tokens after five, so that no two sizes are equal."""
@@ -91,13 +93,12 @@ class Subject:
         """Return the inference after which memory is measured: 128 tokens, or a decoder's first one."""
         return self._arrays(self._tokens(1, 1 if self.decodes else 128), 0)
 
-    def operations(self, batch: int, sequence: int) -> int:
+    def operations(self, feed: Feed) -> int:
         """Return the floating-point operations of one run: twice the multiplications of all products."""
         with torch.device("meta"):
             model = self._class().from_config(self.config(), attn_implementation="eager").eval()
         given: dict[str, Tensor | None] = {
-            name: torch.empty_like(torch.from_numpy(value), device="meta")
-            for name, value in self.feed(batch, sequence).items()
+            name: torch.empty_like(torch.from_numpy(value), device="meta") for name, value in feed.items()
         }
         given["attention_mask"] = None  # its values would be read, and a tensor without values has none
         counter = FlopCounterMode(display=False)

@@ -189,15 +189,17 @@ def test_a_decoder_with_its_cache_computes_what_the_model_does_without() -> None
     torch.testing.assert_close(last, expected[:, -1:])
 
 
-@pytest.mark.parametrize("name", ["bert-base", "gpt2"])
-def test_operations_are_those_of_the_products(name: str) -> None:
+@pytest.mark.parametrize(("name", "prefill"), [("bert-base", False), ("gpt2", False), ("gpt2", True)])
+def test_operations_are_those_of_the_products(name: str, prefill: bool) -> None:
     subject = QUICK[name]
     width, inner, layers, tokens = 64, 128 if name == "bert-base" else 256, 2, 16
-    read, written = (tokens, tokens) if name == "bert-base" else (tokens + 1, 1)
+    decodes = name == "gpt2" and not prefill
+    read, written = (tokens + 1, 1) if decodes else (tokens, tokens)
     layer = written * (4 * width * width + 2 * width * inner) + 2 * written * read * width
-    head = width * width + 2 * width if name == "bert-base" else 2000 * width
-    assert subject.operations(1, tokens) == 2 * (layers * layer + head)
-    assert subject.operations(3, tokens) == 3 * subject.operations(1, tokens)
+    head = width * width + 2 * width if name == "bert-base" else written * 2000 * width
+    one, three = (subject.operations(subject.feed(rows, tokens, prefill)) for rows in (1, 3))
+    assert one == 2 * (layers * layer + head)
+    assert three == 3 * one
 
 
 def test_a_table_that_rows_are_taken_from_is_not_read_whole(tmp_path: Path) -> None:
@@ -243,6 +245,7 @@ def test_without_openvino_its_columns_are_left_out_and_the_extra_named(
         (["--plot", "picture.txt"], "must end with one of .svg"),
         (["--threads", "0"], "invalid positive value"),
         (["--encoding", "int7"], "invalid choice"),
+        (["--prefill"], "is for a decoder, and minilm is none"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
