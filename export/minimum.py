@@ -6,7 +6,7 @@ version from 1.15, the oldest that the registry still has, to 1.31 (1.19 was lef
 
 * Where a version loads a file, every node agrees with 1.31.1's to 2e-7 (relative L2), but for MatMulNBits.
 * MatMulNBits of two bits loads from 1.24 on, and computes something else until 1.27: 0.4% to 1% apart.
-* GatherBlockQuantized of two bits, which looks rows of a packed table up, loads from 1.27 on.
+* GatherBlockQuantized of two bits, which looks rows of a table up that a product reads, too, loads from 1.27 on.
 * Up to 1.29 the norms round otherwise in the last bit. A value beside a rounding boundary of an 8-bit
   quantiser may then fall on the other side, as it may on another CPU, and a deep network may amplify that. In
   ``portable`` the logits of a BERT-base with random weights were 0.9% (relative L2) apart between 1.17.3 or 1.22.1 and
