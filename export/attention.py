@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,16 +70,35 @@ def fuse_attention(graph: Graph) -> int:
     matches = [
         found for node in graph.nodes if aten_name(node) == "softmax" and (found := _match(node)) is not None
     ]
+    given: set[Node] = set()
+    matches = [_with_own_cache(match, given) for match in matches]
     bounded: dict[tuple[Node, ...], Node] = {}
     wholes = [_replace(match, _mask(match, bounded)) for match in matches]
-    graph.eliminate_dead_code()
+    output = graph.output_node()
     for match, whole in zip(matches, wholes, strict=True):
         for index, operand in ((1, match.key), (2, match.value)):
-            if operand.present is not None and all(reader.op == "output" for reader in operand.present.users):
+            if operand.present is not None:
                 with graph.inserting_after(whole):
                     part = graph.call_function(operator.getitem, (whole, index))
-                supersede(operand.present, part)
+                part.meta["val"] = operand.present.meta["val"]
+                output.replace_input_with(operand.present, part)
+    graph.eliminate_dead_code()
     return len(matches)
+
+
+def _with_own_cache(match: _Match, given: set[Node]) -> _Match:
+    """Leave the cache to the node where it can give keys and values of the cache and the new tokens to the output.
+
+    ONNX Runtime refuses a node with a cache whose longer one nobody takes: that of a block that reads another's keys.
+    """
+    parts = [part for operand in (match.key, match.value) if (part := operand.present) is not None]
+    if all(any(reader.op == "output" for reader in part.users) and part not in given for part in parts):
+        given.update(parts)
+        return match
+    key, value = (
+        _Operand(operand.present or operand.new, None, None) for operand in (match.key, match.value)
+    )
+    return replace(match, key=key, value=value)
 
 
 def _mask(match: _Match, bounded: dict[tuple[Node, ...], Node]) -> Node | None:

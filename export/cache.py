@@ -22,7 +22,7 @@ decoder  decoder_input_ids [batch, sequence], attention_mask [batch, source], cr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,30 +32,31 @@ from torch.fx import GraphModule
 from ti_fx.capture import capture
 from ti_fx.errors import CaptureError, ExportError, InputError
 from ti_fx.export.inputs import other_sizes, resized
-from ti_fx.export.student import fake_quantised, packed_weights, require_packed, weight_encodings
-from ti_fx.graph import aten_name, mode, prune, register, state, tensor
+from ti_fx.export.states import (
+    CROSS_KEY,
+    CROSS_VALUE,
+    PAST_KEY,
+    PAST_VALUE,
+    PRESENT_KEY,
+    PRESENT_VALUE,
+    Keeping,
+    by_name,
+    empty_cache,
+    filled_cache,
+    keeping_layers,
+)
+from ti_fx.export.student import require_packed
+from ti_fx.export.transfer import become
+from ti_fx.graph import mode, prune, register, state
 from ti_fx.metadata import move_to_cpu
-from ti_fx.passes import Pack, QuantizeActivations
-from ti_fx.passes.pack import half_name
-from ti_fx.passes.ternarize import quantise
-from ti_fx.pipeline import Pipeline
 from ti_fx.program import forward_of_tensors
 
-PAST_KEY, PAST_VALUE = "past_key_{}", "past_value_{}"
-PRESENT_KEY, PRESENT_VALUE = "present_key_{}", "present_value_{}"
-CROSS_KEY, CROSS_VALUE = "cross_key_{}", "cross_value_{}"
 SEQUENCE, PAST, TOTAL, SOURCE = "sequence", "past", "total", "source"
 _NEW = 3  # tokens after the cache in the example of the trace
+# A token's logits after a cache and without one: two orders of the same sums, relative to the largest.
+SAME = 1e-3
 
 Forward = Callable[..., dict[str, Tensor]]
-
-
-def cached_layers(inputs: Collection[str]) -> int:
-    """Return how many layers' keys and values are among a graph's inputs: 0 of one without a cache."""
-    layers = 0
-    while PAST_KEY.format(layers) in inputs:
-        layers += 1
-    return layers
 
 
 class CachedGraph(NamedTuple):
@@ -94,8 +95,9 @@ def with_cache(student: GraphModule, model: nn.Module, example: Mapping[str, Any
             f"{type(model).__name__} has an encoder; use ti_fx.export.encoder_decoder_with_cache"
         )
     with mode(model, False):
-        cached = _captured(model, _causal_example(model, example), _causal_forward(model))
-    missing = _become(cached.gm, student)
+        inputs, keeping = _causal_example(model, example)
+        cached = _captured(model, inputs, _causal_forward(model, keeping))
+    missing = become(cached.gm, student)
     if missing:
         raise ExportError(
             f"the cached graph does not read {missing[0]}; was the student captured from this model?"
@@ -124,10 +126,10 @@ def encoder_decoder_with_cache(
     if not _is_encoder_decoder(model):
         raise InputError(f"{type(model).__name__} is no encoder-decoder; use ti_fx.export.with_cache")
     with mode(model, False):
-        source, given = _both_examples(model, example)
-        encoder = _captured(model, source, _encoder_forward(model))
-        decoder = _captured(model, given, _decoder_forward(model))
-    missing = set(_become(encoder.gm, student)) & set(_become(decoder.gm, student))
+        source, given, states = _both_examples(model, example)
+        encoder = _captured(model, source, _encoder_forward(model, states))
+        decoder = _captured(model, given, _decoder_forward(model, states))
+    missing = set(become(encoder.gm, student)) & set(become(decoder.gm, student))
     if missing:
         raise ExportError(
             f"neither cached graph reads {min(missing)}; was the student captured from this model?"
@@ -201,20 +203,24 @@ def _compare_states(gm: GraphModule, model: nn.Module, inputs: dict[str, Tensor]
                 )
 
 
-def _causal_example(model: nn.Module, example: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return inputs after a cache: the example's last tokens, and keys and values of all of them."""
+def _causal_example(model: nn.Module, example: Mapping[str, Any]) -> tuple[dict[str, Tensor], Keeping]:
+    """Return the example's last tokens after a cache of all of them, and which layers keep what is in it."""
     ids = _token_ids(example, "input_ids")
     mask = example.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    # without values, only the cache's shapes matter, and transformers can't look into a mask
-    given = (
-        {"input_ids": ids.to("meta")}
-        if _without_values(model)
-        else {"input_ids": ids, "attention_mask": mask}
-    )
     with torch.no_grad():
-        found = model(**given, use_cache=True, return_dict=True)
-    layers = _layers(model, getattr(found, "past_key_values", None))
+        if _without_values(model):  # only the cache's shapes matter, and transformers can't look into a mask
+            found = model(input_ids=ids.to("meta"), use_cache=True, return_dict=True)
+            keeping = keeping_layers(model, getattr(found, "past_key_values", None))
+            cache = empty_cache(keeping)
+            model(input_ids=ids.to("meta"), past_key_values=cache, use_cache=True)
+        else:
+            found = model(input_ids=ids, attention_mask=mask, use_cache=True, return_dict=True)
+            keeping = keeping_layers(model, getattr(found, "past_key_values", None))
+            cache = empty_cache(keeping)
+            model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True)
+            last = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+            _require_same(model, last["logits"][:, -1], found["logits"][:, -1])
     batch, past = ids.shape
     inputs = {
         "input_ids": ids[:, -_NEW:].contiguous(),
@@ -225,15 +231,45 @@ def _causal_example(model: nn.Module, example: Mapping[str, Any]) -> dict[str, T
     random = torch.Generator().manual_seed(0)
     past_values = {
         name: torch.randn(value.shape, dtype=value.dtype, generator=random) if value.is_meta else value
-        for name, value in _flat(layers, PAST_KEY, PAST_VALUE).items()
+        for name, value in by_name(cache, PAST_KEY, PAST_VALUE).items()
     }
-    return inputs | past_values
+    return inputs | past_values, keeping
+
+
+def _require_same(model: nn.Module, found: Tensor, expected: Tensor) -> None:
+    """Refuse a model that gives a token other logits after a cache than without one.
+
+    Raises:
+        InputError: it does.
+    """
+    gap = float((found - expected).abs().max() / expected.abs().max())
+    if not gap <= SAME:
+        raise InputError(
+            f"{type(model).__name__} gives a token other logits after a cache than without one (relative {gap:.1e}), "
+            "so more is kept between tokens than keys and values; export it without a cache"
+        )
+
+
+class _States(NamedTuple):
+    """What an encoder-decoder keeps.
+
+    Attributes:
+        own: which of the decoder's layers keep keys and values of the decoder's tokens.
+        cross: which keep those of the encoder's states.
+        width: numbers in one of the encoder's states.
+    """
+
+    own: Keeping
+    cross: Keeping
+    width: int
 
 
 def _both_examples(
     model: nn.Module, example: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the encoder's inputs, and the decoder's after a cache."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], _States]:
+    """Return the encoder's inputs, the decoder's after a cache, and what is kept."""
+    from transformers.cache_utils import EncoderDecoderCache
+
     ids = _token_ids(example, "decoder_input_ids")
     source = {
         name: value
@@ -244,13 +280,19 @@ def _both_examples(
         source["attention_mask"] = torch.ones_like(source["input_ids"])
     with torch.no_grad():
         found = model(**source, decoder_input_ids=ids, use_cache=True, return_dict=True)
-    cache = getattr(found, "past_key_values", None)
-    past = _layers(model, getattr(cache, "self_attention_cache", None))
-    cross = _layers(model, getattr(cache, "cross_attention_cache", None))
+        cache = getattr(found, "past_key_values", None)
+        states = _States(
+            keeping_layers(model, getattr(cache, "self_attention_cache", None)),
+            keeping_layers(model, getattr(cache, "cross_attention_cache", None)),
+            found["encoder_last_hidden_state"].shape[-1],
+        )
+        cache = EncoderDecoderCache(empty_cache(states.own), empty_cache(states.cross))
+        model(**source, decoder_input_ids=ids, past_key_values=cache, use_cache=True)
     given = {"decoder_input_ids": ids[:, -_NEW:].contiguous()}
     if "input_ids" in source:  # padding in other sources (frames, patches) is the encoder's business alone
         given["attention_mask"] = source["attention_mask"]
-    return source, given | _flat(cross, CROSS_KEY, CROSS_VALUE) | _flat(past, PAST_KEY, PAST_VALUE)
+    given |= by_name(cache.cross_attention_cache, CROSS_KEY, CROSS_VALUE)
+    return source, given | by_name(cache.self_attention_cache, PAST_KEY, PAST_VALUE), states
 
 
 def _token_ids(example: Mapping[str, Any], name: str) -> Tensor:
@@ -262,83 +304,50 @@ def _token_ids(example: Mapping[str, Any], name: str) -> Tensor:
     return ids
 
 
-def _layers(model: nn.Module, cache: Any) -> list[Any]:
-    layers = list(getattr(cache, "layers", ()))
-    if not layers or any(not isinstance(getattr(layer, "keys", None), Tensor) for layer in layers):
-        raise InputError(
-            f"{type(model).__name__} returns no cache of keys and values; export it without a cache"
-        )
-    return layers
-
-
-def _flat(layers: list[Any], key: str, value: str) -> dict[str, Tensor]:
-    """Return the keys and values of a cache's layers by name."""
-    found = {}
-    for index, layer in enumerate(layers):
-        found[key.format(index)], found[value.format(index)] = layer.keys, layer.values
-    return found
-
-
-def _cache(inputs: Mapping[str, Tensor], key: str, value: str) -> Any:
-    """Return the transformers cache that holds these keys and values."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    cache = DynamicCache()
-    index = 0
-    while key.format(index) in inputs:
-        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]
-        layer.keys, layer.values = inputs[key.format(index)], inputs[value.format(index)]
-        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
-        cache.layers.append(layer)
-        index += 1
-    return cache
-
-
-def _causal_forward(model: nn.Module) -> Forward:
+def _causal_forward(model: nn.Module, keeping: Keeping) -> Forward:
     """Return a forward of tensors alone: the cache goes in and comes out as keys and values by layer."""
     forward = model.forward
 
     def cached(**inputs: Tensor) -> dict[str, Tensor]:
         given = {name: value for name, value in inputs.items() if not name.startswith("past_")}
-        cache = _cache(inputs, PAST_KEY, PAST_VALUE)
+        cache = filled_cache(keeping, inputs, PAST_KEY, PAST_VALUE)
         found = forward(**given, past_key_values=cache, use_cache=True, return_dict=True)
-        return {"logits": found.logits, **_flat(found.past_key_values.layers, PRESENT_KEY, PRESENT_VALUE)}
+        return {"logits": found.logits, **by_name(cache, PRESENT_KEY, PRESENT_VALUE)}
 
     return cached
 
 
-def _encoder_forward(model: nn.Module) -> Forward:
+def _encoder_forward(model: nn.Module, states: _States) -> Forward:
     """Return a forward that gives what the decoder's layers read of the encoder; the decoder itself is dead code."""
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+    from transformers.cache_utils import EncoderDecoderCache
 
     forward = model.forward
 
     def encoded(**inputs: Tensor) -> dict[str, Tensor]:
         first = next(iter(inputs.values()))
         start = torch.zeros(first.shape[0], 1, dtype=torch.long, device=first.device)
-        cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cache: Any = EncoderDecoderCache(empty_cache(states.own), empty_cache(states.cross))
         forward(**inputs, decoder_input_ids=start, past_key_values=cache, use_cache=True, return_dict=True)
-        return _flat(cache.cross_attention_cache.layers, CROSS_KEY, CROSS_VALUE)
+        return by_name(cache.cross_attention_cache, CROSS_KEY, CROSS_VALUE)
 
     return encoded
 
 
-def _decoder_forward(model: nn.Module) -> Forward:
+def _decoder_forward(model: nn.Module, kept: _States) -> Forward:
     """Return a forward of the decoder alone, which reads the encoder's keys and values and never its states."""
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+    from transformers.cache_utils import EncoderDecoderCache
     from transformers.modeling_outputs import BaseModelOutput
 
     forward = model.forward
-    config: Any = model.config
 
     def cached(**inputs: Tensor) -> dict[str, Tensor]:
         given = {name: value for name, value in inputs.items() if not name.startswith(("past_", "cross_"))}
-        cross = _cache(inputs, CROSS_KEY, CROSS_VALUE)
-        cache: Any = EncoderDecoderCache(_cache(inputs, PAST_KEY, PAST_VALUE), DynamicCache())
-        cache.cross_attention_cache = cross
-        cache.is_updated = dict.fromkeys(range(len(cross.layers)), True)
-        keys = cross.layers[0].keys
-        states = keys.new_zeros(keys.shape[0], keys.shape[2], config.hidden_size)  # for its shape alone
+        own = filled_cache(kept.own, inputs, PAST_KEY, PAST_VALUE)
+        cache: Any = EncoderDecoderCache(own, empty_cache(kept.cross))
+        cache.cross_attention_cache = filled_cache(kept.cross, inputs, CROSS_KEY, CROSS_VALUE)
+        cache.is_updated = dict.fromkeys(range(len(kept.cross)), True)
+        keys = inputs[CROSS_KEY.format(0)]
+        states = keys.new_zeros(keys.shape[0], keys.shape[2], kept.width)  # for its shape alone
         found = forward(
             **given,
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -346,60 +355,6 @@ def _decoder_forward(model: nn.Module) -> Forward:
             use_cache=True,
             return_dict=True,
         )
-        layers = found.past_key_values.self_attention_cache.layers
-        return {"logits": found.logits, **_flat(layers, PRESENT_KEY, PRESENT_VALUE)}
+        return {"logits": found.logits, **by_name(own, PRESENT_KEY, PRESENT_VALUE)}
 
     return cached
-
-
-def _become(gm: GraphModule, student: GraphModule) -> list[str]:
-    """Turn a captured graph into the student: its ternary weights, its quantisers, its tensors.
-
-    Returns the student's ternary parameters that the graph does not read.
-    """
-    weights = {weight.parameter: weight for weight in packed_weights(student)}
-    found = {str(node.target): node for node in gm.graph.find_nodes(op="get_attr")}
-    kept = {str(node.target) for node in student.graph.find_nodes(op="get_attr")}
-    missing = sorted(weights.keys() - found.keys())
-    weights = {name: weight for name, weight in weights.items() if name in found}
-    both = sorted(weights.keys() & kept)
-    if both:
-        raise ExportError(
-            f"{both[0]} is read both packed and in full precision (Ternarize(tied='embedding')); "
-            "a cached graph takes tied='both'"
-        )
-    for name, weight in weights.items():
-        quantise(found[name], "row" if tensor(student, weight.scale_name).dim() else "tensor")
-    halves = False
-    for name in found.keys() - weights.keys():
-        half = half_name(name)
-        if name in kept:
-            register(gm, name, tensor(student, name))
-        elif half in kept:
-            halves = True
-            register(gm, name, nn.Parameter(tensor(student, half).float(), requires_grad=False))
-        elif isinstance(tensor(gm, name), nn.Parameter):
-            raise ExportError(f"the cached graph reads {name}, and the student does not; is this its model?")
-    Pipeline(_quantisers(student, weights), Pack(kept="float16" if halves else "float32"))(gm)
-    for weight in weights.values():
-        for target in (weight.codes_name, weight.scale_name):
-            register(gm, target, tensor(student, target))
-    recipe = state(student).get("recipe")
-    if recipe is not None:
-        state(gm)["recipe"] = recipe
-    return missing
-
-
-def _quantisers(student: GraphModule, weights: Collection[str]) -> QuantizeActivations:
-    """Return the pass that gives a graph with these weights the student's activation quantisers."""
-    encodings = {name: one.name for name, one in weight_encodings(student).items() if name in weights}
-    attention = any(
-        aten_name(reader) in ("matmul", "bmm")
-        and all(fake_quantised(source) for source in reader.all_input_nodes)
-        for node in student.graph.nodes
-        if fake_quantised(node)
-        for reader in node.users
-    )
-    most = next(iter(encodings.values()), "float")
-    others = {name: one for name, one in encodings.items() if one != most}
-    return QuantizeActivations(most, attention=attention, encodings=others)

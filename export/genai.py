@@ -10,8 +10,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from ti_fx.errors import InputError
-from ti_fx.export.cache import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE, cached_layers
 from ti_fx.export.packed import open_file
+from ti_fx.export.states import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE, cached_layers
 from ti_fx.files import atomic_write
 
 FILE = "genai_config.json"

@@ -15,7 +15,8 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from ti_fx.errors import InputError
-from ti_fx.export.cache import (
+from ti_fx.export.runtime import Runtime
+from ti_fx.export.states import (
     CROSS_KEY,
     CROSS_VALUE,
     PAST_KEY,
@@ -24,7 +25,6 @@ from ti_fx.export.cache import (
     PRESENT_VALUE,
     cached_layers,
 )
-from ti_fx.export.runtime import Runtime
 
 
 class OnnxModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -39,7 +39,8 @@ class OnnxModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def __init__(self, runtime: Runtime, config: PreTrainedConfig) -> None:
         config = copy.deepcopy(config)
-        config._attn_implementation = "eager"  # nothing here attends; any other must be declared by the class
+        # nothing here attends or has experts; any other implementation must be declared by the class
+        config._attn_implementation = config._experts_implementation = "eager"
         super().__init__(config)
         self.runtime = runtime
 
@@ -190,6 +191,13 @@ class OnnxSeq2SeqLM(_OnnxLM):  # type: ignore[no-untyped-call]
         self.encoder = OnnxEncoder(encoder, threads)
         self.main_input_name = self.encoder.main_input_name
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """What the encoder's file takes is no misspelt option."""
+        taken = self.encoder.runtime.inputs
+        super()._validate_model_kwargs(  # type: ignore[misc]
+            {name: value for name, value in model_kwargs.items() if name not in taken}
+        )
+
     def get_encoder(self, modality: str | None = None) -> OnnxEncoder:
         """Return the encoder, which ``generate`` runs once."""
         return self.encoder
@@ -237,16 +245,19 @@ class OnnxEncoder(nn.Module):
             )
         self.main_input_name = next(iter(self.runtime.inputs))
 
-    def forward(self, attention_mask: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+    def forward(self, attention_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Return what the decoder's layers read: ``cross_key_0``, ... float32 ``[batch, heads, source, size]``.
 
-        The inputs are those of the file; ``attention_mask`` counts every token if left out.
+        The inputs are those of the file, and options of ``generate``, which change nothing here; ``attention_mask``
+        counts every token if left out.
         """
-        feed = {name: value for name, value in inputs.items() if name in self.runtime.inputs}
-        if "attention_mask" in self.runtime.inputs:
+        inputs = self.runtime.inputs
+        feed = {name: value for name, value in kwargs.items() if name in inputs}
+        if "attention_mask" in inputs:
             first = feed[self.main_input_name]
+            axis = inputs[self.main_input_name].shape.index(inputs["attention_mask"].shape[1])
             feed["attention_mask"] = (
-                torch.ones(first.shape[:2], dtype=torch.long)
+                torch.ones(first.shape[0], first.shape[axis], dtype=torch.long)
                 if attention_mask is None
                 else attention_mask.long()
             )

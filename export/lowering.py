@@ -18,11 +18,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument, map_aggregate
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from ti_fx import numerics
 from ti_fx.encodings import CODES_PER_BYTE
@@ -33,7 +36,7 @@ from ti_fx.export.layouts import UINT2
 from ti_fx.export.numbers import write_numbers
 from ti_fx.export.storage import Weights, insert, looked_up
 from ti_fx.export.student import PackedWeight, as_packed, packed_weights
-from ti_fx.graph import aten_name, constant_size, fork, supersede, tensor
+from ti_fx.graph import aten_name, constant_size, fork, state, supersede, tensor
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
     copy._forward_pre_hooks_with_kwargs.clear()
     _drop_dropout(copy)
     _drop_squeezes(copy)
+    _write_fixed_sizes(copy)
     products = [found for node in copy.graph.nodes if (found := match_product(node)) is not None]
     integers, blocks = (
         {one.weight.codes_name: one.transposed for one in products if bool(one.lowering.block) == by_blocks}
@@ -170,6 +174,37 @@ def _drop_squeezes(gm: GraphModule) -> None:
         if constant_size(source.meta["val"].shape[dim]) != 1:
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
+
+
+def _write_fixed_sizes(gm: GraphModule) -> None:
+    """Write the number where a size can be only one: torch.onnx traces again, and may not find that out.
+
+    (``max(0, 1 - past - sequence)`` is 0 for every past and sequence.)
+    """
+    least = state(gm).get("smallest", {})
+    for node in list(gm.graph.nodes):
+        value = node.meta.get("val")
+        if (
+            node.op != "call_function"
+            or not isinstance(value, torch.SymInt)
+            or not value.node.expr.free_symbols
+        ):
+            continue
+        known = value.node.shape_env.var_to_range
+        ranges = {
+            symbol: ValueRanges(least.get(str(symbol), 1), known[symbol].upper)
+            for symbol in value.node.expr.free_symbols
+        }
+        bounds = bound_sympy(value.node.expr, ranges)
+        if bounds.is_singleton():
+            for reader in list(node.users):
+                reader.args, reader.kwargs = map_aggregate(
+                    (reader.args, reader.kwargs), partial(_replaced, node, int(bounds.lower))
+                )
+
+
+def _replaced(node: Node, number: int, argument: Argument) -> Argument:
+    return number if argument is node else argument
 
 
 def _mark_half(gm: GraphModule, node: Node) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ti_fx.errors import InputError, MissingExtra, did_you_mean
-from ti_fx.export.cache import CROSS_KEY, PAST_KEY
 from ti_fx.export.runtime import Runtime
+from ti_fx.export.states import CROSS_KEY, PAST_KEY
 
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedConfig

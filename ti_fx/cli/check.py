@@ -47,9 +47,9 @@ def check(
     from ti_fx import export
     from ti_fx.cli._student import Part, packed_student
     from ti_fx.encodings import Kept
-    from ti_fx.export.cache import CROSS_KEY, cached_layers
     from ti_fx.export.facts import KEPT, value_of
     from ti_fx.export.packed import open_file
+    from ti_fx.export.states import CROSS_KEY, cached_layers
 
     content = open_file(file)
     encodings = of_file(content.requantized_from or content.encoding)
