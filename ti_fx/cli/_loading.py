@@ -86,7 +86,7 @@ def load_hollow(source: str) -> Hollow:
         folder = _from_hub(source, meta=False)
     model, _ = _from_folder(folder, meta=True, buffers=True)
     buffers = dict(model.named_buffers())
-    model.to("meta").eval()
+    model.float().to("meta").eval()  # what is read becomes what the graph has, and export needs float32
     return Hollow(model, example_for(model, torch.device("cpu")), folder, buffers)
 
 
