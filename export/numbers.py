@@ -20,16 +20,37 @@ def write_numbers(graph: Graph) -> None:
 
     1. ``number - x`` becomes -x + number: it can't promote an integer x there
     2. ``number + alpha * x`` becomes x * alpha + number: it knows a sum by its first term, a tensor
-    3. ``x + 1e-8``, whose number the optimiser takes for 0 (or, in products, for 1), reads it as a vector of one
+    3. ``searchsorted``, which it lacks, counts the smaller ones
+    4. ``x + 1e-8``, whose number the optimiser takes for 0 (or, in products, for 1), reads it as a vector of one
     """
     for node in list(graph.nodes):
         name = aten_name(node)
         if name == "rsub":
             _reversed_difference(node)
+        elif name == "searchsorted":
+            _position(node)
         elif name == "add" and len(node.args) == 2 and not isinstance(node.args[0], Node):
             _sum_with_number(node)
         elif name in _NEUTRAL and not node.kwargs and getattr(node.target, "_overloadname", "") == "Tensor":
             _nearly_neutral(node, _NEUTRAL[name])
+
+
+def _position(node: Node) -> None:
+    """Count, for each value, the elements of an ascending sequence that are smaller (``right``: or equal).
+
+    before:  %p = searchsorted(%sequence, %values)     after:  %p = (%sequence[..., None, :] < %values[..., None]).sum(-1)
+    """
+    options = dict(node.kwargs)
+    right = options.pop("right", False) or options.pop("side", None) == "right"
+    if options or len(node.args) != 2 or not all(isinstance(one, Node) for one in node.args):
+        return
+    sequence, values = node.args
+    is_vector = sequence.meta["val"].dim() == 1  # type: ignore[union-attr]
+    rows = sequence if is_vector else insert(node, aten.unsqueeze.default, sequence, -2)
+    single = insert(node, aten.unsqueeze.default, values, -1)
+    smaller = insert(node, aten.le.Tensor if right else aten.lt.Tensor, rows, single)
+    counted = insert(node, aten.to.dtype, smaller, torch.int64)
+    supersede(node, insert(node, aten.sum.dim_IntList, counted, [-1]))
 
 
 def _reversed_difference(node: Node) -> None:

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._sympy.functions import FloorDiv
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import ti_fx
+from ti_fx import program
 from ti_fx.errors import InputError, RandomnessError
 from ti_fx.export import to_onnx
 from ti_fx.passes import DuplicateTeacher, Pack, QuantizeActivations, Strip, Ternarize
@@ -328,3 +331,9 @@ def test_a_size_that_the_relations_of_sizes_fix_is_no_symbol() -> None:
     assert report.static["frames.2"] == "the model's code fixes frames.2 at 4"
     other = torch.randn(3, 32, 4)
     assert torch.equal(gm(frames=other), model(other))
+
+
+def test_an_equality_without_a_value_at_a_size_does_not_hold_there() -> None:
+    length = sympy.Symbol("length", positive=True, integer=True)
+    equality = sympy.Eq(FloorDiv(256, FloorDiv(length, 8)), 64)
+    assert [size for size in (4, 8, 16, 32, 64) if program._may_hold(equality, {length: size})] == [32]

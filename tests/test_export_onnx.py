@@ -368,3 +368,29 @@ def test_a_small_number_is_not_taken_for_nothing(tmp_path: Path) -> None:
     }
     assert any(value == np.float32(1e-8) for value in stored)
     assert any(value == np.float32(1.000005) for value in stored)
+
+
+def test_places_in_an_ascending_sequence_are_counted(tmp_path: Path) -> None:
+    """ONNX has no searchsorted."""
+
+    class Placed(Layers):
+        def forward(self, values: Tensor) -> dict[str, Tensor]:
+            ends = values.abs().mul(4).round().cumsum(-1)  # ascending, with equal ones
+            among = torch.searchsorted(ends[0, 0], ends[1]) + torch.searchsorted(
+                ends, ends.flip(0), right=True
+            )
+            return super().forward(values + among * 0.1)
+
+    report = to_onnx(packed(Placed(), layers_example()), tmp_path / "placed.onnx", layers_example())
+    assert report.parity.nodes is not None
+
+
+def test_outputs_may_have_several_rows_for_each_of_the_batch(tmp_path: Path) -> None:
+    """Codebooks: with the batch in another order, rows change places by groups."""
+
+    class Books(Layers):
+        def forward(self, values: Tensor) -> dict[str, Tensor]:
+            return {"logits": super().forward(values)["logits"].reshape(values.shape[0] * 2, -1)}
+
+    report = to_onnx(packed(Books(), layers_example()), tmp_path / "books.onnx", layers_example())
+    assert any("permuted" in row.case for row in report.parity.differences)

@@ -166,13 +166,20 @@ def _fixed_by_equalities(
         asked = [one for one in equalities if symbol in one.free_symbols]
         others = (2 * size, 3 * size, size // 2, *range(size + 1, size + 33), *range(2, size))
         return any(
-            # what further symbols leave open is a sympy relation, neither true nor false
-            all(one.subs({**scaled, symbol: other}) != False for one in asked)  # noqa: E712
+            all(_may_hold(one, {**scaled, symbol: other}) for one in asked)
             for other in others
             for scaled in (own, {one: 2 * value for one, value in own.items()})
         )
 
     return [place for symbol, size in own.items() if not changes(symbol, size) for place in places[symbol]]
+
+
+def _may_hold(equality: Any, sizes: Mapping[Any, int]) -> bool:
+    """Whether an equality of sizes is not known to fail; what further symbols leave open is neither true nor false."""
+    try:
+        return bool(equality.subs(sizes) != False)  # noqa: E712
+    except ZeroDivisionError:  # 256 // (length // 8) has no value at a length below 8
+        return False
 
 
 def has_open_sizes(program: torch.export.ExportedProgram) -> bool:
