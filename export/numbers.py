@@ -38,7 +38,7 @@ def write_numbers(graph: Graph) -> None:
 def _position(node: Node) -> None:
     """Count, for each value, the elements of an ascending sequence that are smaller (``right``: or equal).
 
-    before:  %p = searchsorted(%sequence, %values)     after:  %p = (%sequence[..., None, :] < %values[..., None]).sum(-1)
+    before:  %p = searchsorted(%ends, %values)         after:  %p = (%ends[..., None, :] < %values[..., None]).sum(-1)
     """
     options = dict(node.kwargs)
     right = options.pop("right", False) or options.pop("side", None) == "right"
