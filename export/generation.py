@@ -24,6 +24,7 @@ from ti_fx.export.states import (
     PRESENT_KEY,
     PRESENT_VALUE,
     cached_layers,
+    filled_cache,
 )
 
 
@@ -94,12 +95,9 @@ class _OnnxLM(OnnxModel, GenerationMixin):  # type: ignore[no-untyped-call]
                     if past
                     else np.zeros((batch, shape[1], 0, shape[3]), np.float32)
                 )
-        found = self.runtime(given)
-        longer = DynamicCache()
-        for index in range(self.layers):
-            keys, values = (found[name.format(index)] for name in (PRESENT_KEY, PRESENT_VALUE))
-            longer.update(torch.from_numpy(keys), torch.from_numpy(values), index)
-        return torch.from_numpy(found["logits"]), longer
+        found = self.runtime.tensors(given)
+        # filled, not updated: an update of an empty cache copies
+        return found["logits"], filled_cache((True,) * self.layers, found, PRESENT_KEY, PRESENT_VALUE)
 
 
 class OnnxCausalLM(_OnnxLM):  # type: ignore[no-untyped-call]
