@@ -98,6 +98,11 @@ def get_encoding(name: str) -> Encoding:
     try:
         return ENCODINGS[name]
     except KeyError:
+        if name == "auto":
+            raise InputError(
+                "a student is trained for one encoding, which its recipe names, so 'auto' is none; measure which one "
+                "suits: ti_fx.export.choose_encoding(gm, example).encoding, or ti-fx choose"
+            ) from None
         raise InputError(f"unknown encoding {name!r}{did_you_mean(name, ENCODINGS)}") from None
 
 
