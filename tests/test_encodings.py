@@ -287,7 +287,7 @@ def test_what_no_encoding_can_be_given_is_refused() -> None:
 
 
 def test_the_best_one_is_no_encoding() -> None:
-    with pytest.raises(InputError, match="measure which one suits: ti_fx.export.choose_encoding"):
+    with pytest.raises(InputError, match="measure which one suits"):
         prepared(QuantizeActivations("auto"))
 
 
