@@ -3,8 +3,9 @@
 if __name__ != "ti_fx.export":
     raise ImportError(f"import ti_fx.export, not {__name__}: this would make a second copy of its classes")
 
-from ti_fx.export.cache import encoder_decoder_with_cache, with_cache
+from ti_fx.export.cache import with_cache
 from ti_fx.export.choose import Choice, choose_encoding
+from ti_fx.export.encoder_decoder import encoder_decoder_with_cache
 from ti_fx.export.genai import write_genai_config
 from ti_fx.export.parity import check
 from ti_fx.export.pipelines import pipeline

@@ -11,12 +11,7 @@ inputs   input_ids [batch, sequence]                        new tokens
          past_key_0, past_value_0 [batch, heads, past, size], ...   one pair a layer; past may be 0
 outputs  logits [batch, sequence, vocabulary], present_key_0, present_value_0 [batch, heads, past + sequence, size], ...
 
-An encoder-decoder is two, so that what the decoder reads of the encoder is computed once:
-
-encoder  input_ids, attention_mask [batch, source] (or what else the model encodes)
-         -> cross_key_0, cross_value_0 [batch, heads, source, size], ...   one pair for each layer of the decoder
-decoder  decoder_input_ids [batch, sequence], attention_mask [batch, source], cross_key_0, ..., past_key_0, ...
-         -> logits, present_key_0, ...
+An encoder-decoder is two (``ti_fx.export.encoder_decoder``).
 """
 
 from __future__ import annotations
@@ -34,7 +29,6 @@ from ti_fx.errors import CaptureError, ExportError, InputError
 from ti_fx.export.inputs import other_sizes, resized
 from ti_fx.export.states import (
     CROSS_KEY,
-    CROSS_VALUE,
     PAST_KEY,
     PAST_VALUE,
     PRESENT_KEY,
@@ -46,13 +40,13 @@ from ti_fx.export.states import (
     keeping_layers,
 )
 from ti_fx.export.student import require_packed
-from ti_fx.export.transfer import become
-from ti_fx.graph import mode, prune, register, state
+from ti_fx.export.transfer import become, is_constant
+from ti_fx.graph import input_names, mode, prune, register, state
 from ti_fx.metadata import move_to_cpu
-from ti_fx.program import forward_of_tensors
+from ti_fx.program import Dynamic, forward_of_tensors
 
 SEQUENCE, PAST, TOTAL, SOURCE = "sequence", "past", "total", "source"
-_NEW = 3  # tokens after the cache in the example of the trace
+NEW = 3  # tokens after the cache in the example of the trace
 # A token's logits after a cache and without one: two orders of the same sums, relative to the largest.
 SAME = 1e-3
 
@@ -64,13 +58,6 @@ class CachedGraph(NamedTuple):
 
     gm: GraphModule
     inputs: dict[str, Tensor]
-
-
-class EncoderDecoder(NamedTuple):
-    """The two graphs of an encoder-decoder."""
-
-    encoder: CachedGraph
-    decoder: CachedGraph
 
 
 def with_cache(student: GraphModule, model: nn.Module, example: Mapping[str, Any]) -> CachedGraph:
@@ -85,18 +72,25 @@ def with_cache(student: GraphModule, model: nn.Module, example: Mapping[str, Any
 
     Raises:
         PreconditionError: the student is not packed.
-        InputError: the model has no cache of keys and values, or the example has no ``input_ids``.
+        InputError: the model has no cache of keys and values, or keeps more than those between tokens; the student
+            takes more than text; the example has no ``input_ids``.
         CaptureError: the model can't be captured with its cache.
         ExportError: the student's weights are not all found in the cached graph.
     """
     require_packed(student)
-    if _is_encoder_decoder(model):
+    if is_encoder_decoder(model):
         raise InputError(
             f"{type(model).__name__} has an encoder; use ti_fx.export.encoder_decoder_with_cache"
         )
     with mode(model, False):
         inputs, keeping = _causal_example(model, example)
-        cached = _captured(model, inputs, _causal_forward(model, keeping))
+        others = sorted(set(input_names(student)) - {"input_ids", "attention_mask", "position_ids"})
+        if others:
+            raise InputError(
+                f"the student takes {', '.join(others)}, and a graph with a cache takes text alone; "
+                "capture the student with input_ids and attention_mask, or export it without a cache"
+            )
+        cached = captured(model, inputs, _causal_forward(model, keeping))
     missing = become(cached.gm, student)
     if missing:
         raise ExportError(
@@ -105,54 +99,27 @@ def with_cache(student: GraphModule, model: nn.Module, example: Mapping[str, Any
     return cached
 
 
-def encoder_decoder_with_cache(
-    student: GraphModule, model: nn.Module, example: Mapping[str, Any]
-) -> EncoderDecoder:
-    """Return the packed student of an encoder-decoder as two graphs that hand keys and values on, and their inputs.
-
-    Args:
-        student: a packed graph of ``model``, captured without a cache.
-        model: the transformers model that it was captured from; only its architecture matters.
-        example: what the student was captured with: the encoder's inputs, and ``decoder_input_ids``, int64
-            ``[batch, length]`` of at least two rows and five tokens.
-
-    Raises:
-        PreconditionError: the student is not packed.
-        InputError: the model has no cache of both attentions, or the example has no ``decoder_input_ids``.
-        CaptureError: a part can't be captured.
-        ExportError: the student's weights are not all found in the two graphs.
-    """
-    require_packed(student)
-    if not _is_encoder_decoder(model):
-        raise InputError(f"{type(model).__name__} is no encoder-decoder; use ti_fx.export.with_cache")
-    with mode(model, False):
-        source, given, states = _both_examples(model, example)
-        encoder = _captured(model, source, _encoder_forward(model, states))
-        decoder = _captured(model, given, _decoder_forward(model, states))
-    missing = set(become(encoder.gm, student)) & set(become(decoder.gm, student))
-    if missing:
-        raise ExportError(
-            f"neither cached graph reads {min(missing)}; was the student captured from this model?"
-        )
-    return EncoderDecoder(encoder, decoder)
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model's configuration says so."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _captured(model: nn.Module, inputs: dict[str, Tensor], forward: Forward) -> CachedGraph:
+def captured(
+    model: nn.Module, inputs: dict[str, Tensor], forward: Forward, dynamic: Dynamic = "all"
+) -> CachedGraph:
+    """Capture another forward of a model, and compare it with that forward where there are values."""
     with forward_of_tensors(model, forward, list(inputs)):
-        gm = capture(model, inputs, dynamic="all").eval()
+        gm = capture(model, inputs, dynamic=dynamic).eval()
         _name_sizes(gm)
-        if _without_values(model):
+        if without_values(model):
             _stand_in(gm)
         else:
             _compare_states(gm, model, inputs)
     return CachedGraph(gm, inputs)
 
 
-def _without_values(model: nn.Module) -> bool:
+def without_values(model: nn.Module) -> bool:
+    """Whether a model is on the meta device."""
     return any(parameter.is_meta for parameter in model.parameters())
 
 
@@ -161,7 +128,13 @@ def _stand_in(gm: GraphModule) -> None:
     prune(gm)  # gives it containers of its own
     for name, stored in [*gm.named_parameters(), *gm.named_buffers()]:
         if stored.is_meta:
-            zeros = torch.zeros((), dtype=stored.dtype).expand(stored.shape)
+            if is_constant(name) and stored.numel():
+                raise CaptureError(
+                    f"the forward makes the constant {name} on the model's device, where it has no value; "
+                    "give the model with its values"
+                )
+            zeros = torch.zeros(min(1, stored.numel()), dtype=stored.dtype)
+            zeros = zeros.expand(stored.shape) if stored.numel() else zeros.reshape(stored.shape)
             is_parameter = isinstance(stored, nn.Parameter)
             register(gm, name, nn.Parameter(zeros, requires_grad=False) if is_parameter else zeros)
     move_to_cpu(gm)
@@ -205,35 +178,57 @@ def _compare_states(gm: GraphModule, model: nn.Module, inputs: dict[str, Tensor]
 
 def _causal_example(model: nn.Module, example: Mapping[str, Any]) -> tuple[dict[str, Tensor], Keeping]:
     """Return the example's last tokens after a cache of all of them, and which layers keep what is in it."""
-    ids = _token_ids(example, "input_ids")
+    ids = token_ids(example, "input_ids")
     mask = example.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     with torch.no_grad():
-        if _without_values(model):  # only the cache's shapes matter, and transformers can't look into a mask
-            found = model(input_ids=ids.to("meta"), use_cache=True, return_dict=True)
+        if without_values(model):  # only the cache's shapes matter, and transformers can't look into a mask
+            found = run_with_cache(model, input_ids=ids.to("meta"))
             keeping = keeping_layers(model, getattr(found, "past_key_values", None))
             cache = empty_cache(keeping)
-            model(input_ids=ids.to("meta"), past_key_values=cache, use_cache=True)
+            run_with_cache(model, input_ids=ids.to("meta"), past_key_values=cache)
         else:
-            found = model(input_ids=ids, attention_mask=mask, use_cache=True, return_dict=True)
+            found = run_with_cache(model, input_ids=ids, attention_mask=mask)
             keeping = keeping_layers(model, getattr(found, "past_key_values", None))
             cache = empty_cache(keeping)
-            model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True)
-            last = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+            run_with_cache(model, input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+            last = run_with_cache(model, input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
             _require_same(model, last["logits"][:, -1], found["logits"][:, -1])
     batch, past = ids.shape
     inputs = {
-        "input_ids": ids[:, -_NEW:].contiguous(),
-        "attention_mask": torch.cat((mask, mask[:, -_NEW:]), 1),
+        "input_ids": ids[:, -NEW:].contiguous(),
+        "attention_mask": torch.cat((mask, mask[:, -NEW:]), 1),
     }
     if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = torch.arange(past, past + _NEW).expand(batch, _NEW).contiguous()
+        inputs["position_ids"] = torch.arange(past, past + NEW).expand(batch, NEW).contiguous()
+    return inputs | stand_ins(by_name(cache, PAST_KEY, PAST_VALUE)), keeping
+
+
+def run_with_cache(model: nn.Module, **inputs: Any) -> Any:
+    """Run a model that is asked for its cache.
+
+    Raises:
+        InputError: it fails.
+    """
+    try:
+        return model(**inputs, use_cache=True, return_dict=True)
+    except (
+        Exception
+    ) as error:  # whatever a model raises that was not made for a cache, or not for these inputs
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{type(model).__name__} fails with {', '.join(inputs)} and use_cache=True ({reason}); "
+            "give an example that it takes, or export it without a cache"
+        ) from error
+
+
+def stand_ins(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, with random numbers in the place of those without values."""
     random = torch.Generator().manual_seed(0)
-    past_values = {
+    return {
         name: torch.randn(value.shape, dtype=value.dtype, generator=random) if value.is_meta else value
-        for name, value in by_name(cache, PAST_KEY, PAST_VALUE).items()
+        for name, value in values.items()
     }
-    return inputs | past_values, keeping
 
 
 def _require_same(model: nn.Module, found: Tensor, expected: Tensor) -> None:
@@ -250,56 +245,16 @@ def _require_same(model: nn.Module, found: Tensor, expected: Tensor) -> None:
         )
 
 
-class _States(NamedTuple):
-    """What an encoder-decoder keeps.
+def token_ids(example: Mapping[str, Any], name: str) -> Tensor:
+    """Return the example's tokens.
 
-    Attributes:
-        own: which of the decoder's layers keep keys and values of the decoder's tokens.
-        cross: which keep those of the encoder's states.
-        width: numbers in one of the encoder's states.
+    Raises:
+        InputError: there are none, or too few.
     """
-
-    own: Keeping
-    cross: Keeping
-    width: int
-
-
-def _both_examples(
-    model: nn.Module, example: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], _States]:
-    """Return the encoder's inputs, the decoder's after a cache, and what is kept."""
-    from transformers.cache_utils import EncoderDecoderCache
-
-    ids = _token_ids(example, "decoder_input_ids")
-    source = {
-        name: value
-        for name, value in example.items()
-        if isinstance(value, Tensor) and name != "labels" and not name.startswith("decoder_")
-    }
-    if "input_ids" in source and "attention_mask" not in source:
-        source["attention_mask"] = torch.ones_like(source["input_ids"])
-    with torch.no_grad():
-        found = model(**source, decoder_input_ids=ids, use_cache=True, return_dict=True)
-        cache = getattr(found, "past_key_values", None)
-        states = _States(
-            keeping_layers(model, getattr(cache, "self_attention_cache", None)),
-            keeping_layers(model, getattr(cache, "cross_attention_cache", None)),
-            found["encoder_last_hidden_state"].shape[-1],
-        )
-        cache = EncoderDecoderCache(empty_cache(states.own), empty_cache(states.cross))
-        model(**source, decoder_input_ids=ids, past_key_values=cache, use_cache=True)
-    given = {"decoder_input_ids": ids[:, -_NEW:].contiguous()}
-    if "input_ids" in source:  # padding in other sources (frames, patches) is the encoder's business alone
-        given["attention_mask"] = source["attention_mask"]
-    given |= by_name(cache.cross_attention_cache, CROSS_KEY, CROSS_VALUE)
-    return source, given | by_name(cache.self_attention_cache, PAST_KEY, PAST_VALUE), states
-
-
-def _token_ids(example: Mapping[str, Any], name: str) -> Tensor:
     ids = example.get(name)
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < _NEW:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < NEW:
         raise InputError(
-            f"the example needs {name} of [batch, length] with at least {_NEW} tokens for a cached graph"
+            f"the example needs {name} of [batch, length] with at least {NEW} tokens for a cached graph"
         )
     return ids
 
@@ -313,48 +268,5 @@ def _causal_forward(model: nn.Module, keeping: Keeping) -> Forward:
         cache = filled_cache(keeping, inputs, PAST_KEY, PAST_VALUE)
         found = forward(**given, past_key_values=cache, use_cache=True, return_dict=True)
         return {"logits": found.logits, **by_name(cache, PRESENT_KEY, PRESENT_VALUE)}
-
-    return cached
-
-
-def _encoder_forward(model: nn.Module, states: _States) -> Forward:
-    """Return a forward that gives what the decoder's layers read of the encoder; the decoder itself is dead code."""
-    from transformers.cache_utils import EncoderDecoderCache
-
-    forward = model.forward
-
-    def encoded(**inputs: Tensor) -> dict[str, Tensor]:
-        first = next(iter(inputs.values()))
-        start = torch.zeros(first.shape[0], 1, dtype=torch.long, device=first.device)
-        cache: Any = EncoderDecoderCache(empty_cache(states.own), empty_cache(states.cross))
-        forward(**inputs, decoder_input_ids=start, past_key_values=cache, use_cache=True, return_dict=True)
-        return by_name(cache.cross_attention_cache, CROSS_KEY, CROSS_VALUE)
-
-    return encoded
-
-
-def _decoder_forward(model: nn.Module, kept: _States) -> Forward:
-    """Return a forward of the decoder alone, which reads the encoder's keys and values and never its states."""
-    from transformers.cache_utils import EncoderDecoderCache
-    from transformers.modeling_outputs import BaseModelOutput
-
-    forward = model.forward
-
-    def cached(**inputs: Tensor) -> dict[str, Tensor]:
-        given = {name: value for name, value in inputs.items() if not name.startswith(("past_", "cross_"))}
-        own = filled_cache(kept.own, inputs, PAST_KEY, PAST_VALUE)
-        cache: Any = EncoderDecoderCache(own, empty_cache(kept.cross))
-        cache.cross_attention_cache = filled_cache(kept.cross, inputs, CROSS_KEY, CROSS_VALUE)
-        cache.is_updated = dict.fromkeys(range(len(kept.cross)), True)
-        keys = inputs[CROSS_KEY.format(0)]
-        states = keys.new_zeros(keys.shape[0], keys.shape[2], kept.width)  # for its shape alone
-        found = forward(
-            **given,
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        return {"logits": found.logits, **by_name(own, PRESENT_KEY, PRESENT_VALUE)}
 
     return cached

@@ -241,7 +241,7 @@ class OnnxEncoder(nn.Module):
                 f"{path} gives no keys and values for a decoder; export both parts that "
                 "ti_fx.export.encoder_decoder_with_cache returns"
             )
-        self.main_input_name = next(iter(self.runtime.inputs))
+        self.main_input_name = next(name for name in self.runtime.inputs if not name.endswith("mask"))
 
     def forward(self, attention_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Return what the decoder's layers read: ``cross_key_0``, ... float32 ``[batch, heads, source, size]``.

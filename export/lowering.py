@@ -34,6 +34,7 @@ from ti_fx.export import ops
 from ti_fx.export.fusion import FUSED_OPSET, fuse
 from ti_fx.export.layouts import UINT2
 from ti_fx.export.numbers import write_numbers
+from ti_fx.export.pairs import write_pairs
 from ti_fx.export.storage import Weights, insert, looked_up
 from ti_fx.export.student import PackedWeight, as_packed, packed_weights
 from ti_fx.graph import aten_name, constant_size, fork, state, supersede, tensor
@@ -124,6 +125,7 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
     _drop_dropout(copy)
     _drop_squeezes(copy)
     _write_fixed_sizes(copy)
+    write_pairs(copy.graph)
     products = [found for node in copy.graph.nodes if (found := match_product(node)) is not None]
     integers, blocks = (
         {one.weight.codes_name: one.transposed for one in products if bool(one.lowering.block) == by_blocks}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
 
 from ti_fx.export.storage import insert
-from ti_fx.graph import aten_name, supersede
+from ti_fx.graph import aten_name, supersede, tensor
 
 aten = torch.ops.aten
 _NEUTRAL = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0}
@@ -31,6 +33,9 @@ def write_numbers(graph: Graph) -> None:
             _position(node)
         elif name == "add" and len(node.args) == 2 and not isinstance(node.args[0], Node):
             _sum_with_number(node)
+        elif name == "erfinv" and node.meta["val"].dim() == 0 and _is_fixed(node):
+            number = float(_value(node))
+            supersede(node, insert(node, aten.scalar_tensor.default, number))
         elif name in _NEUTRAL and not node.kwargs and getattr(node.target, "_overloadname", "") == "Tensor":
             _nearly_neutral(node, _NEUTRAL[name])
 
@@ -64,6 +69,23 @@ def _sum_with_number(node: Node) -> None:
     if "alpha" in node.kwargs:
         scaled = insert(node, aten.mul.Scalar, scaled, node.kwargs["alpha"])
     supersede(node, insert(node, aten.add.Scalar, scaled, number))
+
+
+def _is_fixed(node: Node) -> bool:
+    return node.op != "placeholder" and all(_is_fixed(source) for source in node.all_input_nodes)
+
+
+def _value(node: Any) -> Any:
+    """Compute what a fixed node gives; what is no node is its own value."""
+    if not isinstance(node, Node):
+        return node
+    if node.op == "get_attr":
+        module = node.graph.owning_module
+        assert module is not None
+        return tensor(module, str(node.target))
+    assert callable(node.target)
+    args, kwargs = map_aggregate((node.args, node.kwargs), _value)
+    return node.target(*args, **kwargs)
 
 
 def _nearly_neutral(node: Node, neutral: float) -> None:

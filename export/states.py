@@ -11,7 +11,7 @@ from ti_fx.errors import InputError
 
 PAST_KEY, PAST_VALUE = "past_key_{}", "past_value_{}"
 PRESENT_KEY, PRESENT_VALUE = "present_key_{}", "present_value_{}"
-CROSS_KEY, CROSS_VALUE = "cross_key_{}", "cross_value_{}"
+CROSS_KEY, CROSS_VALUE, CROSS_MASK = "cross_key_{}", "cross_value_{}", "cross_mask"
 
 # For each layer of a model, whether it keeps keys and values of its own. Graphs and files number those that do.
 Keeping = tuple[bool, ...]

@@ -38,6 +38,8 @@ def become(gm: GraphModule, student: GraphModule) -> list[str]:
     refresh(gm, ())
     halves = False
     for name in found.keys() - weights.keys():
+        if is_constant(name):
+            continue
         half = half_name(name)
         if name in kept:
             register(gm, name, tensor(student, name))
@@ -54,6 +56,11 @@ def become(gm: GraphModule, student: GraphModule) -> list[str]:
     if recipe is not None:
         state(gm)["recipe"] = recipe
     return missing
+
+
+def is_constant(name: str) -> bool:
+    """Whether a graph's tensor is no model's, but was made in the forward: two graphs number theirs differently."""
+    return name.rpartition(".")[2].startswith("lifted_tensor_")
 
 
 def _quantisers(student: GraphModule, weights: Collection[str]) -> QuantizeActivations:

@@ -14,7 +14,15 @@ import torch
 from models import bert_model, gpt2_model, llama_model, t5_model, text_example, tokens
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+from transformers import (
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Speech2TextConfig,
+    Speech2TextForConditionalGeneration,
+    T5ForConditionalGeneration,
+)
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 import ti_fx
 from ti_fx.errors import ExportError, InputError, PreconditionError
@@ -27,6 +35,7 @@ from ti_fx.export import (
     write_genai_config,
 )
 from ti_fx.export.generation import OnnxCausalLM, OnnxSeq2SeqLM
+from ti_fx.export.states import keeping_layers
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 from ti_fx.pipeline import Pass
 
@@ -164,6 +173,81 @@ def test_sampling_follows_the_seed(decoder: Decoder) -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
+class WithMemory(LlamaForCausalLM):  # type: ignore[no-untyped-call]
+    """Keeps more than keys and values: how often it ran."""
+
+    runs = 0.0
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        self.runs += 1
+        found = super().forward(*arguments, **options)
+        found.logits = found.logits * self.runs
+        return found
+
+
+def test_windows_and_experts_have_a_cache(tmp_path: Path) -> None:
+    """Longer than a window, which transformers' own cache would cut; a router's softmax is no attention."""
+    config = MixtralConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        num_local_experts=2,
+        sliding_window=4,
+        vocab_size=64,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    model = in_eval(MixtralForCausalLM(config))
+    differing(model)
+    example = {"input_ids": torch.randint(64, (2, 7))}
+    student = packed(model, example)
+    cached, inputs = with_cache(student, model, example)
+    runtime: Any = OnnxCausalLM(to_onnx(cached, tmp_path / "mixtral.onnx", inputs).path, config)
+    ids = torch.randint(64, (2, 6))
+    found = runtime.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with torch.no_grad():
+        expected = ids
+        for _ in range(6):
+            logits = student(input_ids=expected)["logits"]
+            expected = torch.cat((expected, logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(found, expected)
+    assert len(set(found[:, 6:].flatten().tolist())) > 3
+
+
+def test_what_keeps_more_than_keys_and_values_is_refused(decoder: Decoder) -> None:
+    cache: Any = DynamicCache()
+    cache.layers = [LinearAttentionLayer()]
+    with pytest.raises(InputError, match=r"layer 0 of LlamaForCausalLM keeps other states .*LinearAttention"):
+        keeping_layers(decoder.model, cache)
+    model = in_eval(WithMemory(decoder.model.config))
+    with pytest.raises(InputError, match="other logits after a cache than without"):
+        with_cache(decoder.student, model, text_example(batch=2))
+
+
+def test_a_model_that_fails_with_a_cache_is_refused(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(**options: Any) -> None:
+        raise ValueError("no cache here")
+
+    monkeypatch.setattr(decoder.model, "forward", forward)
+    with pytest.raises(
+        InputError, match=r"fails with input_ids, attention_mask and use_cache.*no cache here"
+    ):
+        with_cache(decoder.student, decoder.model, text_example(batch=2))
+
+
+def test_what_reads_more_than_text_is_refused() -> None:
+    model, example = in_eval(gpt2_model(n_layer=1)), text_example(batch=2)
+    student = packed(model, {**example, "token_type_ids": torch.zeros_like(example["input_ids"])})
+    with pytest.raises(
+        InputError, match="the student takes token_type_ids, and a graph with a cache takes text"
+    ):
+        with_cache(student, model, example)
+
+
 @pytest.mark.slow
 def test_a_tied_head_and_learned_positions_have_a_cache_too(tmp_path: Path) -> None:
     model, example = in_eval(gpt2_model()), text_example(batch=2)
@@ -290,6 +374,84 @@ def test_one_graph_and_two_are_not_confused(decoder: Decoder, translator: Transl
         OnnxSeq2SeqLM(of_decoder, of_decoder, translator.model.config)
     with pytest.raises(InputError, match="reads no encoder"):
         OnnxSeq2SeqLM(encoder, decoder.report.path, translator.model.config)
+
+
+def test_an_encoder_decoder_without_values_has_the_same_graphs(translator: Translator) -> None:
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(translator.model.config)
+    found = encoder_decoder_with_cache(translator.student, in_eval(model), translation_example())
+    expected = encoder_decoder_with_cache(translator.student, translator.model, translation_example())
+    for one, other in zip(found, expected, strict=True):
+        with torch.no_grad():
+            values, wanted = one.gm(**other.inputs), other.gm(**other.inputs)
+        for name, value in wanted.items():
+            torch.testing.assert_close(values[name], value, rtol=0, atol=1e-5)
+
+
+def speech_model() -> Speech2TextForConditionalGeneration:
+    torch.manual_seed(0)
+    config = Speech2TextConfig(
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        vocab_size=64,
+        input_feat_per_channel=8,
+        conv_channels=16,
+        max_source_positions=64,
+        max_target_positions=32,
+    )
+    model: Speech2TextForConditionalGeneration = in_eval(Speech2TextForConditionalGeneration(config))
+    differing(model)
+    return model
+
+
+def speech_example() -> dict[str, Tensor]:
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[1, 12:] = 0
+    return {
+        "input_features": torch.randn(2, 24, 8),
+        "attention_mask": mask,
+        "decoder_input_ids": torch.randint(64, (2, 5)),
+    }
+
+
+def test_padding_of_what_is_heard_reaches_the_decoder() -> None:
+    """The encoder has fewer states than the input has frames, so the model makes their mask itself."""
+    model, example = speech_model(), speech_example()
+    student = packed(model, example)
+    encoder, decoder = encoder_decoder_with_cache(student, model, example)
+    assert "cross_mask" in decoder.inputs
+    assert "attention_mask" not in decoder.inputs
+    empty = {name: value[:, :, :0] for name, value in decoder.inputs.items() if name.startswith("past_")}
+    with torch.no_grad():
+        kept = encoder.gm(**{name: example[name] for name in encoder.inputs})
+        found = decoder.gm(decoder_input_ids=example["decoder_input_ids"], **kept, **empty)["logits"]
+        expected = student(**example)["logits"]
+        heard = student(**{**example, "attention_mask": torch.ones(2, 24, dtype=torch.long)})["logits"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(heard, expected, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_what_is_heard_is_generated_from(tmp_path: Path) -> None:
+    model, example = speech_model(), speech_example()
+    encoder, decoder = encoder_decoder_with_cache(packed(model, example), model, example)
+    paths = [
+        to_onnx(part.gm, tmp_path / f"{name}.onnx", part.inputs).path
+        for name, part in (("encoder", encoder), ("decoder", decoder))
+    ]
+    runtime: Any = OnnxSeq2SeqLM(paths[0], paths[1], model.config)
+    options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "decoder_start_token_id": 1}
+    given = {name: example[name] for name in ("input_features", "attention_mask")}
+    found = runtime.generate(**given, **options)
+    alone = runtime.generate(**{name: value[1:] for name, value in given.items()}, **options)
+    assert torch.equal(found[1:], alone)
+    everything = runtime.generate(input_features=given["input_features"][:1], **options)
+    assert torch.equal(everything, found[:1])
 
 
 def test_what_is_kept_in_half_precision_stays_so_with_a_cache() -> None:
