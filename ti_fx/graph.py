@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import copy
 import heapq
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,51 @@ def erase_dead(nodes: Iterable[Node]) -> None:
     for node in reversed(list(nodes)):
         if not node.users and not node.is_impure():
             erase(node)
+
+
+def erase_dead_writes(graph: Graph) -> None:
+    """Erase what leads to no output, writes into tensors included that only such nodes read.
+
+    (``eliminate_dead_code`` keeps every write, and with it all that it reads.)
+    """
+    groups: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        groups.setdefault(_origin(node), []).append(node)
+    writes = [node for node in graph.nodes if written_arguments(node)]
+    live: set[Node] = set()
+    wanted = [
+        node
+        for node in graph.nodes
+        if node.op in ("placeholder", "output") or (node.is_impure() and node not in writes)
+    ]
+    while wanted:
+        while wanted:
+            node = wanted.pop()
+            if node not in live:
+                live.add(node)
+                wanted.extend(node.all_input_nodes)
+        wanted = [
+            node
+            for node in writes
+            if node not in live
+            and any(one in live for written in written_arguments(node) for one in groups[_origin(written)])
+        ]
+    for node in reversed(list(graph.nodes)):
+        if node not in live:
+            erase(node)
+
+
+def _origin(node: Node) -> Node:
+    """Return the node that made the tensor which this one is, is a view of, or is one of."""
+    while _gives_its_input(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _gives_its_input(node: Node) -> bool:
+    returns: Any = getattr(getattr(node.target, "_schema", None), "returns", ())
+    aliases = bool(returns) and returns[0].alias_info is not None
+    return bool(node.all_input_nodes) and (aliases or node.target is operator.getitem)
 
 
 def call(
