@@ -41,7 +41,7 @@ from ti_fx.export.states import (
 )
 from ti_fx.export.student import require_packed
 from ti_fx.export.transfer import become, is_constant
-from ti_fx.graph import erase_dead_writes, input_names, mode, prune, register, state
+from ti_fx.graph import constant_size, erase_dead_writes, input_names, mode, prune, register, state
 from ti_fx.metadata import move_to_cpu
 from ti_fx.program import Dynamic, forward_of_tensors
 
@@ -112,6 +112,7 @@ def captured(
         gm = capture(model, inputs, dynamic=dynamic).eval()
         erase_dead_writes(gm.graph)  # a decoder with experts, in the encoder's graph
         gm.recompile()
+        _require_free(gm, model)
         _name_sizes(gm)
         if without_values(model):
             _stand_in(gm)
@@ -140,6 +141,25 @@ def _stand_in(gm: GraphModule) -> None:
             is_parameter = isinstance(stored, nn.Parameter)
             register(gm, name, nn.Parameter(zeros, requires_grad=False) if is_parameter else zeros)
     move_to_cpu(gm)
+
+
+def _require_free(gm: GraphModule, model: nn.Module) -> None:
+    """Refuse a graph that holds values or lengths of its example, with which no text goes on.
+
+    Raises:
+        CaptureError: it does.
+    """
+    why = "so that a graph with a cache would hold the example's; export it without a cache"
+    baked = sorted(state(gm).get("baked", {}))
+    if baked:
+        raise CaptureError(
+            f"{type(model).__name__} decides in Python by the values of {', '.join(baked)}, {why}"
+        )
+    lengths = {"input_ids": 1, "decoder_input_ids": 1, PAST_KEY.format(0): 2}
+    inputs = {str(node.target): node for node in gm.graph.find_nodes(op="placeholder")}
+    for name, node in inputs.items() if PAST_KEY.format(0) in inputs else ():
+        if name in lengths and constant_size(node.meta["val"].shape[lengths[name]]) is not None:
+            raise CaptureError(f"the code of {type(model).__name__} fixes the length of {name}, {why}")
 
 
 def _name_sizes(gm: GraphModule) -> None:

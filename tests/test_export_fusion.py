@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ti_fx
+from ti_fx.errors import ExportError
 from ti_fx.export import ops
-from ti_fx.export.fusion import fuse
+from ti_fx.export.fusion import FUSED_OPSET, fuse
+from ti_fx.export.lowering import lower
+from ti_fx.export.numbers import write_numbers
+from ti_fx.export.pairs import write_pairs
 from ti_fx.graph import aten_name
 
 SIZE, HEADS = 8, 2
@@ -112,3 +116,70 @@ def test_what_only_looks_like_it_is_left_as_it_is(spoilt: str, lost: dict[str, i
     whole = Counter({"rms_norm": 1, "rotary": 2, "attention_with_cache": 1})
     _, found = fused(**{spoilt: True})
     assert found == whole - Counter(lost)
+
+
+class TwoReaders(Block):
+    """A second block that attends to the keys and values of the first, as some models' later layers do."""
+
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor, past: Tensor) -> dict[str, Tensor]:
+        found = super().forward(x, angles, mask, past)
+        query = self.query(x).unflatten(-1, (-1, SIZE)).transpose(1, 2)
+        keys, values = (found[name].expand(-1, HEADS, -1, -1) for name in ("keys", "values"))
+        weights = (query @ keys.transpose(2, 3) * SIZE**-0.5 + mask).softmax(-1)
+        return {**found, "second": (weights @ values).transpose(1, 2).flatten(2)}
+
+
+def test_a_cache_belongs_to_one_of_the_blocks_that_read_it() -> None:
+    torch.manual_seed(0)
+    gm = ti_fx.capture(TwoReaders().train(False), example())
+    fuse(gm.graph)
+    gm.graph.lint()
+    found = Counter(node.target for node in gm.graph.nodes)
+    assert (found[ops.attention_with_cache], found[ops.attention]) == (1, 1)
+    output: Any = gm.graph.output_node().args[0]
+    (block,) = (node for node in gm.graph.nodes if node.target is ops.attention_with_cache)
+    assert output["keys"].args == (block, 1)
+    assert output["values"].args == (block, 2)
+
+
+class Rotated(nn.Module):
+    """Rotary positions as DeepSeek-V2 and Llama 4 write them, and a number that transformers asks erfinv of."""
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        table = torch.polar(torch.ones_like(angles), angles) * 1.5
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * table.unsqueeze(1)
+        kept = torch.tensor(0.95)
+        return torch.view_as_real(pairs).flatten(3) * torch.erfinv(2 * kept - 1)
+
+
+def test_complex_numbers_and_erfinv_are_written_without_either() -> None:
+    given = {"x": torch.randn(2, 3, 5, SIZE), "angles": torch.randn(2, 5, SIZE // 2)}
+    gm = ti_fx.capture(Rotated(), given)
+    expected = gm(**given)
+    write_pairs(gm.graph)
+    write_numbers(gm.graph)
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    assert not {"polar", "view_as_complex", "view_as_real", "erfinv"} & {aten_name(n) for n in gm.graph.nodes}
+    torch.testing.assert_close(gm(**given), expected)
+
+
+def test_complex_numbers_without_a_rule_are_refused() -> None:
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_real(torch.view_as_complex(x).conj().resolve_conj() + 1)
+
+    gm = ti_fx.capture(Turned(), {"x": torch.randn(3, 4, 2)})
+    with pytest.raises(ExportError, match="computes with complex numbers, which ONNX lacks"):
+        write_pairs(gm.graph)
+
+
+def test_a_size_that_can_be_only_one_is_written_as_a_number() -> None:
+    class Sliced(nn.Module):
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return table[max(0, 1 - 2 * x.shape[1]) :] + x.sum()
+
+    gm = ti_fx.capture(Sliced(), {"x": torch.randn(2, 3), "table": torch.randn(4, 5)}, dynamic="all")
+    lowered = lower(gm, FUSED_OPSET)
+    assert not [node for node in lowered.graph.nodes if node.target is torch.sym_max]

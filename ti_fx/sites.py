@@ -221,7 +221,9 @@ class _Finder(Walk):
 
     def from_fused(self, node: Node) -> AttentionSite:
         """Return the block of a fused attention node."""
-        query, key, value = (self.projection(operand, node) for operand in node.all_input_nodes[:3])
+        # keys may be the values, too
+        factors = (operand for operand in node.args[:3] if isinstance(operand, Node))
+        query, key, value = (self.projection(operand, node) for operand in factors)
         return self.complete(query, key, value, None, None, node)
 
     def complete(
