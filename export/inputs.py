@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -154,29 +154,36 @@ def permuted(gm: GraphModule, values: Mapping[str, Tensor], order: Tensor) -> di
 def flat_outputs(gm: GraphModule) -> tuple[GraphModule, dict[str, Node]]:
     """Return a fork that returns its outputs as one tuple, and those outputs by exported name.
 
-    Names are the fields of the model's ModelOutput or the keys of its dict; ``output_0``, ... where there are none.
+    Names are the fields of the model's ModelOutput or the keys of its dict; ``output_0``, ... where there are none. An
+    output that is called as an input (a mask that comes back) is ``output_<name>``: a file can't have both.
 
     Raises:
         ExportError: the graph returns something that is not a tensor.
     """
     flat = fork(gm)
     output = flat.graph.output_node()
-    leaves = {_output_name(name): node for name, node in named_leaves(output.args[0]).items()}
+    inputs = {str(node.target) for node in flat.graph.find_nodes(op="placeholder")}
+    leaves = {_output_name(name, inputs): node for name, node in named_leaves(output.args[0]).items()}
     for name, node in leaves.items():
         if not isinstance(node.meta.get("val"), Tensor):
             raise ExportError(f"output {name!r} (%{node.name}) is not a tensor; return tensors only")
     if not leaves:
         raise ExportError("the graph returns no tensor, so there is nothing to export")
+    for name, node in leaves.items():
+        if node.op == "placeholder":  # or the exporter gives the input the output's name
+            with flat.graph.inserting_before(output):
+                leaves[name] = flat.graph.call_function(torch.ops.aten.clone.default, (node,))
+            leaves[name].meta = dict(node.meta)
     output.args = (tuple(leaves.values()),)
     erase_dead(node for node in flat.graph.nodes if is_container(node))
     flat.recompile()
     return flat, {str(name): node for name, node in leaves.items()}
 
 
-def _output_name(name: str) -> str:
+def _output_name(name: str, inputs: Collection[str]) -> str:
     if name == "output":
         return "output_0"
-    return f"output_{name}" if name[:1].isdigit() else name
+    return f"output_{name}" if name[:1].isdigit() or name in inputs else name
 
 
 def run_graph(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -209,6 +209,8 @@ def _chosen(
     node: Node, values: Mapping[Node, Tensor], got: Tensor, expected: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return what topk and sort chose, in order: they may take equals in any, and without ``sorted`` all."""
+    while aten_name(node) == "to":
+        node = node.args[0]  # type: ignore[assignment]
     whole = node.args[0] if node.target is operator.getitem else None
     if not isinstance(whole, Node) or aten_name(whole) not in _ORDERS:
         return got, expected
@@ -216,7 +218,7 @@ def _chosen(
     position = 2 if aten_name(whole) == "topk" else 1
     dim: Any = whole.args[position] if len(whole.args) > position else whole.kwargs.get("dim", -1)
     if not got.is_floating_point() and source in values:
-        got, expected = values[source].gather(dim, got), values[source].gather(dim, expected)
+        got, expected = (values[source].gather(dim, places.long()) for places in (got, expected))
     return got.sort(dim).values, expected.sort(dim).values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from transformers import BertConfig, BertForSequenceClassification
 
 import ti_fx
 from ti_fx.errors import EncodingMismatch, ExportError, InputError, ParityError, PreconditionError
-from ti_fx.export import ExportReport, Runtime, check, parity, session, to_onnx
+from ti_fx.export import ExportReport, Runtime, check, nodes, parity, session, to_onnx
 from ti_fx.export import inputs as io
 from ti_fx.export.writer import Options, write_files
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
@@ -393,3 +394,32 @@ def test_outputs_may_have_several_rows_for_each_of_the_batch(tmp_path: Path) -> 
 
     report = to_onnx(packed(Books(), layers_example()), tmp_path / "books.onnx", layers_example())
     assert any("permuted" in row.case for row in report.parity.differences)
+
+
+def test_an_input_that_is_returned_keeps_its_name(tmp_path: Path) -> None:
+    class Returning(Layers):
+        def forward(self, values: Tensor) -> dict[str, Tensor]:
+            return {**super().forward(values), "values": values, "again": values}
+
+    report = to_onnx(packed(Returning(), layers_example()), tmp_path / "returning.onnx", layers_example())
+    runtime = Runtime(report.path)
+    assert (list(runtime.inputs), list(runtime.outputs)) == (["values"], ["logits", "output_values", "again"])
+    found = runtime(layers_example())
+    for name in ("output_values", "again"):
+        np.testing.assert_array_equal(found[name], layers_example()["values"])
+
+
+def test_equals_may_be_chosen_in_any_order() -> None:
+    """What topk returns of equal values is open, and with it the indices, in whatever type they are read."""
+    graph = Graph()
+    source = graph.placeholder("source")
+    chosen = graph.call_function(torch.ops.aten.topk.default, (source, 3))
+    places = graph.call_function(operator.getitem, (chosen, 1))
+    short = graph.call_function(torch.ops.aten.to.dtype, (places, torch.int32))
+    values = {source: torch.tensor([[4.0, 0.0, 7.0, 0.0]])}
+    for node, dtype in ((places, torch.int64), (short, torch.int32)):
+        pair = [torch.tensor([[2, 0, last]], dtype=dtype) for last in (1, 3)]
+        got, expected = nodes._chosen(node, values, *pair)
+        assert torch.equal(got, expected)
+        got, expected = nodes._chosen(node, values, pair[0], torch.tensor([[2, 1, 3]], dtype=dtype))
+        assert not torch.equal(got, expected)
