@@ -112,10 +112,10 @@ def captured(
         gm = capture(model, inputs, dynamic=dynamic).eval()
         erase_dead_writes(gm.graph)  # a decoder with experts, in the encoder's graph
         gm.recompile()
-        _require_free(gm, model)
+        require_free(gm, model)
         _name_sizes(gm)
         if without_values(model):
-            _stand_in(gm)
+            stand_in(gm)
         else:
             _compare_states(gm, model, inputs)
     return CachedGraph(gm, inputs)
@@ -126,7 +126,7 @@ def without_values(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _stand_in(gm: GraphModule) -> None:
+def stand_in(gm: GraphModule) -> None:
     """Let zeros, of four bytes in all, stand in for each tensor without values until it becomes the student's."""
     prune(gm)  # gives it containers of its own
     for name, stored in [*gm.named_parameters(), *gm.named_buffers()]:
@@ -136,14 +136,14 @@ def _stand_in(gm: GraphModule) -> None:
                     f"the forward makes the constant {name} on the model's device, where it has no value; "
                     "give the model with its values"
                 )
-            zeros = torch.zeros(min(1, stored.numel()), dtype=stored.dtype)
-            zeros = zeros.expand(stored.shape) if stored.numel() else zeros.reshape(stored.shape)
+            one = torch.zeros((), dtype=stored.dtype)
+            zeros = one.expand(stored.shape) if stored.numel() else one.new_zeros(stored.shape)
             is_parameter = isinstance(stored, nn.Parameter)
             register(gm, name, nn.Parameter(zeros, requires_grad=False) if is_parameter else zeros)
     move_to_cpu(gm)
 
 
-def _require_free(gm: GraphModule, model: nn.Module) -> None:
+def require_free(gm: GraphModule, model: nn.Module) -> None:
     """Refuse a graph that holds values or lengths of its example, with which no text goes on.
 
     Raises:

@@ -247,18 +247,20 @@ class OnnxEncoder(nn.Module):
         """Return what the decoder's layers read: ``cross_key_0``, ... float32 ``[batch, heads, source, size]``.
 
         The inputs are those of the file, and options of ``generate``, which change nothing here; ``attention_mask``
-        counts every token if left out.
+        counts every token (or sample) if left out.
+
+        Raises:
+            InputError: it is left out where it can't be told how long it is.
         """
         inputs = self.runtime.inputs
         feed = {name: value for name, value in kwargs.items() if name in inputs}
         if "attention_mask" in inputs:
-            first = feed[self.main_input_name]
-            axis = inputs[self.main_input_name].shape.index(inputs["attention_mask"].shape[1])
-            feed["attention_mask"] = (
-                torch.ones(first.shape[0], first.shape[axis], dtype=torch.long)
-                if attention_mask is None
-                else attention_mask.long()
-            )
+            if attention_mask is None:
+                first = feed[self.main_input_name]
+                if first.ndim != 2:
+                    raise InputError(f"{self.main_input_name} needs its attention_mask; give it, too")
+                attention_mask = torch.ones(first.shape, dtype=torch.long)
+            feed["attention_mask"] = attention_mask.long()
         return {name: torch.from_numpy(value) for name, value in self.runtime(feed).items()}
 
 
