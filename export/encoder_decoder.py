@@ -99,7 +99,7 @@ class _States(NamedTuple):
     Attributes:
         own: which of the decoder's layers keep keys and values of the decoder's tokens.
         cross: which keep those of the encoder's states.
-        made: what the encoder returned for the example.
+        made: what the encoder returned for the example; its first field has the states.
         masked: the module that is given a mask of those states which the model made itself; None if it makes none.
     """
 
@@ -114,6 +114,7 @@ def _both_examples(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], _States]:
     """Return the encoder's inputs, the decoder's after a cache, and what is kept."""
     from transformers.cache_utils import EncoderDecoderCache
+    from transformers.modeling_outputs import BaseModelOutput
 
     ids = token_ids(example, "decoder_input_ids")
     source = {
@@ -132,11 +133,13 @@ def _both_examples(
         for module in model.modules():
             stack.enter_context(_mask_of_states(module, partial(_noted, masks, module)))
         decode = partial(run_with_cache, model, **_encoded(model, given), decoder_input_ids=ids)
-        cache = getattr(decode(), "past_key_values", None)
+        found = decode()
+        cache = getattr(found, "past_key_values", None)
         own = keeping_layers(model, getattr(cache, "self_attention_cache", None))
         cross = keeping_layers(model, getattr(cache, "cross_attention_cache", None))
         cache = EncoderDecoderCache(empty_cache(own), empty_cache(cross))
         decode(past_key_values=cache)
+    made = decode.keywords.get("encoder_outputs") or BaseModelOutput(found["encoder_last_hidden_state"])
     masked, mask = masks[0] if masks else (None, None)  # the outermost module is the first
     inputs = {"decoder_input_ids": example["decoder_input_ids"][:, -NEW:].contiguous()}
     if mask is None or torch.equal(mask, source.get("attention_mask", mask.new_zeros(0))):
@@ -147,13 +150,18 @@ def _both_examples(
         inputs[CROSS_MASK] = mask
     inputs |= stand_ins(by_name(cache.cross_attention_cache, CROSS_KEY, CROSS_VALUE))
     inputs |= stand_ins(by_name(cache.self_attention_cache, PAST_KEY, PAST_VALUE))
-    return source, inputs, _States(own, cross, decode.keywords["encoder_outputs"], masked)
+    return source, inputs, _States(own, cross, made, masked)
 
 
 def _encoded(model: nn.Module, source: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Run the encoder alone, as ``generate`` does, and return what the model is called with for its decoder."""
+    """Run the encoder alone, as ``generate`` does, and return what the model is called with for its decoder.
+
+    Where the encoder takes only a part of the inputs (texts, and images are embedded before it), those are returned.
+    """
     encoder: Any = model.get_encoder()  # type: ignore[operator]
     taken = inspect.signature(encoder.forward).parameters
+    if any(name not in taken and not name.endswith("mask") for name in source):
+        return dict(source)
     given = {name: value for name, value in source.items() if name in taken or "kwargs" in taken}
     made = encoder(**given, return_dict=True)
     mask = {name: value for name, value in source.items() if name == "attention_mask"}
