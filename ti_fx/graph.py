@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import copy
 import heapq
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
