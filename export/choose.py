@@ -113,6 +113,10 @@ def choose_encoding(
         InputError: an encoding is not known; a limit is given where the system does not say what memory is used.
         ExportError: none fits within the limit.
     """
+    if isinstance(candidates, str) or not candidates or rounds < 1:
+        raise InputError(
+            f"candidates is {candidates!r} and rounds {rounds}; give at least one encoding in a list, and one round"
+        )
     for name in candidates:
         get_encoding(name)
     student = _packed(gm)

@@ -200,4 +200,9 @@ def run_graph(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
         raise InputError(
             f"the example holds an id beyond its table ({error}); give ids that the model knows"
         ) from error
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the graph can't run these inputs ({reason}); are they longer than the model takes?"
+        ) from error
     return dict(zip(leaves, values, strict=True))

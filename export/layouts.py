@@ -52,6 +52,11 @@ class Layout:
         return self.table().shape[1]
 
     @property
+    def table_name(self) -> str:
+        """The name of the table in a file that unpacks by it."""
+        return f"codes_of_{self.name.partition('-')[0]}"
+
+    @property
     def turned(self) -> Layout:
         """The layout of the transposed matrix."""
         return LAYOUTS[f"{self.name}-transposed"]

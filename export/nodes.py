@@ -157,8 +157,9 @@ def _cut(model: onnx.ModelProto, values: Mapping[str, Tensor]) -> _Cut:
                 node.input[index] = _GIVEN + name
                 given.add(name)
     for name in sorted(given):
-        kind = onnx.helper.np_dtype_to_tensor_dtype(values[name].numpy().dtype)
-        graph.input.append(onnx.helper.make_tensor_value_info(_GIVEN + name, kind, None))
+        value = values[name]
+        kind = onnx.helper.np_dtype_to_tensor_dtype(value.numpy().dtype)
+        graph.input.append(onnx.helper.make_tensor_value_info(_GIVEN + name, kind, list(value.shape)))
     inputs = {value.name for value in graph.input}
     del graph.output[:]
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in compared)
@@ -171,6 +172,8 @@ def _compared(
     worst, worst_node, most, most_node = 0.0, "", 0.0, ""
     for name, array in found.items():
         node = nodes[name]
+        if array.dtype.kind not in "biuf":
+            raise ParityError(f"{where(node)} is the first node that differs: no numbers in ONNX Runtime")
         got, expected = torch.from_numpy(array), values[node]
         if got.shape != expected.shape or got.dtype != expected.dtype:
             raise ParityError(

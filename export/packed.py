@@ -243,7 +243,23 @@ def compare_tensors(content: FileContent, gm: GraphModule) -> int:
                 f"packed tensor {target}, read by {_reader(gm, target)}, is not the graph's in the file: "
                 f"{_difference(found, expected)}; check it with the graph it came from"
             )
+    for item in stored.values():
+        if item.kind in LAYOUTS:
+            _compare_table(content, gm, item)
     return len(shapes)
+
+
+def _compare_table(content: FileContent, gm: GraphModule, item: PackedTensor) -> None:
+    """Compare the table by which codes are unpacked, where the file has one."""
+    layout = LAYOUTS[item.kind]
+    if layout.table_name not in content.initializers:
+        return
+    found, expected = content.array(layout.table_name), layout.table().numpy()
+    if found.shape != expected.shape or not np.array_equal(found, expected):
+        raise ParityError(
+            f"table {layout.table_name}, by which {item.target}, read by {_reader(gm, item.target)}, is unpacked, is "
+            "not what was written; export the file again"
+        )
 
 
 def _reader(gm: GraphModule, target: str) -> str:

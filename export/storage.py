@@ -146,7 +146,7 @@ class Weights:
         supersede(node, insert(node, ops.dequantised_weight, self.codes(weight), self.scale(node, weight)))
 
     def _table(self, before: Node, layout: Layout) -> Node:
-        return self._buffer(before, f"codes_of_{layout.name.partition('-')[0]}", layout.table)
+        return self._buffer(before, layout.table_name, layout.table)
 
     def _buffer(self, before: Node, name: str, make: Callable[[], torch.Tensor]) -> Node:
         if name not in self.gm._buffers:

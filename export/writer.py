@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -37,8 +38,8 @@ from ti_fx.export.student import (
     weight_encodings,
     with_encoding,
 )
-from ti_fx.files import atomic_files, atomic_write, reported
-from ti_fx.graph import mode
+from ti_fx.files import atomic_files, reported
+from ti_fx.graph import mode, tensor
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
@@ -147,21 +148,32 @@ def write_files(files: Mapping[Path, tuple[GraphModule, Example]], options: Opti
                     part.save_pretrained(folder)
         with ExitStack() as places:
             written = [_write(gm, path, example, options, places) for path, (gm, example) in files.items()]
-        for path, (_, replaced) in zip(files, written, strict=True):
-            external.remove(replaced, unless=external.data_file(path))
-        sidecars = _copy_files(Path(folder), path.parent)
-    return [replace(report, sidecars=(*report.sidecars, *sidecars)) for report, _ in written]
+            saved = sorted(file for file in Path(folder).iterdir() if file.is_file())
+            for file in saved:
+                shutil.copyfile(file, written[0].beside / file.name)
+        for path, one in zip(files, written, strict=True):
+            external.remove(one.replaced, unless=external.data_file(path))
+    sidecars = tuple(path.with_name(file.name) for file in saved)
+    return [replace(one.report, sidecars=(*one.report.sidecars, *sidecars)) for one in written]
 
 
-def _write(
-    gm: GraphModule, path: Path, example: Example, options: Options, places: ExitStack
-) -> tuple[ExportReport, Path | None]:
-    """Write a file that takes its place when ``places`` is left, and compare it; return the data file it replaces."""
+@dataclass(frozen=True)
+class _Written:
+    """A file that was written and compared, the folder in which it waits, and the data file that it replaces."""
+
+    report: ExportReport
+    beside: Path
+    replaced: Path | None
+
+
+def _write(gm: GraphModule, path: Path, example: Example, options: Options, places: ExitStack) -> _Written:
+    """Write a file that takes its place when ``places`` is left, and compare it."""
     require_packed(gm)
     _require_cpu(gm)
     student = with_encoding(gm, options.encoding, options.requantize)
     opset = _opset(options.opset, student)
     inputs = io.bind(student, example)
+    _require_finite(gm, inputs)
     outputs = io.run_graph(student, inputs)
     cost = None
     if not same_numerics(student, gm):
@@ -175,7 +187,7 @@ def _write(
     content = packed.open_file(temporary)
     report = parity.compare(temporary, student, inputs, content, options.ram_megabytes)
     shapes = {weight.codes_name: weight.shape for weight in packed_weights(student)}
-    return (
+    return _Written(
         ExportReport(
             path=path,
             bytes=sum(file.stat().st_size for file in beside.iterdir()),
@@ -188,6 +200,7 @@ def _write(
             sidecars=() if content.data is None else (path.with_name(content.data.name),),
             batch_dependent=batch_dependent(student),
         ),
+        beside,
         external.data_file(path),
     )
 
@@ -208,6 +221,19 @@ def _require_cpu(gm: GraphModule) -> None:
             raise ExportError(
                 f"{name} is on {value.device}; export from the CPU: move the model there before capture"
             )
+
+
+def _require_finite(gm: GraphModule, inputs: Mapping[str, Tensor]) -> None:
+    """Refuse what nothing can be compared with: NaN, and a ternary weight without a finite scale."""
+    for weight in packed_weights(gm):
+        if not bool(tensor(gm, weight.scale_name).isfinite().all()):
+            raise InputError(
+                f"weight {weight.parameter} held NaN or infinity when it was packed; mend it before Pack()"
+            )
+    for kind, values in (("parameter", dict(gm.named_parameters())), ("input", inputs)):
+        for name, value in values.items():
+            if value.is_floating_point() and bool(value.isnan().any()):
+                raise InputError(f"{kind} {name} holds NaN, with which nothing can be compared; mend it")
 
 
 def _export(student: GraphModule, inputs: Mapping[str, Tensor], opset: int) -> ir.Model:
@@ -282,15 +308,6 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.metadata_props.clear()
     model.metadata_props.update(facts(gm, student, model, tensors, config))
-
-
-def _copy_files(source: Path, target: Path) -> tuple[Path, ...]:
-    written = []
-    for file in sorted(source.iterdir()):
-        if file.is_file():
-            atomic_write(target / file.name, file.read_bytes())
-            written.append(target / file.name)
-    return tuple(written)
 
 
 def _stored(content: packed.FileContent) -> tuple[StoredTensor, ...]:

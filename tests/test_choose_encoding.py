@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from test_encodings import Model, example, prepared
 
@@ -44,3 +46,9 @@ def test_choosing_measures_every_candidate_and_leaves_the_graph(prepared_before:
     assert all(row.milliseconds > 0 and row.on_disk > 0 for row in found.measured)
     assert found.encoding in ("int8-tensor", "nbits2")
     assert "one run" in str(found)
+
+
+@pytest.mark.parametrize("options", [{"candidates": ()}, {"candidates": "float"}, {"rounds": 0}])
+def test_a_choice_among_nothing_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="give at least one encoding in a list, and one round"):
+        choose_encoding(ti_fx.capture(Model(), example()), example(), **options)

@@ -272,3 +272,9 @@ def test_wrong_options_are_one_line(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exported_file_is_no_model(mixed: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("choose", mixed)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is an exported file, and a model is needed" in err

@@ -412,3 +412,23 @@ def test_one_wrong_byte_of_codes_is_found(files: Files, name: str, tmp_path: Pat
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ParityError, match=r"packed\.table\.weight_codes"):
         check(path, gm, example())
+
+
+@pytest.mark.parametrize("name", ["int8-tensor", "portable"])
+def test_one_wrong_entry_of_the_table_of_codes_is_found(files: Files, name: str, tmp_path: Path) -> None:
+    gm, report = files[name]
+    model = onnx.load(report.path)
+    table = next(one for one in model.graph.initializer if one.name.startswith("codes_of_"))
+    values = onnx.numpy_helper.to_array(table).copy()
+    values[242] *= -1  # which the example's rows need not use
+    table.raw_data = values.tobytes()
+    onnx.save(model, tmp_path / "table.onnx")
+    with pytest.raises(ParityError, match=rf"table {table.name}, by which packed\..*is unpacked"):
+        check(tmp_path / "table.onnx", gm, example())
+
+
+def test_biases_in_half_precision_suit_products_by_blocks(tmp_path: Path) -> None:
+    gm = prepared(QuantizeActivations("nbits2"))
+    ti_fx.Pipeline(Strip(), Pack(kept="float16"))(gm)
+    report = to_onnx(gm, tmp_path / "half.onnx", example())
+    assert "MatMulNBits" in [node.op_type for node in nodes_of(report.path)]

@@ -423,3 +423,77 @@ def test_equals_may_be_chosen_in_any_order() -> None:
         assert torch.equal(got, expected)
         got, expected = nodes._chosen(node, values, pair[0], torch.tensor([[2, 1, 3]], dtype=dtype))
         assert not torch.equal(got, expected)
+
+
+def test_what_can_not_be_saved_beside_leaves_the_older_file(tmp_path: Path) -> None:
+    path, example = tmp_path / "student.onnx", layers_example()
+    to_onnx(packed(Layers(), example), path, example, config=BertConfig())
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    other = Layers()
+    with torch.no_grad():
+        other.first.weight[0] *= -1
+    (tmp_path / "tokenizer.json").mkdir()  # comes after config.json
+
+    class Tokenizer:
+        def save_pretrained(self, folder: str) -> None:
+            (Path(folder) / "tokenizer.json").write_text("{}")
+
+    with pytest.raises(InputError, match=r"tokenizer\.json is a folder"):
+        to_onnx(
+            packed(other, example), path, example, config=BertConfig(hidden_size=24), tokenizer=Tokenizer()
+        )
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*before, "tokenizer.json"])
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("first.weight", "weight first.weight held NaN or infinity when it was packed"),
+        ("norm.bias", "parameter norm.bias holds NaN"),
+        ("", "input values holds NaN"),
+    ],
+)
+def test_nan_is_named(place: str, reason: str, tmp_path: Path) -> None:
+    model, example = Layers(), layers_example()
+    student = None if place else packed(model, example)
+    with torch.no_grad():
+        (model.get_parameter(place) if place else example["values"]).view(-1)[3] = torch.nan
+    if student is None:
+        gm = ti_fx.capture(Layers(), example)
+        gm.load_state_dict(model.state_dict())
+        ti_fx.Pipeline(Ternarize(), QuantizeActivations(), Strip(), Pack())(gm)
+        student = gm
+    with pytest.raises(InputError, match=reason):
+        to_onnx(student, tmp_path / "nan.onnx", example)
+
+
+def test_inputs_that_are_too_long_are_refused_in_one_line(tmp_path: Path) -> None:
+    class Placed(Layers):
+        table: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(6.0))
+
+        def forward(self, values: Tensor) -> dict[str, Tensor]:
+            places = torch.arange(values.shape[1]).expand(values.shape[:2])
+            known = self.table.expand(values.shape[0], 6).gather(1, places)
+            return super().forward(values + known.unsqueeze(-1))
+
+    student = packed(Placed(), layers_example())
+    long = {"values": torch.randn(3, 9, 16)}
+    with pytest.raises(InputError, match=r"can't run these inputs .*are they longer than the model takes"):
+        to_onnx(student, tmp_path / "long.onnx", long)
+
+
+def test_a_mask_that_is_not_read_is_found_with_an_example_without_padding(
+    exported: ExportReport, student: GraphModule, tmp_path: Path
+) -> None:
+    model = onnx.load(exported.path)
+    attention = next(node for node in model.graph.node if node.op_type == "Attention")
+    attention.input[3] = ""
+    onnx.save(model, tmp_path / "unmasked.onnx")
+    whole = {**bert_example(), "attention_mask": torch.ones_like(bert_example()["input_ids"])}
+    with pytest.raises(ParityError, match=r"%\w+ \(.*layer 0\) is the first node that differs"):
+        check(tmp_path / "unmasked.onnx", student, whole)

@@ -57,9 +57,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_files(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success the files in it take their places, else none does.
 
-    They are fsynced and renamed, the one called as ``path`` last. It names the others, whose names must depend on what
-    they hold: so one that is replaced was equal, and until the last rename the old file finds what it names. What a
-    killed process left of its temporary folder is removed.
+    They are fsynced and renamed, the one called as ``path`` last; if that fails, the others are put back. Names of what
+    it can't do without must depend on what they hold: so one that is replaced was equal, and a process that is killed
+    before the last rename leaves the old file with what it names. What it left of its temporary folder is removed.
 
     Raises:
         InputError: the folder is missing, read-only or full. What was there is left as it was.
@@ -112,10 +112,16 @@ def _put_beside(folder: Path, target: Path) -> None:
             os.fsync(content.fileno())
         os.chmod(file, 0o644)
     new: list[Path] = []
+    replaced: dict[Path, Path] = {}
     try:
         for file in others:
             place = target.parent / file.name
-            if not place.exists():
+            if place.is_dir():
+                raise IsADirectoryError(None, f"{place} is a folder")
+            if place.exists():
+                replaced[place] = folder / f"{file.name}.replaced"
+                _link(place, replaced[place])
+            else:
                 new.append(place)
             os.replace(file, place)
         with suppress(OSError):  # some file systems can't sync a folder
@@ -125,8 +131,18 @@ def _put_beside(folder: Path, target: Path) -> None:
         if last.exists():  # not renamed: nothing names the new ones
             for place in new:
                 place.unlink(missing_ok=True)
+            for place, old in replaced.items():
+                os.replace(old, place)
     with suppress(OSError):  # the new files are there and whole; some file systems can't sync a folder
         _sync_folder(target.parent)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @contextmanager

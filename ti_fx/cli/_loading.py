@@ -127,6 +127,10 @@ def load_source(source: str, meta: bool = False) -> Source:
     if path.is_dir():
         model, note = _from_folder(path, meta)
         return Source(f"{type(model).__name__} in {source}", model, example_for(model), note)
+    if path.suffix == ".onnx" and path.is_file():
+        raise InputError(
+            f"{source} is an exported file, and a model is needed: give the one that it came from"
+        )
     if path.exists():
         raise InputError(f"{source} is a file that is no .onnx; {_WAYS}")
     if ":" in source:
