@@ -219,7 +219,7 @@ def _rounding_noise(
     with mode(flat, False), torch.no_grad():
         nudged = _Nudged(flat).run(*inputs.values())
     return {
-        name: _p99((value.double() - expected[name].double()).abs())
+        name: _p99((value.double() - expected[name].double()).abs().nan_to_num(0.0, 0.0))
         for name, value in zip(leaves, nudged, strict=True)
     }
 
@@ -234,10 +234,11 @@ def _p99(difference: Tensor) -> float:
 
 
 def _allowed(expected: Tensor, noise: float | None) -> float:
-    if not expected.numel():
+    finite = _finite(expected)
+    if not finite.numel():
         return 0.0
     if noise is None:
-        return FLOAT_TOLERANCE * max(1.0, float(expected.abs().max()))
+        return FLOAT_TOLERANCE * max(1.0, float(finite.abs().max()))
     span = _span(expected)
     return max(QUANTISED_TOLERANCE * span, min(NOISE_FACTOR * noise, NOISE_CAP * span))
 
@@ -251,8 +252,14 @@ def _tolerance_text(exact: bool) -> str:
     )
 
 
+def _finite(value: Tensor) -> Tensor:
+    """Return the values that are numbers: a row that is all padding may be NaN, or masked scores an infinity."""
+    return value[value.isfinite()]
+
+
 def _span(value: Tensor) -> float:
-    return float(value.max() - value.min()) if value.numel() else 0.0
+    finite = _finite(value)
+    return float(finite.max() - finite.min()) if finite.numel() else 0.0
 
 
 def _difference(name: str, case: str, found: Tensor, expected: Tensor, allowed: float) -> OutputDifference:

@@ -497,3 +497,19 @@ def test_a_mask_that_is_not_read_is_found_with_an_example_without_padding(
     whole = {**bert_example(), "attention_mask": torch.ones_like(bert_example()["input_ids"])}
     with pytest.raises(ParityError, match=r"%\w+ \(.*layer 0\) is the first node that differs"):
         check(tmp_path / "unmasked.onnx", student, whole)
+
+
+@pytest.mark.parametrize("encoding", ["int8-token", "float"])
+def test_rows_that_are_no_numbers_are_compared_as_such(encoding: str, tmp_path: Path) -> None:
+    """A row that is all padding: NaN in both. The allowance for the others is that of their own range."""
+
+    class Padded(Layers):
+        def forward(self, values: Tensor) -> dict[str, Tensor]:
+            logits = super().forward(values)["logits"]
+            return {
+                "logits": torch.where(values[..., :1] > 0.5, logits / torch.zeros_like(logits) * 0, logits)
+            }
+
+    example = layers_example()
+    report = to_onnx(packed(Padded(), example, encoding), tmp_path / "padded.onnx", example)
+    assert all(0 < row.span < 100 and 0 < row.allowed < 100 for row in report.parity.differences)
