@@ -243,17 +243,18 @@ def compare_tensors(content: FileContent, gm: GraphModule) -> int:
                 f"packed tensor {target}, read by {_reader(gm, target)}, is not the graph's in the file: "
                 f"{_difference(found, expected)}; check it with the graph it came from"
             )
-    for item in stored.values():
-        if item.kind in LAYOUTS:
-            _compare_table(content, gm, item)
+    # one table serves all weights of a layout, transposed or not; the first of them names it in a message
+    readers = {
+        LAYOUTS[item.kind].table_name: item for item in reversed(stored.values()) if item.kind in LAYOUTS
+    }
+    for name in readers.keys() & content.initializers.keys():
+        _compare_table(content, gm, readers[name])
     return len(shapes)
 
 
 def _compare_table(content: FileContent, gm: GraphModule, item: PackedTensor) -> None:
-    """Compare the table by which codes are unpacked, where the file has one."""
+    """Compare the table by which a weight's codes are unpacked."""
     layout = LAYOUTS[item.kind]
-    if layout.table_name not in content.initializers:
-        return
     found, expected = content.array(layout.table_name), layout.table().numpy()
     if found.shape != expected.shape or not np.array_equal(found, expected):
         raise ParityError(
