@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ti_fx.capture import capture
-from ti_fx.errors import CaptureError, ExportError, InputError
+from ti_fx.errors import CaptureError, ExportError, InputError, first_line
 from ti_fx.export.inputs import other_sizes, resized
 from ti_fx.export.states import (
     CROSS_KEY,
@@ -237,7 +237,7 @@ def run_with_cache(model: nn.Module, **inputs: Any) -> Any:
     except (
         Exception
     ) as error:  # whatever a model raises that was not made for a cache, or not for these inputs
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             f"{type(model).__name__} fails with {', '.join(inputs)} and use_cache=True ({reason}); "
             "give an example that it takes, or export it without a cache"

@@ -19,7 +19,7 @@ from transformers.image_utils import is_valid_image
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.chat_template_utils import Chat
 
-from ti_fx.errors import InputError
+from ti_fx.errors import InputError, first_line
 from ti_fx.export.generation import OnnxCausalLM, OnnxModel
 from ti_fx.export.runtime import Runtime
 
@@ -94,7 +94,7 @@ class _OfFile:
             plain = str(given) if isinstance(given, Path) else given
             return super().preprocess(plain, **options)  # type: ignore[misc]
         except (OSError, ValueError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise InputError(f"can't make inputs of this {type(given).__name__}: {reason}") from error
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ti_fx.errors import ExportError, InputError
+from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.graph import constant_size, erase_dead, fork, mode, state
 from ti_fx.metadata import fake_mode
 from ti_fx.structure import is_container, named_leaves
@@ -201,7 +201,7 @@ def run_graph(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
             f"the example holds an id beyond its table ({error}); give ids that the model knows"
         ) from error
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             f"the graph can't run these inputs ({reason}); are they longer than the model takes?"
         ) from error

@@ -111,9 +111,10 @@ class Product:
 def lower(gm: GraphModule, opset: int) -> GraphModule:
     """Return a lowered private copy of a packed graph in eval mode; ``gm`` and its tensors are left alone.
 
-    1. training-only modules and needless squeezes go   2. packed look-ups   3. integer and block products   4. what
-    is left of the fake-quantisers   5. what is left of the packed weights   6. what is stored in half precision
-    7. norms, rotary positions and unquantised attention   8. residual sums before a norm   9. numbers in arithmetic
+    1. training-only modules, needless squeezes, sizes that can be only one and complex numbers go   2. packed look-ups
+    3. integer and block products   4. what is left of the fake-quantisers   5. what is left of the packed weights
+    6. what is stored in half precision   7. norms, rotary positions and unquantised attention   8. residual sums before
+    a norm   9. numbers in arithmetic
 
     Raises:
         ExportError: a packed weight is not float32, or the opset can't express an encoding.

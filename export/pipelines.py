@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ti_fx.errors import InputError, MissingExtra, did_you_mean
+from ti_fx.errors import InputError, MissingExtra, did_you_mean, first_line
 from ti_fx.export.runtime import Runtime
 from ti_fx.export.states import CROSS_KEY, PAST_KEY
 
@@ -130,7 +130,7 @@ def _read(path: Path, kind: Any, name: str) -> Any:
     try:
         return kind.from_pretrained(path.parent, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise errors without a common base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(f"can't read {name} beside {path}: {reason}; export it again") from error
 
 

@@ -84,6 +84,11 @@ class MissingExtra(TiFxError, ImportError):
     """An optional dependency is not installed; the message names the extra that installs it."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest known name, or the list of known names."""
     known = list(known)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ti_fx.errors import InputError, did_you_mean
+from ti_fx.errors import InputError, did_you_mean, first_line
 
 BATCH, TOKENS = 2, 12
 _CHECKPOINT = "ti_fx.json"
@@ -192,7 +192,7 @@ def _from_hub(name: str, meta: bool) -> Path:
     except Exception as error:  # the hub's errors and its transport's have no common base
         raise InputError(
             f"there is no folder {name}, the cache of the hub has no such model, and the hub gave none "
-            f"({type(error).__name__}: {_first_line(error)}); download it where there is a network, or {_WAYS}"
+            f"({type(error).__name__}: {first_line(error)}); download it where there is a network, or {_WAYS}"
         ) from error
 
 
@@ -230,7 +230,7 @@ def _from_folder(folder: Path, meta: bool, buffers: bool = False) -> tuple[nn.Mo
         raise
     except Exception as error:
         raise InputError(
-            f"{folder} can't be loaded as {kind.__name__}: {_first_line(error)}; is it complete?"
+            f"{folder} can't be loaded as {kind.__name__}: {first_line(error)}; is it complete?"
         ) from error
     values = "made without values" if meta else "random ones were made from its config"
     return made, values if has_weights else f"no weights in the folder: {values}"
@@ -252,7 +252,7 @@ def _from_factory(source: str, meta: bool) -> tuple[nn.Module, Mapping[str, Any]
             made = factory()
     except Exception as error:
         raise InputError(
-            f"{source}() raised {type(error).__name__}: {_first_line(error)}; call it in Python"
+            f"{source}() raised {type(error).__name__}: {first_line(error)}; call it in Python"
         ) from error
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
@@ -287,9 +287,5 @@ def _module(place: str, source: str) -> ModuleType:
         ) from error
     except Exception as error:
         raise InputError(
-            f"importing {place} raised {type(error).__name__}: {_first_line(error)}; run it in Python"
+            f"importing {place} raised {type(error).__name__}: {first_line(error)}; run it in Python"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from ti_fx.cli._encodings import Encodings
 from ti_fx.cli._loading import load_hollow, load_source
 from ti_fx.encodings import Kept
-from ti_fx.errors import InputError
+from ti_fx.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -144,5 +144,5 @@ def saved_parts(folder: Path | None) -> dict[str, Any]:
             if (folder / name).is_file()
         }
     except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise InputError(f"can't read what lies beside the weights in {folder}: {first}") from error
