@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -293,6 +294,7 @@ def _quiet() -> Iterator[None]:
 def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int, config: Any) -> None:
     """Resolve the markers, leave out the exporter's notes (a tenth of the file), and say what the file is."""
     tensors = packed.resolve_markers(model, student)
+    _share_equal(model.graph, {item.initializer for item in tensors})
     outputs = set(model.graph.outputs)
     for node in model.graph:
         node.metadata_props.clear()
@@ -308,6 +310,27 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.metadata_props.clear()
     model.metadata_props.update(facts(gm, student, model, tensors, config))
+
+
+def _share_equal(graph: ir.Graph, apart: set[str]) -> None:
+    """Store tensors of equal type, shape and bytes once, of any size: the exporter does so up to 1024 values.
+
+    ``apart`` are the packed tensors, which the file's metadata names.
+    """
+    outputs = set(graph.outputs)
+    alike: dict[tuple[Any, ...], list[ir.Value]] = {}
+    for name, value in graph.initializers.items():
+        if name not in apart and value not in outputs and value.const_value is not None:
+            alike.setdefault((value.const_value.dtype, *value.const_value.shape.numpy()), []).append(value)
+    for values in alike.values():
+        first: dict[bytes, ir.Value] = {}
+        for value in values if len(values) > 1 else ():
+            assert value.const_value is not None
+            assert value.name is not None
+            same = first.setdefault(hashlib.sha256(value.const_value.tobytes()).digest(), value)
+            if same is not value:
+                ir.convenience.replace_all_uses_with(value, same)
+                del graph.initializers[value.name]
 
 
 def _stored(content: packed.FileContent) -> tuple[StoredTensor, ...]:

@@ -239,6 +239,25 @@ def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
     assert [row.output for row in report.parity.differences] == ["output_0"] * 3
 
 
+def test_equal_tensors_are_stored_once(tmp_path: Path) -> None:
+    class Offsets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(16, 1100)
+            self.first, self.second, self.other = (nn.Parameter(torch.full((1100,), x)) for x in (1.0, 1.0, 2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ((self.mix(x) + self.first).relu() + self.second).relu() * self.other
+
+    torch.manual_seed(0)
+    example = {"x": torch.randn(2, 5, 16)}
+    gm = packed(Offsets(), example)
+    report = to_onnx(gm, tmp_path / "x.onnx", example)
+    stored = [tensor.name for tensor in report.tensors if tensor.kind == "other" and tensor.shape == (1100,)]
+    assert len(stored) == 3  # the bias, 1 and 2
+    check(tmp_path / "x.onnx", gm, example)
+
+
 def test_unpacked_graphs_are_refused_by_the_missing_pass(tmp_path: Path) -> None:
     gm = ti_fx.capture(Layers(), layers_example())
     with pytest.raises(PreconditionError, match=r"Ternarize\(\)"):
