@@ -244,7 +244,9 @@ def test_equal_tensors_are_stored_once(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.mix = nn.Linear(16, 1100)
-            self.first, self.second, self.other = (nn.Parameter(torch.full((1100,), x)) for x in (1.0, 1.0, 2.0))
+            self.first, self.second, self.other = (
+                nn.Parameter(torch.full((1100,), x)) for x in (1.0, 1.0, 2.0)
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return ((self.mix(x) + self.first).relu() + self.second).relu() * self.other
