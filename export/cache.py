@@ -9,7 +9,8 @@ inputs   input_ids [batch, sequence]                        new tokens
          attention_mask [batch, past + sequence]            1 for every token that counts
          position_ids [batch, sequence]                     where the model's forward takes them
          past_key_0, past_value_0 [batch, heads, past, size], ...   one pair a layer; past may be 0
-outputs  logits [batch, sequence, vocabulary], present_key_0, present_value_0 [batch, heads, past + sequence, size], ...
+outputs  logits [batch, sequence, vocabulary], or [batch, 1, vocabulary] of the last token alone (logits_to_keep=1)
+         present_key_0, present_value_0 [batch, heads, past + sequence, size], ...
 
 An encoder-decoder is two (``ti_fx.export.encoder_decoder``).
 """
@@ -60,7 +61,9 @@ class CachedGraph(NamedTuple):
     inputs: dict[str, Tensor]
 
 
-def with_cache(student: GraphModule, model: nn.Module, example: Mapping[str, Any]) -> CachedGraph:
+def with_cache(
+    student: GraphModule, model: nn.Module, example: Mapping[str, Any], *, logits_to_keep: int = 0
+) -> CachedGraph:
     """Return the packed student of a causal language model with its cache as inputs and outputs, and inputs for it.
 
     Args:
@@ -69,11 +72,13 @@ def with_cache(student: GraphModule, model: nn.Module, example: Mapping[str, Any
             values, on the meta device (then its cached graph is not compared with it).
         example: ``input_ids`` and, if there is any padding, ``attention_mask``, int64 ``[batch, length]`` of at least
             two rows and five tokens.
+        logits_to_keep: 0 gives the logits of every new token; 1 of the last alone, which is all that ``generate``
+            reads of a prompt: the head, a quarter of a small model, then runs once a prompt and not for each token.
 
     Raises:
         PreconditionError: the student is not packed.
         InputError: the model has no cache of keys and values, or keeps more than those between tokens; the student
-            takes more than text; the example has no ``input_ids``.
+            takes more than text; the example has no ``input_ids``; the model can't leave out logits.
         CaptureError: the model can't be captured with its cache.
         ExportError: the student's weights are not all found in the cached graph.
     """
@@ -82,6 +87,12 @@ def with_cache(student: GraphModule, model: nn.Module, example: Mapping[str, Any
         raise InputError(
             f"{type(model).__name__} has an encoder; use ti_fx.export.encoder_decoder_with_cache"
         )
+    if logits_to_keep not in (0, 1):
+        raise InputError(
+            f"logits_to_keep is {logits_to_keep!r}; give 0 for every token's logits, 1 for the last's"
+        )
+    if logits_to_keep and "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise InputError(f"the forward of {type(model).__name__} takes no logits_to_keep; leave it out")
     with mode(model, False):
         inputs, keeping = _causal_example(model, example)
         others = sorted(set(input_names(student)) - {"input_ids", "attention_mask", "position_ids"})
@@ -90,7 +101,8 @@ def with_cache(student: GraphModule, model: nn.Module, example: Mapping[str, Any
                 f"the student takes {', '.join(others)}, and a graph with a cache takes text alone; "
                 "capture the student with input_ids and attention_mask, or export it without a cache"
             )
-        cached = captured(model, inputs, _causal_forward(model, keeping))
+        forward = _causal_forward(model, keeping, {"logits_to_keep": 1} if logits_to_keep else {})
+        cached = captured(model, inputs, forward)
     missing = become(cached.gm, student)
     if missing:
         raise ExportError(
@@ -281,14 +293,14 @@ def token_ids(example: Mapping[str, Any], name: str) -> Tensor:
     return ids
 
 
-def _causal_forward(model: nn.Module, keeping: Keeping) -> Forward:
+def _causal_forward(model: nn.Module, keeping: Keeping, options: dict[str, int]) -> Forward:
     """Return a forward of tensors alone: the cache goes in and comes out as keys and values by layer."""
     forward = model.forward
 
     def cached(**inputs: Tensor) -> dict[str, Tensor]:
         given = {name: value for name, value in inputs.items() if not name.startswith("past_")}
         cache = filled_cache(keeping, inputs, PAST_KEY, PAST_VALUE)
-        found = forward(**given, past_key_values=cache, use_cache=True, return_dict=True)
+        found = forward(**given, **options, past_key_values=cache, use_cache=True, return_dict=True)
         return {"logits": found.logits, **by_name(cache, PRESENT_KEY, PRESENT_VALUE)}
 
     return cached

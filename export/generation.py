@@ -127,6 +127,8 @@ class OnnxCausalLM(_OnnxLM):  # type: ignore[no-untyped-call]
         threads: int | None = None,
     ) -> None:
         super().__init__(path, config, generation_config, threads)
+        shapes = {value.name: value.shape for value in self.runtime.session.get_outputs()}
+        self.last_alone = shapes["logits"][1] == 1
 
     def forward(
         self,
@@ -134,6 +136,7 @@ class OnnxCausalLM(_OnnxLM):  # type: ignore[no-untyped-call]
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None,
+        logits_to_keep: int = 0,
         **options: Any,
     ) -> CausalLMOutputWithPast:
         """Run the new tokens after the cache.
@@ -143,9 +146,20 @@ class OnnxCausalLM(_OnnxLM):  # type: ignore[no-untyped-call]
             attention_mask: int64 ``[batch, past + sequence]``; None counts every token.
             position_ids: int64 ``[batch, sequence]``; None counts on from the cache, as far as the mask counts tokens.
             past_key_values: the cache that the last call returned; None or empty before the first token.
+            logits_to_keep: of how many last tokens the logits are returned; 0 of all.
             options: what ``generate`` tells every model (``use_cache``, ``return_dict``), which changes nothing here.
+
+        Raises:
+            InputError: the file gives the last token's logits alone (``with_cache(..., logits_to_keep=1)``), and more
+                are asked for.
         """
         batch, length = input_ids.shape
+        wanted = min(logits_to_keep or length, length)
+        if self.last_alone and wanted > 1:
+            raise InputError(
+                f"the file gives the last token's logits alone, and {wanted} are asked for: pass logits_to_keep=1, or "
+                "export the file with the logits of all (logits_to_keep=0)"
+            )
         past = _filled(past_key_values)
         before = past[0].keys.shape[2] if past else 0
         if attention_mask is None:
@@ -156,7 +170,7 @@ class OnnxCausalLM(_OnnxLM):  # type: ignore[no-untyped-call]
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
             feed["position_ids"] = position_ids.expand(batch, length)
         logits, cache = self._run(feed, past_key_values)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits[:, -wanted:], past_key_values=cache)
 
 
 class OnnxSeq2SeqLM(_OnnxLM):  # type: ignore[no-untyped-call]

@@ -141,7 +141,7 @@ class FileContent:
         requantized_from: the encoding it was trained with, where that is another one.
         tensors: where the packed tensors are.
         inputs: the shape of each input by name: numbers, and names of dynamic axes.
-        outputs: names.
+        outputs: the same of each output.
         initializers: every stored tensor by name; its values may lie in the data file.
         metadata: all metadata by name.
         folder: where the data file is, if there is one.
@@ -152,7 +152,7 @@ class FileContent:
     requantized_from: str | None
     tensors: tuple[PackedTensor, ...]
     inputs: dict[str, tuple[int | str, ...]]
-    outputs: tuple[str, ...]
+    outputs: dict[str, tuple[int | str, ...]]
     initializers: dict[str, onnx.TensorProto]
     metadata: dict[str, str]
     folder: Path
@@ -207,16 +207,20 @@ def content_of(model: onnx.ModelProto, folder: Path, data: external.DataFile | N
         encoding=metadata[ENCODING_KEY],
         requantized_from=metadata.get(REQUANTIZED_KEY),
         tensors=tuple(from_json(metadata[TENSORS_KEY])),
-        inputs={
-            value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
-            for value in model.graph.input
-        },
-        outputs=tuple(value.name for value in model.graph.output),
+        inputs=_shapes(model.graph.input),
+        outputs=_shapes(model.graph.output),
         initializers={tensor.name: tensor for tensor in model.graph.initializer},
         metadata=metadata,
         folder=folder,
         data=data,
     )
+
+
+def _shapes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, tuple[int | str, ...]]:
+    return {
+        value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        for value in values
+    }
 
 
 def compare_tensors(content: FileContent, gm: GraphModule) -> int:

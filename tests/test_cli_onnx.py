@@ -17,6 +17,7 @@ from ti_fx.cli._encodings import chosen_encodings
 from ti_fx.cli.train import _with_encodings
 from ti_fx.errors import InputError
 from ti_fx.export import pipeline
+from ti_fx.export.packed import open_file
 from ti_fx.passes import QuantizeActivations
 from ti_fx.recipe import Recipe
 
@@ -86,9 +87,10 @@ def test_a_language_model_is_exported_with_its_cache_and_continues_prompts(tmp_p
     llama_model(num_hidden_layers=1).save_pretrained(tmp_path / "llama")
     tokenizer().save_pretrained(tmp_path / "llama")
     out = tmp_path / "file" / "student.onnx"
-    options = ("--ternarize", "--cache", "--encoding", "int8-token")
+    options = ("--ternarize", "--cache", "--encoding", "int8-token", "--logits-to-keep", "1")
     ran = ti_fx_command("export", tmp_path / "llama", "--out", out, *options)
     assert ran.code == 0, ran.err
+    assert open_file(out).outputs["logits"][:2] == ("batch", 1)
     assert ti_fx_command("check", out, tmp_path / "llama", "--ternarize").code == 0
     (found,) = pipeline(out)("how many w7", max_new_tokens=3, do_sample=False)
     assert found["generated_text"].startswith("how many w7")
@@ -105,6 +107,9 @@ def test_an_encoder_decoder_becomes_two_files_that_are_checked(tmp_path: Path) -
     assert sorted((tmp_path / "file").glob("*.onnx")) == sorted(files)
     for file in files:
         assert ti_fx_command("check", file, tmp_path / "t5", "--ternarize").code == 0
+    ran = ti_fx_command("export", tmp_path / "t5", "--out", files[0], *options, "--logits-to-keep", "1")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "--logits-to-keep is for causal models" in ran.err
     llama_model(num_hidden_layers=1).save_pretrained(tmp_path / "llama")
     ran = ti_fx_command("check", files[1], tmp_path / "llama", "--ternarize")
     assert ran.code == 2
@@ -252,6 +257,10 @@ def test_choose_prints_its_choice(factory: str) -> None:
         (
             ("export", "FACTORY", "--ternarize", "--out", "x.onnx", "--cache"),
             "the example needs input_ids",
+        ),
+        (
+            ("export", "FACTORY", "--ternarize", "--out", "x.onnx", "--logits-to-keep", 1),
+            "--logits-to-keep is for a language model with its cache; add --cache",
         ),
         (
             ("export", "FACTORY", "--ternarize", "--out", "x.onnx", "--encoding", "none=nbits2"),

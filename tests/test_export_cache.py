@@ -167,6 +167,43 @@ def test_padding_on_the_left_changes_no_token(decoder: Decoder) -> None:
     assert torch.equal(found[1:], decoder.generate(other, do_sample=False))
 
 
+def test_tokens_guessed_from_the_prompt_change_no_token(decoder: Decoder) -> None:
+    ids = tokens(1, 4).repeat(1, 3)
+    found = decoder.generate(ids, prompt_lookup_num_tokens=3, do_sample=False)
+    assert torch.equal(found, greedy(decoder, ids))
+
+
+def test_the_last_tokens_logits_alone_generate_the_same(decoder: Decoder, tmp_path: Path) -> None:
+    example = text_example(batch=2)
+    cached, inputs = with_cache(decoder.student, decoder.model, example, logits_to_keep=1)
+    report = to_onnx(cached, tmp_path / "last.onnx", inputs)
+    last = Decoder(decoder.model, decoder.student, cached, report)
+    ids = tokens(2, 5)
+    options: dict[str, Any] = {"num_beams": 2, "no_repeat_ngram_size": 2}
+    assert torch.equal(last.generate(ids, do_sample=False), greedy(decoder, ids))
+    assert torch.equal(last.generate(ids, **options), decoder.generate(ids, **options))
+    runtime: Any = OnnxCausalLM(report.path, decoder.model.config)
+    every: Any = OnnxCausalLM(decoder.report.path, decoder.model.config)
+    found, expected = runtime(ids, logits_to_keep=1).logits, every(ids).logits
+    assert found.shape == (2, 1, expected.shape[2])
+    torch.testing.assert_close(found, expected[:, -1:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(every(ids, logits_to_keep=2).logits, expected[:, -2:], rtol=0, atol=0)
+    with pytest.raises(InputError, match="the last token's logits alone, and 5 are asked for"):
+        runtime(ids)
+    with pytest.raises(InputError, match=r"alone, and . are asked for"):
+        last.generate(tokens(1, 4).repeat(1, 3), prompt_lookup_num_tokens=3, do_sample=False)
+
+
+def test_logits_that_can_not_be_left_out_are_refused(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="logits_to_keep is 2"):
+        with_cache(decoder.student, decoder.model, text_example(batch=2), logits_to_keep=2)
+    monkeypatch.setattr(decoder.model, "forward", lambda input_ids, past_key_values: None)
+    with pytest.raises(InputError, match="LlamaForCausalLM takes no logits_to_keep"):
+        with_cache(decoder.student, decoder.model, text_example(batch=2), logits_to_keep=1)
+
+
 def test_sampling_follows_the_seed(decoder: Decoder) -> None:
     drawn = []
     for seed in (0, 0, 1):

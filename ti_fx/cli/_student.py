@@ -36,6 +36,7 @@ def packed_student(
     encodings: Encodings,
     kept: Kept | None,
     cache: bool,
+    logits_to_keep: int = 0,
     low_memory: bool = False,
 ) -> dict[Part, Student]:
     """Return the packed student, of an encoder-decoder with a cache both parts.
@@ -47,6 +48,7 @@ def packed_student(
         encodings: of the weights of such a model; a checkpoint has its own.
         kept: the type of what is not ternary, as of ``Pack``.
         cache: whether a language model's keys and values go in and out.
+        logits_to_keep: of a causal one with its cache, as of ``with_cache``.
         low_memory: read the weights of a plain model one at a time.
 
     Raises:
@@ -66,9 +68,11 @@ def packed_student(
         raise InputError(
             "--low-memory is for a plain model, and needs --ternarize; a checkpoint is read whole"
         )
+    if logits_to_keep and not cache:
+        raise InputError("--logits-to-keep is for a language model with its cache; add --cache")
     if ternarize:
         student, of = _made_ternary(source, encodings, kept, low_memory)
-        return _with_cache(student, of) if cache else {"": student}
+        return _with_cache(student, of, logits_to_keep) if cache else {"": student}
     if not is_checkpoint and ((folder / "config.json").is_file() or ":" in source):
         raise InputError(
             f"{source} is a model, not a ti_fx checkpoint; train it with ti-fx train, or take it untrained: --ternarize"
@@ -76,7 +80,9 @@ def packed_student(
     gm = load(folder, None if model is None else load_source(model).model)
     Pipeline(Pack(kept=kept))(gm)
     student = Student(gm, read_tensors(folder / EXAMPLE), folder)
-    return _with_cache(student, load_source(model or source).model) if cache else {"": student}
+    if not cache:
+        return {"": student}
+    return _with_cache(student, load_source(model or source).model, logits_to_keep)
 
 
 def _made_ternary(
@@ -105,19 +111,23 @@ def _made_ternary(
     return Student(gm, found.example, folder if folder.is_dir() else None), found.model
 
 
-def _with_cache(student: Student, model: nn.Module) -> dict[Part, Student]:
+def _with_cache(student: Student, model: nn.Module, logits_to_keep: int) -> dict[Part, Student]:
     from ti_fx.export import encoder_decoder_with_cache, with_cache
     from ti_fx.export.inputs import bind
 
     model.float().eval()
     example = bind(student.graph, student.example)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if logits_to_keep:
+            raise InputError(
+                "--logits-to-keep is for causal models; a decoder with an encoder has no long prompt"
+            )
         both = encoder_decoder_with_cache(student.graph, model, example)
         return {
             "encoder": Student(both.encoder.gm, both.encoder.inputs, student.folder),
             "decoder": Student(both.decoder.gm, both.decoder.inputs, student.folder),
         }
-    found = with_cache(student.graph, model, example)
+    found = with_cache(student.graph, model, example, logits_to_keep=logits_to_keep)
     return {"": Student(found.gm, found.inputs, student.folder)}
 
 

@@ -56,13 +56,15 @@ def check(
     kept: Kept = "float16" if "float16" in value_of(content.metadata, KEPT, {}) else "float32"
     cross = CROSS_KEY.format(0)
     part: Part = "decoder" if cross in content.inputs else "encoder" if cross in content.outputs else ""
+    has_cache = bool(part) or cached_layers(content.inputs) > 0
     parts = packed_student(
         checkpoint,
         model=source,
         ternarize=ternarize,
         encodings=encodings,
         kept=kept,
-        cache=bool(part) or cached_layers(content.inputs) > 0,
+        cache=has_cache,
+        logits_to_keep=int(has_cache and not part and content.outputs["logits"][1] == 1),
         low_memory=low_memory,
     )
     if part not in parts:

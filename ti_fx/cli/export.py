@@ -73,6 +73,14 @@ def export(
             "becomes two: FILE-encoder.onnx and FILE-decoder.onnx.",
         ),
     ] = False,
+    logits_to_keep: Annotated[
+        int,
+        typer.Option(
+            help="With --cache, of a causal model: 1 gives the last token's logits alone, all that generating needs of "
+            "a prompt; 0 those of every token.",
+            metavar="N",
+        ),
+    ] = 0,
     source: Annotated[
         str | None,
         typer.Option(
@@ -130,6 +138,7 @@ def export(
         encodings=chosen,
         kept=kept,
         cache=cache,
+        logits_to_keep=logits_to_keep,
         low_memory=low_memory,
     )
     saved = saved_parts(next(iter(parts.values())).folder)
