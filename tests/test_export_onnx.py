@@ -249,7 +249,7 @@ def test_equal_tensors_are_stored_once(tmp_path: Path) -> None:
             )
 
         def forward(self, x: Tensor) -> Tensor:
-            return ((self.mix(x) + self.first).relu() + self.second).relu() * self.other
+            return torch.relu(torch.relu(self.mix(x) + self.first) + self.second) * self.other
 
     torch.manual_seed(0)
     example = {"x": torch.randn(2, 5, 16)}
