@@ -1,7 +1,7 @@
 """Choose an encoding by measuring the model on this machine, before it is trained for one.
 
-An encoding is what a student is trained for, so a recipe holds its name and never "the best one": choose, look at the
-table, and write the name down.
+An encoding is what a student is trained for, so what is recorded of a graph and in a checkpoint is its name, never "the
+best one": ``auto`` in a recipe is resolved when a graph is prepared, and the report shows the table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ti_fx.errors import ExportError, InputError
 from ti_fx.export import inputs as io
 from ti_fx.export.runtime import Runtime
 from ti_fx.export.writer import to_onnx
-from ti_fx.graph import fork
+from ti_fx.graph import fork, state
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 from ti_fx.pipeline import Pipeline
 
@@ -95,6 +95,7 @@ def choose_encoding(
     ram_megabytes: float | None = None,
     threads: int | None = None,
     rounds: int = 7,
+    activations: QuantizeActivations | None = None,
 ) -> Choice:
     """Export the model in each encoding, run each on the example in turn, and choose the fastest that fits.
 
@@ -108,6 +109,8 @@ def choose_encoding(
         ram_megabytes: the most memory that loading and one run may take; None is no limit.
         threads: within a node; None is one per core.
         rounds: how often each is run; the median counts.
+        activations: the pass whose encoding is chosen, with its other options; None quantises as ``gm`` does already,
+            or by default.
 
     Raises:
         InputError: an encoding is not known; a limit is given where the system does not say what memory is used.
@@ -119,13 +122,14 @@ def choose_encoding(
         )
     for name in candidates:
         get_encoding(name)
-    student = _packed(gm)
-    inputs = io.bind(student, example)
+    students = _students(gm, candidates, activations)
+    inputs = io.bind(gm, example)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = {one: folder / f"{one}.onnx" for one in candidates}
         for one, path in files.items():
-            to_onnx(student, path, inputs, encoding=one, requantize=True)
+            own = None if activations else one  # with options, single weights may have other encodings
+            to_onnx(students[one], path, inputs, encoding=own, requantize=activations is None)
         times = _times({one: Runtime(path, threads) for one, path in files.items()}, inputs, rounds)
         arrays: dict[str, Any] = {key: value.numpy() for key, value in inputs.items()}
         np.savez(folder / "inputs.npz", **arrays)
@@ -139,6 +143,32 @@ def choose_encoding(
             for one, path in files.items()
         )
     return _choice(measured, ram_megabytes)
+
+
+def choose_for(gm: GraphModule, activations: QuantizeActivations) -> Choice:
+    """Choose the encoding of a pass, on the example that the graph was captured with.
+
+    Raises:
+        InputError: the graph keeps no example. ExportError: it is not on the CPU, or can't be exported.
+    """
+    example = state(gm).get("example")
+    if example is None:
+        raise InputError(
+            "the graph keeps no example to measure it on; capture it with ti_fx.capture, or name an encoding"
+        )
+    return choose_encoding(gm, example, activations=activations)
+
+
+def _students(
+    gm: GraphModule, candidates: Sequence[str], activations: QuantizeActivations | None
+) -> dict[str, GraphModule]:
+    if activations is None:
+        return dict.fromkeys(candidates, _packed(gm))
+    found = {}
+    for name in candidates:
+        found[name] = fork(gm)
+        Pipeline(replace(activations, encoding=name), Strip(), Pack())(found[name])
+    return found
 
 
 def _packed(gm: GraphModule) -> GraphModule:

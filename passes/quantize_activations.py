@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import numerics, roles
 from ti_fx.dataflow import MATMUL, is_ours, projection_weight, reads_ternary
-from ti_fx.encodings import ENCODINGS, Encoding, get_encoding
+from ti_fx.encodings import AUTO, ENCODINGS, Encoding, get_encoding
 from ti_fx.errors import PostconditionError, PreconditionError, SelectionError
 from ti_fx.graph import aten_name, call, erase, state
 from ti_fx.pipeline import Pass
@@ -19,6 +19,8 @@ from ti_fx.selection import projections, skipped
 from ti_fx.sites import find_attention
 
 _FAKE_QUANTS = frozenset(encoding.fake_quant for encoding in ENCODINGS.values() if encoding.fake_quant)
+
+CHOICE = "choice"  # what "auto" chose and why, among the graph's facts
 
 FakeQuant = Callable[[Tensor], Tensor]
 Read = tuple[Node, int]  # a node, and which of its arguments is read
@@ -38,6 +40,8 @@ class QuantizeActivations(Pass):
 
     Attributes:
         encoding: a name from ``ti_fx.encodings.ENCODINGS``; recorded in the graph, and ``to_onnx`` takes it from there.
+            ``auto`` measures the model on this machine, once a graph, at the sizes that it was captured with
+            (``ti_fx.export.choose_encoding``); the report says what was measured, and the recipe records the name.
         encodings: other encodings of single weights, by globs over parameter names or module paths; of several that
             match, the last counts. A table that is only looked up takes the storage alone from its encoding.
         attention: whether Q, K, map and V are quantised, in ``encoding``.
@@ -54,7 +58,8 @@ class QuantizeActivations(Pass):
 
         Readers of one detached input share the detach, so with several encodings it would be in the way.
         """
-        for name in (self.encoding, *self.encodings.values()):
+        names = (self.encoding, *self.encodings.values())
+        for name in names[1:] if self.encoding == AUTO else names:
             get_encoding(name)
         if not any(node.target is numerics.ternary for node in gm.graph.nodes):
             raise PreconditionError("quantize-activations needs ternary weights; run ternarize first")
@@ -87,7 +92,11 @@ class QuantizeActivations(Pass):
         facts = state(gm)
         recorded = {name: encoding.name for name, encoding in wanted.items()}
         # a new dict: forks share the old one
-        facts["encoding"], facts["encodings"] = self.encoding, {**facts.get("encodings", {}), **recorded}
+        facts["encoding"], facts["encodings"] = self._name(gm), {**facts.get("encodings", {}), **recorded}
+
+    def explain(self, gm: GraphModule) -> str:
+        """Return what ``auto`` measured."""
+        return str(state(gm)[CHOICE]) if self.encoding == AUTO else ""
 
     def ensures(self, gm: GraphModule) -> None:
         """Every selected read goes through its encoding's quantiser, and only through it."""
@@ -95,6 +104,19 @@ class QuantizeActivations(Pass):
             found = _quantiser(reader, position)
             if (found.target if found is not None else None) is not function:
                 raise PostconditionError(f"quantize-activations did not set the input of %{reader.name}")
+
+    def _name(self, gm: GraphModule) -> str:
+        """Return the encoding's name; of ``auto`` the one that was measured for this graph, now or before."""
+        if self.encoding != AUTO:
+            return self.encoding
+        facts = state(gm)
+        if CHOICE not in facts:
+            # what is measured is the exported file: the one thing here that lies above the passes
+            from ti_fx.export.choose import choose_for
+
+            facts[CHOICE] = choose_for(gm, self)
+        name: str = facts[CHOICE].encoding
+        return name
 
     def select(self, gm: GraphModule) -> dict[str, Encoding]:
         """Return the encoding of each ternary weight that is not skipped, by parameter name, in graph order.
@@ -108,7 +130,7 @@ class QuantizeActivations(Pass):
             if node.target is numerics.ternary and roles.is_student(node)
         ]
         left = skipped(_projections(gm).values(), self.skip, "ternary projection")
-        found = dict.fromkeys((name for name in names if name not in left), get_encoding(self.encoding))
+        found = dict.fromkeys((name for name in names if name not in left), get_encoding(self._name(gm)))
         for glob, encoding in self.encodings.items():
             matching = skipped(names, (glob,), "ternary weight", "encodings")
             found |= {name: get_encoding(encoding) for name in found if name in matching}
@@ -118,7 +140,7 @@ class QuantizeActivations(Pass):
         self, gm: GraphModule, wanted: Mapping[str, Encoding]
     ) -> list[tuple[Node, int, FakeQuant | None]]:
         """Return every selected read and the quantiser that it goes through, None for none."""
-        own = get_encoding(self.encoding).fake_quant if self.attention else None
+        own = get_encoding(self._name(gm)).fake_quant if self.attention else None
         products = [
             (node, 1 if aten_name(node) == "addmm" else 0, wanted[name].fake_quant)
             for node, name in _projections(gm).items()

@@ -124,8 +124,9 @@ def test_the_installed_command_trains(tmp_path: Path, classifier: Path, rows_fil
         "--recipe",
         "ternarybert",
     ]
+    options = ("--steps", "2", "--encoding", "auto")
     done = subprocess.run(
-        [sys.executable, "-c", "from ti_fx.cli import main; main()", *map(str, arguments), "--steps", "2"],
+        [sys.executable, "-c", "from ti_fx.cli import main; main()", *map(str, arguments), *options],
         env={**os.environ, "PYTHONPATH": str(Path(ti_fx.__file__).parent.parent), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -134,6 +135,18 @@ def test_the_installed_command_trains(tmp_path: Path, classifier: Path, rows_fil
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "next: ti-fx export" in done.stdout
+    assert "a row depends on its batch" in done.stdout  # the table of what was measured
+    recipe = Recipe.load(tmp_path / "run" / "recipe.json")
+    assert f"{recipe.activations.encoding}: " in done.stdout
+    assert ti_fx.load(tmp_path / "run").meta["ti_fx"]["encoding"] == recipe.activations.encoding
+
+
+def test_a_stopped_run_goes_on_with_the_encoding_that_was_chosen(
+    tmp_path: Path, train_command: Train
+) -> None:
+    ran = train_command(tmp_path / "run", "--resume", "--encoding", "auto")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "goes on with the encoding that was chosen" in ran.err
 
 
 # --- the data file ----------------------------------------------------------------------------------------------------

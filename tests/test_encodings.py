@@ -286,11 +286,6 @@ def test_what_no_encoding_can_be_given_is_refused() -> None:
         prepared(QuantizeActivations(encodings={"first": "nbits3"}))
 
 
-def test_the_best_one_is_no_encoding() -> None:
-    with pytest.raises(InputError, match="measure which one suits"):
-        prepared(QuantizeActivations("auto"))
-
-
 def test_several_encodings_are_set_before_an_intervention() -> None:
     from test_export_onnx import bert, bert_example
 

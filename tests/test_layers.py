@@ -25,6 +25,8 @@ LAYERS = (
     "cli",
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+# What a function imports from above its layer, and why: a pass measures the file that it would lead to.
+ALLOWED = {("ti_fx.passes.quantize_activations", "ti_fx.export.choose")}
 # Set before anything is imported, so any module may read it.
 NAMES_FOR_ALL = {"__version__"}
 
@@ -95,7 +97,7 @@ def check_layers(root: Path) -> list[str]:
     for module, path in modules.items():
         rank = rank_of(module)
         for target, line, _ in imports(module, path, modules):
-            if rank_of(target) > rank:
+            if rank_of(target) > rank and (module, target) not in ALLOWED:
                 wrong.append(f"{path.relative_to(root)}:{line} imports {target}, which lies above it")
     return wrong
 

@@ -133,6 +133,7 @@ def capture(
         unchecked=found.unchecked,
         followed=found.followed,
     )
+    state(gm)["example"] = tensors
     gm.train(model.training)
     return gm
 

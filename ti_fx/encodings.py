@@ -17,6 +17,7 @@ from ti_fx.errors import InputError, did_you_mean
 
 Storage = Literal["two-bit", "bytes", "base3"]
 Kept = Literal["float32", "float16"]
+AUTO = "auto"  # no encoding: the one that measuring the model chooses
 NEWEST_OPSET = 25  # the first with the type INT2
 
 
@@ -98,10 +99,10 @@ def get_encoding(name: str) -> Encoding:
     try:
         return ENCODINGS[name]
     except KeyError:
-        if name == "auto":
+        if name == AUTO:
             raise InputError(
-                "a student is trained for one encoding, which its recipe names, so 'auto' is none; measure which one "
-                "suits: ti_fx.export.choose_encoding(gm, example).encoding, or ti-fx choose"
+                "'auto' is measured before training, by QuantizeActivations(encoding='auto') or ti-fx train; here, "
+                "give the name that ti_fx.export.choose_encoding or ti-fx choose says"
             ) from None
         raise InputError(f"unknown encoding {name!r}{did_you_mean(name, ENCODINGS)}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from textwrap import indent
 
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -30,6 +31,10 @@ class Pass(PassBase):
     def apply(self, gm: GraphModule) -> None:
         """Edit ``gm`` in place."""
         raise NotImplementedError
+
+    def explain(self, gm: GraphModule) -> str:
+        """Return what a report should say of the graph beside counts: what the pass decided, and why."""
+        return ""
 
     def ensures(self, gm: GraphModule) -> None:
         """Raise PostconditionError unless the pass did what it promises."""
@@ -75,7 +80,8 @@ class PassReport:
 
     Attributes:
         name: the pass as text. added, removed, rewired: numbers of nodes. parameters: elements that the graph reads
-        afterwards. milliseconds: wall time, checks included. changed: whether the dump is another.
+        afterwards. milliseconds: wall time, checks included. explanation: what the pass decided and why, most often
+        nothing. changed: whether the dump is another.
     """
 
     name: str
@@ -84,6 +90,7 @@ class PassReport:
     rewired: int
     parameters: int
     milliseconds: float
+    explanation: str = ""
 
     @property
     def changed(self) -> bool:
@@ -106,6 +113,7 @@ class Report:
         rows = [
             f"{index}. {row.name}: {row.added} added, {row.removed} removed, {row.rewired} rewired; "
             f"{row.parameters:,} parameters; {row.milliseconds:.0f} ms"
+            + indent(f"\n{row.explanation}" if row.explanation else "", "   ")
             for index, row in enumerate(self.passes, 1)
         ]
         return "\n".join(rows)
@@ -137,7 +145,8 @@ class Pipeline:
                 error.add_note(self._note(one, position, gm, before))
                 raise
             elapsed = 1000 * (time.perf_counter() - start)
-            rows.append(_measure(str(one), gm, before, after, elapsed))
+            explanation = one.explain(gm) if isinstance(one, Pass) else ""
+            rows.append(_measure(str(one), gm, before, after, elapsed, explanation))
             before = after
         return Report(tuple(rows))
 
@@ -201,7 +210,12 @@ def _changed_nodes(gm: GraphModule, before: dict[str, str], after: dict[str, str
 
 
 def _measure(
-    name: str, gm: GraphModule, before: dict[str, str], after: dict[str, str], milliseconds: float
+    name: str,
+    gm: GraphModule,
+    before: dict[str, str],
+    after: dict[str, str],
+    milliseconds: float,
+    explanation: str,
 ) -> PassReport:
     shared = before.keys() & after.keys()
     return PassReport(
@@ -211,4 +225,5 @@ def _measure(
         rewired=sum(before[node] != after[node] for node in shared),
         parameters=sum(parameter.numel() for parameter in gm.parameters()),
         milliseconds=milliseconds,
+        explanation=explanation,
     )

@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ti_fx import options
-from ti_fx.encodings import ENCODINGS
+from ti_fx.encodings import AUTO, ENCODINGS
 from ti_fx.errors import RecipeError, did_you_mean
 from ti_fx.files import atomic_write
 from ti_fx.graph import state
@@ -103,7 +103,8 @@ class Recipe:
                     f"phase {phase.name!r} of recipe {self.name!r} can't intervene at {phase.intervene.at!r}"
                     f"{did_you_mean(str(phase.intervene.at), POINTS)}"
                 )
-        for encoding in (self.activations.encoding, *self.activations.encodings.values()):
+        own = {self.activations.encoding} - {AUTO}
+        for encoding in (*own, *self.activations.encodings.values()):
             if encoding not in ENCODINGS:
                 raise RecipeError(
                     f"recipe {self.name!r} has an unknown encoding {encoding!r}{did_you_mean(encoding, ENCODINGS)}"
@@ -149,13 +150,23 @@ class Recipe:
     def prepare(self, gm: GraphModule, *, teacher: nn.Module | None = None) -> Report:
         """Rewrite a captured graph into student, teacher and losses, without an intervention yet.
 
+        What is recorded of the graph is :meth:`resolved`.
+
         Args:
             gm: from ``ti_fx.capture``.
             teacher: a module to take the teacher's values from; None: the student's own values now.
         """
         report = Pipeline(*self.passes(teacher=teacher))(gm)
-        state(gm)["recipe"] = self.to_dict()
+        state(gm)["recipe"] = self.resolved(gm).to_dict()
         return report
+
+    def resolved(self, gm: GraphModule) -> Recipe:
+        """Return the recipe with the name of the encoding that ``auto`` chose for a graph that it prepared."""
+        if self.activations.encoding != AUTO:
+            return self
+        return dataclasses.replace(
+            self, activations=dataclasses.replace(self.activations, encoding=state(gm)["encoding"])
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON values."""

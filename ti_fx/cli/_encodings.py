@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ti_fx.encodings import ENCODINGS, get_encoding
+from ti_fx.encodings import AUTO, ENCODINGS, get_encoding
 from ti_fx.errors import InputError
 
 METAVAR = "NAME|GLOB=NAME"
@@ -26,8 +26,8 @@ class Encodings:
         return self.name is not None or bool(self.others)
 
 
-def chosen_encodings(written: Sequence[str] | None) -> Encodings:
-    """Return what a user wrote.
+def chosen_encodings(written: Sequence[str] | None, *, measured: bool = False) -> Encodings:
+    """Return what a user wrote; with ``measured``, ``auto`` may stand for all weights.
 
     Raises:
         InputError: there is no such encoding, or two are given for all weights.
@@ -36,7 +36,8 @@ def chosen_encodings(written: Sequence[str] | None) -> Encodings:
     others: dict[str, str] = {}
     for item in written or ():
         glob, equals, encoding = item.rpartition("=")
-        get_encoding(encoding)
+        if not (measured and item == AUTO):
+            get_encoding(encoding)
         if equals and not glob:
             raise InputError(f"--encoding is {item!r}; write {METAVAR}")
         if not equals and name is not None:

@@ -15,6 +15,7 @@ import typer
 
 from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import HELP, METAVAR, Encodings, chosen_encodings
+from ti_fx.encodings import AUTO
 from ti_fx.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -70,7 +71,12 @@ def train(
         ),
     ] = "ti-g",
     encoding: Annotated[
-        list[str] | None, typer.Option(help=f"{HELP} Left out: the recipe's.", metavar=METAVAR)
+        list[str] | None,
+        typer.Option(
+            help=f"{HELP} auto: the fastest on this machine for the first two training rows (ti-fx choose "
+            "measures for other sizes and limits). Left out: the recipe's.",
+            metavar=METAVAR,
+        ),
     ] = None,
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="Rows to evaluate on, in the same form.", metavar="FILE")
@@ -105,7 +111,12 @@ def train(
     from ti_fx.cli._recipe import chosen_recipe
     from ti_fx.train.data import read_texts
 
-    chosen = _with_encodings(chosen_recipe(recipe), chosen_encodings(encoding))
+    chosen = _with_encodings(chosen_recipe(recipe), chosen_encodings(encoding, measured=True))
+    if resume and chosen.activations.encoding == AUTO:
+        raise InputError(
+            "--resume goes on with the encoding that was chosen, so auto is none; its name is in ti_fx.json of "
+            f"{out}'s newest checkpoint"
+        )
     _check_folder(out, resume)
     teacher, tokenizer = _classifier(model)
     names = {int(index): name for index, name in (teacher.config.id2label or {}).items()}
@@ -189,6 +200,8 @@ class _Run:
             compute_metrics=scores,
             compile=self.compile,
         )
+        if self.recipe.activations.encoding == AUTO:
+            output.say(self.recipe.activations.explain(trainer.model.prepared()))
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(TrainingProgress(output.console()))
@@ -196,7 +209,7 @@ class _Run:
         trainer.train(resume_from_checkpoint=resume or None)
         seconds = time.perf_counter() - started
         trainer.save_model(str(out))
-        self.recipe.save(out / RECIPE)
+        trainer.recipe.save(out / RECIPE)
         results: dict[str, Any] = {
             "recipe": self.recipe.name,
             "steps": trainer.state.global_step,

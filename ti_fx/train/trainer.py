@@ -118,7 +118,8 @@ class TernaryTrainer(Trainer):
             gm = capture(model, example)
         if "recipe" not in state(gm):
             self.recipe.prepare(gm, teacher=teacher)
-        elif state(gm)["recipe"] != self.recipe.to_dict():
+        self.recipe = self.recipe.resolved(gm)
+        if state(gm)["recipe"] != self.recipe.to_dict():
             raise InputError(
                 "the graph was prepared by another recipe; capture the model again, or pass that recipe"
             )
