@@ -210,7 +210,10 @@ def test_the_help_names_every_stage(run: Called) -> None:
 def test_ctrl_c_ends_the_processes_and_keeps_what_is_done(models: str, tmp_path: Path) -> None:
     with open(models, "a", encoding="utf-8") as file:
         file.write("\ndef waits():\n    open('pid', 'w').write(str(os.getpid()))\n    time.sleep(600)\n")
-    command = [sys.executable, "-c", "from ti_fx.cli import main; main()", "zoo", "--json", "zoo.json"]
+    # What a shell starts with & ignores Ctrl-C, and so would what these tests start then.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{listening}; from ti_fx.cli import main; main()"]
+    command += ["zoo", "--json", "zoo.json"]
     command += ["--until", "build", f"{models}:plain", f"{models}:waits"]
     # A group of its own, as a terminal's: Ctrl-C reaches every process in it.
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
