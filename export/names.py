@@ -16,6 +16,10 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.graph import constant_size
 
+_LARGE = (
+    1024  # bytes from which on a constant gets a name that says where it belongs; short ones are kept short
+)
+
 
 def keep_origins(gm: GraphModule) -> None:
     """Let torch.export note the node that each operation comes from: it notes none that has no metadata at all."""
@@ -80,6 +84,12 @@ def restore_names(model: ir.Model, program: torch.export.ExportedProgram, lowere
             name = values.get(value.name or "") or f"{owner or 'graph'}/{node.op_type}"
             value.name = _free(name, taken)
         node.name = f"{node.outputs[0].name}" if node.outputs else ""
+    known = {name for name, _ in (*lowered.named_parameters(), *lowered.named_buffers())}
+    for value in list(model.graph.initializers.values()):
+        if value.name not in known and value.const_value is not None and value.const_value.nbytes >= _LARGE:
+            # what the exporter computed of stored tensors: a head's matrix, the other way round
+            reader = next((node.name for node, _ in value.uses()), None)
+            value.name = _free(f"{reader or 'graph'}/constant", taken)
 
 
 def _same_kind(traced: Node, node: Node) -> bool:

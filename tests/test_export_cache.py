@@ -126,6 +126,12 @@ def test_layers_are_operators_of_onnx(decoder: Decoder, translator: Translator) 
     )  # two of the decoder's own, two on the encoder
 
 
+def test_a_large_constant_says_where_it_belongs(decoder: Decoder) -> None:
+    large = {tensor.name for tensor in decoder.report.tensors if tensor.bytes >= 1024}
+    assert "logits/constant" in large  # the head, the other way round
+    assert not any(name.startswith("val_") for name in large)
+
+
 def test_the_cached_graph_is_the_student(decoder: Decoder) -> None:
     ids = tokens(3, 9)
     mask = torch.ones_like(ids)
