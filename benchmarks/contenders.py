@@ -31,9 +31,10 @@ from subjects import Feed, Subject
 from torch.fx import GraphModule
 
 import ti_fx
-from ti_fx.demo.baselines import export_dynamic_int8, export_fp32
+from ti_fx.demo.classifier import export_fp32
 from ti_fx.errors import ExportError, MissingExtra
 from ti_fx.export import ExportReport, session, to_onnx, with_cache
+from ti_fx.export.baselines import export_dynamic_int8
 from ti_fx.files import atomic_path
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 
@@ -136,7 +137,7 @@ class Builder:
 
     @cached_property
     def _fp32(self) -> Entry:
-        key = self._key(*_OWN, "ti_fx/demo/baselines.py")
+        key = self._key(*_OWN, "ti_fx/demo/classifier.py", "export/baselines.py")
         return self.store.get(self._name("fp32"), key, self._write_fp32)
 
     @property

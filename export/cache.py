@@ -47,6 +47,7 @@ from ti_fx.metadata import move_to_cpu
 from ti_fx.program import Dynamic, forward_of_tensors
 
 SEQUENCE, PAST, TOTAL, SOURCE = "sequence", "past", "total", "source"
+PAST_AXES = (0, 2)  # of keys and values: batch and tokens
 NEW = 3  # tokens after the cache in the example of the trace
 # A token's logits after a cache and without one: two orders of the same sums, relative to the largest.
 SAME = 1e-3
@@ -94,14 +95,13 @@ def with_cache(
     if logits_to_keep and "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise InputError(f"the forward of {type(model).__name__} takes no logits_to_keep; leave it out")
     with mode(model, False):
-        inputs, keeping = _causal_example(model, example)
+        inputs, forward = causal_inputs(model, example, {"logits_to_keep": 1} if logits_to_keep else {})
         others = sorted(set(input_names(student)) - {"input_ids", "attention_mask", "position_ids"})
         if others:
             raise InputError(
                 f"the student takes {', '.join(others)}, and a graph with a cache takes text alone; "
                 "capture the student with input_ids and attention_mask, or export it without a cache"
             )
-        forward = _causal_forward(model, keeping, {"logits_to_keep": 1} if logits_to_keep else {})
         cached = captured(model, inputs, forward)
     missing = become(cached.gm, student)
     if missing:
@@ -109,6 +109,17 @@ def with_cache(
             f"the cached graph does not read {missing[0]}; was the student captured from this model?"
         )
     return cached
+
+
+def causal_inputs(
+    model: nn.Module, example: Mapping[str, Any], options: Mapping[str, int] | None = None
+) -> tuple[dict[str, Tensor], Forward]:
+    """Return a causal model's inputs after a cache of the example, and its forward of such tensors alone.
+
+    ``options`` go to the model's own forward. The model must be in eval mode; errors are those of :func:`with_cache`.
+    """
+    inputs, keeping = _causal_example(model, example)
+    return inputs, _causal_forward(model, keeping, options or {})
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -293,7 +304,7 @@ def token_ids(example: Mapping[str, Any], name: str) -> Tensor:
     return ids
 
 
-def _causal_forward(model: nn.Module, keeping: Keeping, options: dict[str, int]) -> Forward:
+def _causal_forward(model: nn.Module, keeping: Keeping, options: Mapping[str, int]) -> Forward:
     """Return a forward of tensors alone: the cache goes in and comes out as keys and values by layer."""
     forward = model.forward
 

@@ -6,25 +6,21 @@ best one": ``auto`` in a recipe is resolved when a graph is prepared, and the re
 
 from __future__ import annotations
 
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.fx import GraphModule
 
 from ti_fx import encodings, numerics
 from ti_fx.encodings import get_encoding
 from ti_fx.errors import ExportError, InputError
 from ti_fx.export import inputs as io
+from ti_fx.export.measure import footprint, medians
 from ti_fx.export.runtime import Runtime
 from ti_fx.export.writer import to_onnx
 from ti_fx.graph import fork, state
@@ -33,21 +29,6 @@ from ti_fx.pipeline import Pipeline
 
 CANDIDATES = ("int8-tensor", "int8-token", "nbits2")
 AS_FAST = 1.05  # medians of a busy machine differ by so much from run to run
-_RESIDENT = """
-import sys, numpy, onnxruntime
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1])
-feed = dict(numpy.load(sys.argv[2]))
-options = onnxruntime.SessionOptions()
-options.log_severity_level = 3
-if int(sys.argv[3]):
-    options.intra_op_num_threads = int(sys.argv[3])
-before = resident()
-session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-session.run(None, feed)
-print(resident() - before)
-"""
 
 
 @dataclass(frozen=True)
@@ -130,14 +111,15 @@ def choose_encoding(
         for one, path in files.items():
             own = None if activations else one  # with options, single weights may have other encodings
             to_onnx(students[one], path, inputs, encoding=own, requantize=activations is None)
-        times = _times({one: Runtime(path, threads) for one, path in files.items()}, inputs, rounds)
+        loaded = {one: Runtime(path, threads) for one, path in files.items()}
+        times = medians({one: partial(runtime, inputs) for one, runtime in loaded.items()}, rounds)
         arrays: dict[str, Any] = {key: value.numpy() for key, value in inputs.items()}
         np.savez(folder / "inputs.npz", **arrays)
         measured = tuple(
             Measured(
                 one,
                 times[one],
-                _resident(path, folder / "inputs.npz", threads),
+                footprint(path, folder / "inputs.npz", threads).megabytes,
                 path.stat().st_size / 1e6,
             )
             for one, path in files.items()
@@ -181,32 +163,6 @@ def _packed(gm: GraphModule) -> GraphModule:
         Pipeline(QuantizeActivations(encoding="float"))(copy)
     Pipeline(Strip(), Pack())(copy)
     return copy
-
-
-def _times(runtimes: Mapping[str, Runtime], inputs: Mapping[str, Tensor], rounds: int) -> dict[str, float]:
-    """Return each one's median milliseconds; in every round each runs once, so a busy machine slows all alike."""
-    for runtime in runtimes.values():
-        runtime(inputs)
-    times: dict[str, list[float]] = {name: [] for name in runtimes}
-    for _ in range(rounds):
-        for name, runtime in runtimes.items():
-            start = time.perf_counter()
-            runtime(inputs)
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _resident(path: Path, inputs: Path, threads: int | None) -> float | None:
-    """Return what a fresh process needs for the file, in megabytes."""
-    if not Path("/proc/self/statm").exists():
-        return None
-    command = [sys.executable, "-c", _RESIDENT, str(path), str(inputs), str(threads or 0)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise ExportError(
-            f"can't measure {path.stem} in a process of its own: {result.stderr.strip()[-200:]}"
-        )
-    return int(result.stdout) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def _choice(measured: tuple[Measured, ...], limit: float | None) -> Choice:

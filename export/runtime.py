@@ -18,7 +18,7 @@ from ti_fx.errors import InputError
 from ti_fx.export.external import require_data_of
 from ti_fx.export.facts import LARGEST, value_of
 
-_DTYPES = {
+DTYPES = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
     "tensor(int64)": np.int64,
@@ -131,7 +131,7 @@ class Runtime:
 
     def _array(self, name: str, value: Any) -> NDArray[Any]:
         array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-        expected = _DTYPES.get(self.inputs[name].type)
+        expected = DTYPES.get(self.inputs[name].type)
         if expected is not None and array.dtype != expected:
             raise InputError(f"input {name!r} is {array.dtype}; the file takes {np.dtype(expected)}")
         return np.ascontiguousarray(array)

@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 
 from ti_fx.concrete import Concrete
 from ti_fx.decisions import Decisions
+from ti_fx.errors import first_line
 
 Dynamic = Literal["auto", "all", "batch", "none"]
 # Inputs of this many dimensions are images and videos: their sizes as symbols cost minutes of algebra.
@@ -359,12 +360,6 @@ def forward_of_tensors(
 
 def _is_about_shapes(error: Exception) -> bool:
     return bool(re.search(r"[Cc]onstraint|dynamic_shapes|specializ", str(error)))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, its type if it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0].strip() if text else type(error).__name__
 
 
 def _shape_reason(error: BaseException) -> str:

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from ti_fx.concrete import Concrete
 from ti_fx.decisions import Decision, Decisions
-from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError, VerificationError
+from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError, VerificationError, first_line
 from ti_fx.program import (
     Dynamic,
     Known,
     export_program,
-    first_line,
     unchanged_buffers,
     whole_numbers_stay,
 )

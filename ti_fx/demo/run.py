@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from ti_fx.demo import baselines, measure, students
+from ti_fx.demo import classifier, measure, students
 from ti_fx.demo.data import Questions, load_questions, model_folder, tokenized
 from ti_fx.demo.show import print_table, write_page
 from ti_fx.demo.stages import VERSIONS, Stage, Stages
 from ti_fx.demo.students import STUDENT_SETTINGS, StudentSettings
 from ti_fx.demo.teacher import TEACHER_SETTINGS, TeacherSettings, fine_tune, quiet_loading
 from ti_fx.export import pipeline, to_onnx
+from ti_fx.export.baselines import export_dynamic_int8
 from ti_fx.files import atomic_path, atomic_write
 from ti_fx.graph import input_names
 from ti_fx.passes import Pack
@@ -145,8 +146,8 @@ def _export(stages: Stages, teacher: Stage, trained: dict[str, Stage]) -> Stage:
                 "bits": report.code_and_scale_bits,
                 "text": str(report),
             }
-        baselines.export_fp32(teacher.folder / "model", folder / "fp32.onnx", example)
-        baselines.export_dynamic_int8(folder / "fp32.onnx", folder / "dynamic-int8.onnx")
+        classifier.export_fp32(teacher.folder / "model", folder / "fp32.onnx", example)
+        export_dynamic_int8(folder / "fp32.onnx", folder / "dynamic-int8.onnx")
         for name in ("fp32", "dynamic-int8"):
             rows[name] = {"bytes": (folder / f"{name}.onnx").stat().st_size}
         return rows
@@ -155,7 +156,7 @@ def _export(stages: Stages, teacher: Stage, trained: dict[str, Stage]) -> Stage:
         "teacher": teacher.result["sha256"],
         "students": [stage.folder.name for stage in trained.values()],
     }
-    return stages.run("export", facts, (*TRAINING_CODE, "export", "demo.baselines"), make)
+    return stages.run("export", facts, (*TRAINING_CODE, "export", "demo.classifier"), make)
 
 
 def _example(tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
