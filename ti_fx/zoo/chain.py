@@ -33,6 +33,7 @@ from ti_fx.passes import (
 from ti_fx.pipeline import Pipeline
 from ti_fx.sites import POINTS, AttentionSite, find_attention
 from ti_fx.structure import named_leaves
+from ti_fx.zoo.closeness import by_vector, distance, relative
 from ti_fx.zoo.count import attention_calls, replaced, uniform
 from ti_fx.zoo.makers import run
 from ti_fx.zoo.models import Entry
@@ -344,7 +345,7 @@ class _Chain:
             if value.is_floating_point()
         ]
         vectors = [
-            _by_vector(torch.from_numpy(found[name]), value)
+            by_vector(torch.from_numpy(found[name]), value)
             for name, value in expected.items()
             if value.is_floating_point() and value.dim()
         ]
@@ -393,29 +394,6 @@ def _tensors(outputs: Any) -> dict[str, Tensor]:
     """Return the output's tensors by their place among its tensors."""
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return {str(index): leaf for index, leaf in enumerate(leaves)}
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Return the L2 distance relative to the expected tensor's norm; NaN where both have it counts as equal."""
-    gap = (found.double() - expected.double()).masked_fill(
-        (found == expected) | (found.isnan() & expected.isnan()), 0
-    )
-    size = expected.double().masked_fill(~expected.isfinite(), 0).norm()
-    return float(gap.norm() / size.clamp(min=1e-12))
-
-
-def _by_vector(found: Tensor, expected: Tensor) -> Tensor:
-    """Return the relative L2 distance of each vector along the last dimension."""
-    gap = (found.double() - expected.double()).norm(dim=-1)
-    relative_gap: Tensor = gap / expected.double().norm(dim=-1).clamp(min=1e-12)
-    return relative_gap.flatten()
-
-
-def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Return the largest relative distance of two structures' tensors, infinite where their shapes differ."""
-    if list(found) != list(expected) or any(found[name].shape != expected[name].shape for name in found):
-        return float("inf")
-    return max((relative(found[name], expected[name]) for name in found), default=0.0)
 
 
 def _source_line(node: Node | None) -> str:
