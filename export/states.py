@@ -28,12 +28,14 @@ def cached_layers(inputs: Collection[str]) -> int:
 def keeping_layers(model: nn.Module, cache: Any) -> Keeping:
     """Return which layers keep keys and values, from the cache that the model itself made.
 
+    A decoder that could read an encoder may make a pair of caches: the one of its own tokens counts.
+
     Raises:
         InputError: the model made no cache, or a layer keeps anything else (the state of a recurrence, an index).
     """
     from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-    layers = list(getattr(cache, "layers", ()))
+    layers = list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
     for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
             raise InputError(
@@ -42,8 +44,11 @@ def keeping_layers(model: nn.Module, cache: Any) -> Keeping:
             )
     keeping = tuple(isinstance(layer.keys, Tensor) for layer in layers)
     if not any(keeping):
+        is_encoder = getattr(getattr(model, "config", None), "is_decoder", None) is False
         raise InputError(
-            f"{type(model).__name__} returns no cache of keys and values; export it without a cache"
+            f"{type(model).__name__} returns no cache of keys and values; "
+            + ("build it with is_decoder=True in its configuration, or " if is_encoder else "")
+            + "export it without a cache"
         )
     return keeping
 

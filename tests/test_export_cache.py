@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    RemBertConfig,
+    RemBertForCausalLM,
     Speech2TextConfig,
     Speech2TextForConditionalGeneration,
     T5ForConditionalGeneration,
@@ -327,8 +329,36 @@ def test_a_tied_head_and_learned_positions_have_a_cache_too(tmp_path: Path) -> N
 
 def test_what_has_no_cache_is_refused() -> None:
     model, example = in_eval(bert_model()), text_example(batch=2)
-    with pytest.raises(InputError, match="returns no cache of keys and values"):
+    with pytest.raises(
+        InputError, match="returns no cache of keys and values; build it with is_decoder=True"
+    ):
         with_cache(packed(model, example), model, example)
+
+
+def test_an_encoders_architecture_as_a_decoder_has_a_cache() -> None:
+    """RemBERT makes a pair of caches, of which that for an encoder stays empty."""
+    config = RemBertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        input_embedding_size=16,
+        output_embedding_size=16,
+        is_decoder=True,
+    )
+    model, example = in_eval(RemBertForCausalLM(config)), {"input_ids": torch.randint(64, (2, 7))}
+    student = packed(model, example)
+    cached, _ = with_cache(student, model, example)
+    none = torch.zeros(2, 2, 0, 8)
+    found = cached(
+        **example,
+        attention_mask=torch.ones(2, 7, dtype=torch.long),
+        position_ids=torch.arange(7).expand(2, 7).contiguous(),
+        past_key_0=none,
+        past_value_0=none,
+    )
+    torch.testing.assert_close(found["logits"], student(**example)["logits"])
 
 
 def test_what_is_not_packed_or_too_short_is_refused(decoder: Decoder) -> None:
