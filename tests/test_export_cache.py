@@ -233,6 +233,16 @@ class WithMemory(LlamaForCausalLM):  # type: ignore[no-untyped-call]
         return found
 
 
+class WithShiftedMask(LlamaForCausalLM):  # type: ignore[no-untyped-call]
+    """Takes the mask after a cache for that of other tokens, as GIT does, whose cache begins with an image."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        cache = options.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            options["attention_mask"] = options["attention_mask"].roll(1, -1)
+        return super().forward(*arguments, **options)
+
+
 def test_windows_and_experts_have_a_cache(tmp_path: Path) -> None:
     """Longer than a window, which transformers' own cache would cut; a router's softmax is no attention."""
     config = MixtralConfig(
@@ -269,9 +279,9 @@ def test_what_keeps_more_than_keys_and_values_is_refused(decoder: Decoder) -> No
     cache.layers = [LinearAttentionLayer()]
     with pytest.raises(InputError, match=r"layer 0 of LlamaForCausalLM keeps other states .*LinearAttention"):
         keeping_layers(decoder.model, cache)
-    model = in_eval(WithMemory(decoder.model.config))
-    with pytest.raises(InputError, match="other logits after a cache than without"):
-        with_cache(decoder.student, model, text_example(batch=2))
+    for made in (WithMemory, WithShiftedMask):
+        with pytest.raises(InputError, match="other logits after a cache than without"):
+            with_cache(decoder.student, in_eval(made(decoder.model.config)), {"input_ids": tokens(2, 9)})
 
 
 def test_a_model_that_fails_with_a_cache_is_refused(
