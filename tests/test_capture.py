@@ -340,6 +340,14 @@ class ModeDependent(Plain):
         return y * 2 if self.training else y
 
 
+class DrawsInTraining(Plain):
+    """What is drawn changes nothing on this example, so the graph of training equals the model in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y + (torch.rand_like(y) > 1) if self.training else y
+
+
 class Positional(Plain):
     def forward(self, *args: Tensor) -> Tensor:
         return args[0]
@@ -374,6 +382,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, type[TiFxError], list[str
         [f"test_capture.py:{line_of('if self.training and torch.rand([]).item() < 0.5:')}"],
     ),
     "a mode decided in Python": (ModeDependent, X, CaptureError, ["differs from the model in eval mode"]),
+    "a number drawn in training alone": (DrawsInTraining, X, CaptureError, ["draws random numbers in eval mode"]),
     "positional arguments": (Positional, (torch.ones(2, 2),), InputError, ["*args", "named inputs"]),
     "nested tensors": (Nested, {"pair": (torch.ones(2), torch.ones(2))}, InputError, ["'pair'", "keyword"]),
     "an unknown input": (DataDependent, {"x": X["x"], "y": X["x"]}, InputError, ["DataDependent.forward(x)", "'y'"]),

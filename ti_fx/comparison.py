@@ -69,6 +69,7 @@ def compare(
                 with (
                     Concrete(),
                     unchanged_buffers(model),
+                    _Draws() as drawn,  # type: ignore[no-untyped-call]
                 ):  # a number that nothing depends on is not drawn in the graph
                     expected = without_caches(model(**tensors, **constants))
             except Exception as error:
@@ -80,8 +81,13 @@ def compare(
                     f"not compared with the model in train mode, where it fails on the example: {reason}",
                 )
             torch.manual_seed(0)
-            with unchanged_buffers(model):
+            with unchanged_buffers(model), _Draws() as drawn_by_graph:  # type: ignore[no-untyped-call]
                 actual = _run(gm, tensors, type(model).__name__)
+        if not training and drawn_by_graph.count > drawn.count:
+            raise CaptureError(
+                f"the captured graph of {type(model).__name__} draws random numbers in eval mode, where the model "
+                "draws fewer: Python decides by the mode what is drawn; turn that off in its config"
+            )
         outlines.append([leaf.shape for leaf in pytree.tree_leaves(expected) if isinstance(leaf, Tensor)])
         if outlines[0] != outlines[-1]:
             return (
