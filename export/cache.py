@@ -30,6 +30,7 @@ from ti_fx.errors import CaptureError, ExportError, InputError, first_line
 from ti_fx.export.inputs import other_sizes, resized
 from ti_fx.export.states import (
     CROSS_KEY,
+    CROSS_MASK,
     PAST_KEY,
     PAST_VALUE,
     PRESENT_KEY,
@@ -183,6 +184,20 @@ def require_free(gm: GraphModule, model: nn.Module) -> None:
     for name, node in inputs.items() if PAST_KEY.format(0) in inputs else ():
         if name in lengths and constant_size(node.meta["val"].shape[lengths[name]]) is not None:
             raise CaptureError(f"the code of {type(model).__name__} fixes the length of {name}, {why}")
+    for start in ("past_", "cross_"):
+        sizes = {
+            name: str(node.meta["val"].shape[2]) for name, node in inputs.items() if _is_kept(name, start)
+        }
+        other = [name for name, size in sizes.items() if size != next(iter(sizes.values()))]
+        if other:
+            raise CaptureError(
+                f"the code of {type(model).__name__} takes {other[0]} to be of another length than "
+                f"{next(iter(sizes))}, which every cache contradicts; export it without a cache"
+            )
+
+
+def _is_kept(name: str, start: str) -> bool:
+    return name.startswith(start) and name != CROSS_MASK
 
 
 def _name_sizes(gm: GraphModule) -> None:
@@ -255,10 +270,10 @@ def run_with_cache(model: nn.Module, **inputs: Any) -> Any:
     """Run a model that is asked for its cache.
 
     Raises:
-        InputError: it fails.
+        InputError: it fails, or gives no logits.
     """
     try:
-        return model(**inputs, use_cache=True, return_dict=True)
+        found = model(**inputs, use_cache=True, return_dict=True)
     except (
         Exception
     ) as error:  # whatever a model raises that was not made for a cache, or not for these inputs
@@ -267,6 +282,12 @@ def run_with_cache(model: nn.Module, **inputs: Any) -> Any:
             f"{type(model).__name__} fails with {', '.join(inputs)} and use_cache=True ({reason}); "
             "give an example that it takes, or export it without a cache"
         ) from error
+    if "logits" not in found:
+        raise InputError(
+            f"{type(model).__name__} gives no logits, from which text is generated; give the model with its head, "
+            "or export it without a cache"
+        )
+    return found
 
 
 def stand_ins(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

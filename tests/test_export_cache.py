@@ -297,6 +297,11 @@ def test_a_model_that_fails_with_a_cache_is_refused(
         with_cache(decoder.student, decoder.model, text_example(batch=2))
 
 
+def test_a_model_without_a_head_is_refused(decoder: Decoder) -> None:
+    with pytest.raises(InputError, match=r"LlamaModel gives no logits.* give the model with its head"):
+        with_cache(decoder.student, decoder.model.model, text_example(batch=2))
+
+
 def test_what_reads_more_than_text_is_refused() -> None:
     model, example = in_eval(gpt2_model(n_layer=1)), text_example(batch=2)
     student = packed(model, {**example, "token_type_ids": torch.zeros_like(example["input_ids"])})
@@ -314,6 +319,15 @@ def test_a_graph_that_holds_its_examples_values_or_length_is_refused(decoder: De
         require_free(gm, decoder.model)
     state(gm)["baked"] = {"attention_mask": tokens(2, 3)}
     with pytest.raises(CaptureError, match="decides in Python by the values of attention_mask"):
+        require_free(gm, decoder.model)
+
+
+def test_a_graph_whose_keys_and_values_differ_in_length_is_refused(decoder: Decoder) -> None:
+    """What T5Gemma 2's trace gives, whose masks are those of two lengths together."""
+    gm = ti_fx.fork(decoder.cached)
+    (values,) = (node for node in gm.graph.find_nodes(op="placeholder") if node.target == "past_value_1")
+    values.meta = {**values.meta, "val": torch.zeros(2, 2, 3, 8)}
+    with pytest.raises(CaptureError, match="takes past_value_1 to be of another length than past_key_0"):
         require_free(gm, decoder.model)
 
 
