@@ -200,9 +200,9 @@ def _permuted_outputs(
 class _Nudged(Interpreter):
     """Run a graph with each product moved by about one unit in the last place, as another summation order would."""
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, seed: int) -> None:
         super().__init__(gm)
-        self.random = torch.Generator().manual_seed(0)
+        self.random = torch.Generator().manual_seed(seed)
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
@@ -212,15 +212,20 @@ class _Nudged(Interpreter):
         return value
 
 
+def nudged_outputs(gm: GraphModule, inputs: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """Return the graph's outputs by name where each product is moved by about one unit in the last place."""
+    flat, leaves = io.flat_outputs(gm)
+    with mode(flat, False), torch.no_grad():
+        nudged = _Nudged(flat, seed).run(*inputs.values())
+    return dict(zip(leaves, nudged, strict=True))
+
+
 def _rounding_noise(
     gm: GraphModule, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    flat, leaves = io.flat_outputs(gm)
-    with mode(flat, False), torch.no_grad():
-        nudged = _Nudged(flat).run(*inputs.values())
     return {
         name: _p99((value.double() - expected[name].double()).abs().nan_to_num(0.0, 0.0))
-        for name, value in zip(leaves, nudged, strict=True)
+        for name, value in nudged_outputs(gm, inputs).items()
     }
 
 

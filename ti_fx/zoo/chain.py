@@ -19,6 +19,7 @@ from ti_fx.capture import capture, capture_report
 from ti_fx.errors import CoverageError, TiFxError
 from ti_fx.export import Runtime, to_onnx
 from ti_fx.export.inputs import other_sizes, resized, run_graph
+from ti_fx.export.parity import NOISE_CAP, nudged_outputs
 from ti_fx.graph import fork, mode
 from ti_fx.passes import (
     DecomposeAttention,
@@ -33,7 +34,7 @@ from ti_fx.passes import (
 from ti_fx.pipeline import Pipeline
 from ti_fx.sites import POINTS, AttentionSite, find_attention
 from ti_fx.structure import named_leaves
-from ti_fx.zoo.closeness import by_vector, distance, relative
+from ti_fx.zoo.closeness import distance, median_distance, relative
 from ti_fx.zoo.count import attention_calls, replaced, uniform
 from ti_fx.zoo.makers import run
 from ti_fx.zoo.models import Entry
@@ -45,6 +46,9 @@ REPLACED = 1e-4  # the same with one block's map replaced in both, where differe
 MOVED = 0.01  # how far a known tensor must move the outputs to prove anything
 # ONNX Runtime's outputs against the packed student's: the median over vectors of the relative distance.
 FLOAT, QUANTISED = 1e-3, 0.03
+# ... or, where rounding of activations amplifies the last bits to more, the most that they move PyTorch's own outputs
+# in so many runs: of untrained networks some do.
+NUDGES = 8
 
 
 @dataclass
@@ -337,25 +341,26 @@ class _Chain:
             self._compare(encoding, path, gm)
 
     def _compare(self, encoding: str, path: Path, gm: GraphModule) -> None:
-        expected = run_graph(gm, self.other)
-        found = Runtime(path)({name: self.other[name] for name in _input_names(gm)})
-        distances = [
-            relative(torch.from_numpy(found[name]), value)
-            for name, value in expected.items()
-            if value.is_floating_point()
-        ]
-        vectors = [
-            by_vector(torch.from_numpy(found[name]), value)
-            for name, value in expected.items()
-            if value.is_floating_point() and value.dim()
-        ]
-        median = float(torch.cat(vectors).median()) if vectors else max(distances, default=0.0)
-        self.outcome.numbers[f"{encoding} runtime"] = max(distances, default=0.0)
+        inputs = {name: self.other[name] for name in _input_names(gm)}
+        expected = {name: value for name, value in run_graph(gm, inputs).items() if value.is_floating_point()}
+        found = {name: torch.from_numpy(value) for name, value in Runtime(path)(inputs).items()}
+        median = median_distance(found, expected)
+        self.outcome.numbers[f"{encoding} runtime"] = max(
+            (relative(found[name], value) for name, value in expected.items()), default=0.0
+        )
         self.outcome.numbers[f"{encoding} runtime median"] = median
         limit = FLOAT if encoding == "float" else QUANTISED
+        if encoding != "float" and median > limit:
+            noise = max(median_distance(nudged_outputs(gm, inputs, seed), expected) for seed in range(NUDGES))
+            self.outcome.numbers[f"{encoding} noise median"] = noise
+            self.outcome.notes.append(
+                f"{encoding}: noise in the last bits moves PyTorch's own outputs by {noise:.1e}"
+            )
+            limit = max(limit, min(noise, NOISE_CAP))
         if not median <= limit:
             raise CoverageError(
-                f"ONNX Runtime differs from the packed student in {encoding} (relative {median:.1e}, at most {limit:g})"
+                f"ONNX Runtime differs from the packed student in {encoding} "
+                f"(relative {median:.1e}, at most {limit:.1e})"
             )
 
 

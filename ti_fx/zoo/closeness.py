@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,14 @@ def by_vector(found: Tensor, expected: Tensor) -> Tensor:
     """
     gap: Tensor = _gap(found, expected).norm(dim=-1) / _finite(expected).norm(dim=-1).clamp(min=1e-12)
     return gap[~(found.isnan() & expected.isnan()).all(-1)]
+
+
+def median_distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Return the median of ``by_vector`` over all the expected tensors; of numbers without dimension their largest."""
+    vectors = [by_vector(found[name], value) for name, value in expected.items() if value.dim()]
+    if vectors:
+        return float(torch.cat(vectors).median())
+    return max((relative(found[name], value) for name, value in expected.items()), default=0.0)
 
 
 def _gap(found: Tensor, expected: Tensor) -> Tensor:
