@@ -38,7 +38,7 @@ def test_a_quantised_file_may_differ_by_what_noise_does_to_pytorch(
     gm = ti_fx.capture(model, inputs)
 
     def runtime(path: Path) -> Any:
-        return lambda given: {"output": (1.05 * model(**given)).detach().numpy()}
+        return lambda given: {"output_0": (1.05 * model(**given)).detach().numpy()}
 
     def noisy(gm: object, given: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         return {"output_0": (1 + seed / 100) * model(**given).detach()}
