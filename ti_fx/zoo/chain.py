@@ -312,6 +312,8 @@ class _Chain:
                         f"the gradient of {name} is not finite with an intervention at {point}"
                     )
             if point is None:
+                # a loss of millions, as some untrained networks have, would leave no number of the weights
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 torch.optim.SGD(parameters, lr=1e-4).step()
             for value in parameters:
                 value.grad = None
