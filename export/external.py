@@ -142,7 +142,7 @@ def require_data(path: Path, model: onnx.ModelProto) -> DataFile | None:
     _require_unchanged(path, data)
     for tensor in outside:
         offset, length = _span(tensor)
-        if offset < 0 or length != _size(tensor) or offset + length > data.bytes:
+        if offset < 0 or length != size_of(tensor) or offset + length > data.bytes:
             raise InputError(
                 f"{path} names bytes that {data.name} does not have, or not as many as {tensor.name} takes: it was "
                 "changed; export it again"
@@ -265,7 +265,7 @@ def _span(tensor: onnx.TensorProto) -> tuple[int, int]:
         return -1, -1
 
 
-def _size(tensor: onnx.TensorProto) -> int | None:
+def size_of(tensor: onnx.TensorProto) -> int | None:
     """Return how many bytes a tensor takes, None of a type that has no size."""
     try:
         each: float = ir.DataType(tensor.data_type).itemsize

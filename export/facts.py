@@ -15,6 +15,8 @@ ti_fx.largest             JSON: the largest size that the model takes of a dynam
 ti_fx.opset               the ONNX opset
 ti_fx.minimum_onnxruntime the oldest ONNX Runtime that computes what this one does
 ti_fx.versions            JSON: what wrote it
+ti_fx.record              JSON: a digest of each node's operators and of each other part of the file, by which
+                          ``check`` finds what was changed afterwards (``ti_fx.export.record``)
 ========================  =====================================================================================
 
 Nothing of the machine is among them: no path, no time, no name of a user.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from ti_fx.text import where
 # A float node: two correct implementations of one operation on the same values, relative L2.
 NODE_TOLERANCE = 1e-5
 _GIVEN = "given/"
+_RUNNING = re.compile(r"Name:'([^']*)'")  # so ONNX Runtime names the node that it was running
 _ORDERS = ("topk", "sort")
 _UNINITIALISED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
@@ -54,8 +56,13 @@ def compare_nodes(
     try:
         computed = runtime.run(cut.compared, cut.feed)
     except Exception as error:  # ONNX Runtime's errors share no base class but Exception
-        reason = " ".join(str(error).split())[:300]
-        raise ParityError(f"ONNX Runtime can't run the nodes of {Path(path).name}: {reason}") from error
+        reason = " ".join(str(error).split())
+        named = _RUNNING.search(reason)
+        node = cut.nodes.get(named[1].partition("/")[0]) if named else None
+        raise ParityError(
+            f"ONNX Runtime can't run {where(node) if node else 'a node'} of {Path(path).name} on PyTorch's inputs: "
+            f"{reason[:300]}"
+        ) from error
     return _compared(cut.gm, dict(zip(cut.compared, computed, strict=True)), cut.nodes, cut.values)
 
 

@@ -146,6 +146,7 @@ class FileContent:
         metadata: all metadata by name.
         folder: where the data file is, if there is one.
         data: what that file is, None if there is none.
+        model: all of it.
     """
 
     encoding: str
@@ -157,6 +158,7 @@ class FileContent:
     metadata: dict[str, str]
     folder: Path
     data: external.DataFile | None
+    model: onnx.ModelProto
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """Return a stored tensor's bytes, flat; of a data file, they are mapped, not read."""
@@ -167,8 +169,12 @@ class FileContent:
             return np.frombuffer(stored.raw_data, dtype=np.uint8)
         return np.frombuffer(onnx.numpy_helper.to_array(stored).tobytes(), dtype=np.uint8)
 
+    def is_whole(self, name: str) -> bool:
+        """Whether a stored tensor has as many bytes as its type and shape say."""
+        return self.raw(name).nbytes == external.size_of(self.initializers[name])
+
     def array(self, name: str) -> NDArray[Any]:
-        """Return a stored tensor of a type that NumPy has."""
+        """Return a stored tensor that is whole, of a type that NumPy has."""
         stored = self.initializers[name]
         if not external.is_external(stored):
             return onnx.numpy_helper.to_array(stored)
@@ -213,6 +219,7 @@ def content_of(model: onnx.ModelProto, folder: Path, data: external.DataFile | N
         metadata=metadata,
         folder=folder,
         data=data,
+        model=model,
     )
 
 
@@ -236,7 +243,10 @@ def compare_tensors(content: FileContent, gm: GraphModule) -> int:
     for target, shape in sorted(shapes.items()):
         item = stored.get(target)
         if item is None or item.initializer not in content.initializers:
-            raise ParityError(f"the file has no packed tensor {target}; check it with the graph it came from")
+            raise ParityError(
+                f"the file has no packed tensor {target}, which {_reader(gm, target)} reads; check it with the graph "
+                "it came from"
+            )
         value = tensor(gm, target).detach()
         if shape is not None and item.kind in LAYOUTS:
             value = LAYOUTS[item.kind].encode(value, shape)
@@ -259,8 +269,10 @@ def compare_tensors(content: FileContent, gm: GraphModule) -> int:
 def _compare_table(content: FileContent, gm: GraphModule, item: PackedTensor) -> None:
     """Compare the table by which a weight's codes are unpacked."""
     layout = LAYOUTS[item.kind]
-    found, expected = content.array(layout.table_name), layout.table().numpy()
-    if found.shape != expected.shape or not np.array_equal(found, expected):
+    found, expected = content.raw(layout.table_name), layout.table().numpy()
+    if list(content.initializers[layout.table_name].dims) != list(expected.shape) or not np.array_equal(
+        found, expected.view(np.uint8).reshape(-1)
+    ):
         raise ParityError(
             f"table {layout.table_name}, by which {item.target}, read by {_reader(gm, item.target)}, is unpacked, is "
             "not what was written; export the file again"

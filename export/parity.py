@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from ti_fx.errors import EncodingMismatch, ParityError
+from ti_fx.errors import EncodingMismatch, InputError, ParityError
 from ti_fx.export import inputs as io
 from ti_fx.export.constants import compare_constants
 from ti_fx.export.lowering import ACTIVATIONS
 from ti_fx.export.nodes import compare_nodes
 from ti_fx.export.packed import FileContent, compare_tensors, open_file
+from ti_fx.export.record import compare_record
 from ti_fx.export.report import OutputDifference, ParityReport
 from ti_fx.export.runtime import Runtime
 from ti_fx.export.storage import looked_up
@@ -83,6 +84,7 @@ def compare(
 ) -> ParityReport:
     """Compare a file with a graph of the same encoding (see :func:`check`)."""
     count = compare_tensors(content, student) + compare_constants(content, student)
+    compare_record(content, student)
     bound = io.bind(student, example)
     needed = _megabytes(student)
     if ram_megabytes is not None and needed > ram_megabytes:
@@ -110,19 +112,25 @@ def compare(
         if order is not None:
             inputs = io.permuted(student, inputs, order)
             expected = _permuted_outputs(student, expected, order) or io.run_graph(student, inputs)
-        found = runtime(inputs)
+        try:
+            found = runtime(inputs)
+        except InputError as error:
+            compare_nodes(path, student, inputs)
+            raise ParityError(f"{Path(path).name} can't be run at {case}: {error}") from error
         for name, value in expected.items():
             allowed = _allowed(value, None if noise is None else noise[name])
-            rows.append(_difference(name, case, torch.from_numpy(found[name]), value, allowed))
-    report = ParityReport(tuple(rows), _tolerance_text(exact), count, single, tuple(skipped))
-    for row in rows:
-        if not (row.maximum if exact else row.p99) <= row.allowed:  # NaN fails, too
-            raise ParityError(
-                f"{Path(path).name}: output {row.output!r} differs from PyTorch at {row.case}: max {row.maximum:.2e}, "
-                f"p99 {row.p99:.2e}, range {row.span:.2e}, allowed {row.allowed:.2e}; "
-                "please report this with the graph's ti_fx.dump"
-            )
-    return report
+            row = _difference(name, case, torch.from_numpy(found[name]), value, allowed)
+            rows.append(row)
+            if not (row.maximum if exact else row.p99) <= row.allowed:  # NaN fails, too
+                compare_nodes(
+                    path, student, inputs
+                )  # names the node, if it is one that differs at these sizes
+                raise ParityError(
+                    f"{Path(path).name}: output {row.output!r} differs from PyTorch at {row.case}: max "
+                    f"{row.maximum:.2e}, p99 {row.p99:.2e}, range {row.span:.2e}, allowed {row.allowed:.2e}; "
+                    "please report this with the graph's ti_fx.dump"
+                )
+    return ParityReport(tuple(rows), _tolerance_text(exact), count, single, tuple(skipped))
 
 
 def _with_padding(student: GraphModule, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ DTYPES = {
     "tensor(uint8)": np.uint8,
     "tensor(int8)": np.int8,
 }
-ERRORS_ONLY = 3
+SILENT = 4  # its errors are raised, too, and said in one line
 
 
 def session(path: str | os.PathLike[str], threads: int | None = None) -> onnxruntime.InferenceSession:
@@ -58,7 +58,7 @@ def session_of(
     """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = SILENT
     if threads is not None:
         options.intra_op_num_threads = threads
     if folder is not None:

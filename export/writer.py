@@ -28,6 +28,7 @@ from ti_fx.export import inputs as io
 from ti_fx.export.facts import facts
 from ti_fx.export.layouts import LAYOUTS
 from ti_fx.export.lowering import lower
+from ti_fx.export.record import RECORD_KEY, record_of
 from ti_fx.export.report import ExportReport, StoredTensor
 from ti_fx.export.student import (
     batch_dependent,
@@ -310,6 +311,7 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.metadata_props.clear()
     model.metadata_props.update(facts(gm, student, model, tensors, config))
+    model.metadata_props[RECORD_KEY] = record_of(model, {item.initializer for item in tensors})
 
 
 def _share_equal(graph: ir.Graph, apart: set[str]) -> None:

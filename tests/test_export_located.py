@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ti_fx
-from ti_fx.errors import ParityError
-from ti_fx.export import check, to_onnx
+from ti_fx.errors import InputError, ParityError
+from ti_fx.export import check, parity, to_onnx
+from ti_fx.export.nodes import compare_nodes
+from ti_fx.export.record import RECORD_KEY
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 from ti_fx.text import module_path
 
@@ -173,16 +175,159 @@ def test_a_planted_error_is_located_to_its_node(
     place = plant(model, exported, random.Random(seed))
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(model.SerializeToString())
+    assert_located(place, exported.gm, lambda: check(damaged, exported.gm, exported.example))
+    if plant is edge:  # by the numbers alone, as in a file that the exporter got wrong
+        assert_located(place, exported.gm, lambda: compare_nodes(damaged, exported.gm, exported.example))
+
+
+def assert_located(place: str, gm: GraphModule, compare: Callable[[], object]) -> None:
     with pytest.raises(ParityError) as error:
-        check(damaged, exported.gm, exported.example)
-    node = next((node for node in exported.gm.graph.nodes if node.name == place), None)
+        compare()
+    node = next((node for node in gm.graph.nodes if node.name == place), None)
     if node is None:  # the output has the model's name
-        (node,) = exported.gm.graph.output_node().all_input_nodes
+        (node,) = gm.graph.output_node().all_input_nodes
     assert f"%{node.name} " in str(error.value), place
     path = module_path(node)
     assert path in str(error.value)
     if path.startswith("layers."):
         assert f"layer {path.split('.')[1]}" in str(error.value)
+
+
+def operator(model: onnx.ModelProto, kind: str) -> onnx.NodeProto:
+    found: onnx.NodeProto = next(node for node in model.graph.node if node.op_type == kind)
+    return found
+
+
+def epsilon(model: onnx.ModelProto) -> str:
+    """Too small a change for any comparison of numbers."""
+    node = operator(model, "LayerNormalization")
+    (found,) = (attribute for attribute in node.attribute if attribute.name == "epsilon")
+    found.f *= 1.0001
+    return str(node.output[0])
+
+
+def without_epsilon(model: onnx.ModelProto) -> str:
+    node = operator(model, "LayerNormalization")
+    del node.attribute[:]
+    return str(node.output[0])
+
+
+def another_operator(model: onnx.ModelProto) -> str:
+    node = operator(model, "Gelu")
+    node.op_type = "Relu"
+    return str(node.output[0])
+
+
+def no_operator(model: onnx.ModelProto) -> str:
+    node = operator(model, "Gelu")
+    place = str(node.output[0])
+    model.graph.node.remove(node)
+    return place
+
+
+def another_shape(model: onnx.ModelProto) -> str:
+    bias = next(value for value in model.graph.initializer if value.name == "layers.1.up.bias")
+    bias.dims[0] += 1
+    return "linear_10"
+
+
+def another_type(model: onnx.ModelProto) -> str:
+    scale = next(
+        value for value in model.graph.initializer if value.name.endswith("layers.1.up.weight_scale")
+    )
+    scale.data_type = onnx.TensorProto.INT32
+    return "linear_10"
+
+
+@pytest.mark.parametrize(
+    "change", [epsilon, without_epsilon, another_operator, no_operator, another_shape, another_type]
+)
+def test_what_no_number_shows_or_nobody_can_run_is_located_by_the_record(
+    change: Callable[[onnx.ModelProto], str], exported: Exported, tmp_path: Path
+) -> None:
+    model = onnx.load(exported.path)
+    place = change(model)
+    changed = tmp_path / "changed.onnx"
+    changed.write_bytes(model.SerializeToString())
+    assert_located(place, exported.gm, lambda: check(changed, exported.gm, exported.example))
+
+
+def more_outputs(model: onnx.ModelProto) -> None:
+    model.graph.output.append(onnx.helper.make_tensor_value_info("input_ids", 7, ["batch", "sequence"]))
+
+
+def fix_inputs(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
+
+
+def older_opset(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version -= 1
+
+
+def other_metadata(model: onnx.ModelProto) -> None:
+    next(entry for entry in model.metadata_props if entry.key == "ti_fx.minimum_onnxruntime").value = "1.2"
+
+
+def another_constant(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(onnx.helper.make_tensor("more", 1, [1], [0.0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (more_outputs, "outputs"),
+        (fix_inputs, "inputs"),
+        (older_opset, "opsets"),
+        (other_metadata, "metadata"),
+        (another_constant, "constants"),
+    ],
+)
+def test_a_part_that_is_no_node_is_named(
+    change: Callable[[onnx.ModelProto], None], part: str, exported: Exported, tmp_path: Path
+) -> None:
+    model = onnx.load(exported.path)
+    change(model)
+    changed = tmp_path / "changed.onnx"
+    changed.write_bytes(model.SerializeToString())
+    with pytest.raises(ParityError, match=rf"^the file's {part} are not those that were written"):
+        check(changed, exported.gm, exported.example)
+
+
+def test_a_file_without_a_record_is_refused(exported: Exported, tmp_path: Path) -> None:
+    model = onnx.load(exported.path)
+    kept = [entry for entry in model.metadata_props if entry.key != RECORD_KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    changed = tmp_path / "changed.onnx"
+    changed.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=rf"{RECORD_KEY} is missing or damaged, .*; export it again"):
+        check(changed, exported.gm, exported.example)
+
+
+def test_an_error_that_only_other_sizes_show_is_located(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a file that the exporter got wrong, whose constants nobody can tell apart."""
+    for name in ("compare_record", "compare_constants"):
+        monkeypatch.setattr(parity, name, lambda content, gm: 0)
+    model = onnx.load(exported.path)
+    mask = next(value for value in model.graph.initializer if value.name.endswith(".mask"))
+    array = onnx.numpy_helper.to_array(mask).copy()
+    array[8:] = -array[8:]  # the example has eight tokens
+    mask.CopyFrom(onnx.numpy_helper.from_array(array, mask.name))
+    changed = tmp_path / "changed.onnx"
+    changed.write_bytes(model.SerializeToString())
+    place = reader(model, exported.gm, mask.name)
+    assert_located(place, exported.gm, lambda: check(changed, exported.gm, exported.example))
+
+
+def test_a_node_that_can_not_be_run_is_named(exported: Exported, tmp_path: Path) -> None:
+    model = onnx.load(exported.path)
+    node = operator(model, "LayerNormalization")
+    node.input[1], node.input[0] = node.input[0], node.input[1]
+    changed = tmp_path / "changed.onnx"
+    changed.write_bytes(model.SerializeToString())
+    assert_located(node.output[0], exported.gm, lambda: compare_nodes(changed, exported.gm, exported.example))
 
 
 def test_the_file_itself_passes(exported: Exported) -> None:
