@@ -30,7 +30,7 @@ from ti_fx.errors import CaptureError, ExportError, InputError, first_line
 from ti_fx.export.inputs import other_sizes, resized
 from ti_fx.export.states import (
     CROSS_KEY,
-    CROSS_MASK,
+    CROSS_VALUE,
     PAST_KEY,
     PAST_VALUE,
     PRESENT_KEY,
@@ -184,20 +184,14 @@ def require_free(gm: GraphModule, model: nn.Module) -> None:
     for name, node in inputs.items() if PAST_KEY.format(0) in inputs else ():
         if name in lengths and constant_size(node.meta["val"].shape[lengths[name]]) is not None:
             raise CaptureError(f"the code of {type(model).__name__} fixes the length of {name}, {why}")
-    for start in ("past_", "cross_"):
-        sizes = {
-            name: str(node.meta["val"].shape[2]) for name, node in inputs.items() if _is_kept(name, start)
-        }
-        other = [name for name, size in sizes.items() if size != next(iter(sizes.values()))]
-        if other:
-            raise CaptureError(
-                f"the code of {type(model).__name__} takes {other[0]} to be of another length than "
-                f"{next(iter(sizes))}, which every cache contradicts; export it without a cache"
-            )
-
-
-def _is_kept(name: str, start: str) -> bool:
-    return name.startswith(start) and name != CROSS_MASK
+    for key, value in ((PAST_KEY, PAST_VALUE), (CROSS_KEY, CROSS_VALUE)):
+        for index in range(len(inputs)):
+            pair = [inputs[name.format(index)] for name in (key, value) if name.format(index) in inputs]
+            if len({str(node.meta["val"].shape[2]) for node in pair}) > 1:
+                raise CaptureError(
+                    f"the code of {type(model).__name__} takes {pair[1].target} to be of another length than "
+                    f"{pair[0].target}, which every cache contradicts; export it without a cache"
+                )
 
 
 def _name_sizes(gm: GraphModule) -> None:

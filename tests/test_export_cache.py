@@ -327,7 +327,7 @@ def test_a_graph_whose_keys_and_values_differ_in_length_is_refused(decoder: Deco
     gm = ti_fx.fork(decoder.cached)
     (values,) = (node for node in gm.graph.find_nodes(op="placeholder") if node.target == "past_value_1")
     values.meta = {**values.meta, "val": torch.zeros(2, 2, 3, 8)}
-    with pytest.raises(CaptureError, match="takes past_value_1 to be of another length than past_key_0"):
+    with pytest.raises(CaptureError, match="takes past_value_1 to be of another length than past_key_1"):
         require_free(gm, decoder.model)
 
 
