@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "errors files layout leaves numerics roles",
     "assertions comparison concrete dataflow decisions encodings feed_forward graph losses metadata normalise options "
-    "pipeline program randomness selection sites steering structure text tracing verify",
+    "pipeline program randomness selection sites steering stochastic_depth structure text tracing verify",
     "passes",
     "capture export",
     "recipe",

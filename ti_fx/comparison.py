@@ -102,7 +102,7 @@ def compare(
             raise CaptureError(
                 f"the captured graph of {type(model).__name__} differs from the model in {name} mode (relative "
                 f"{checked[name]:.1e}): something is decided in Python by the mode or at random; turn it off in the "
-                "model's config (layerdrop, drop_path, masking)"
+                "model's config (layerdrop, masking)"
             )
     return checked, None
 

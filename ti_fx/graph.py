@@ -212,6 +212,17 @@ def fork(gm: GraphModule) -> GraphModule:
     return twin
 
 
+def replace_by_leaf(gm: GraphModule, node: Node, leaf: nn.Module, args: tuple[Any, ...]) -> None:
+    """Let a module of the graph's own compute what a node did, in the graph's mode."""
+    target = f"leaves.{node.name}"
+    leaf.train(gm.training)
+    register(gm, target, leaf)
+    with gm.graph.inserting_before(node):
+        call = gm.graph.create_node("call_module", target, args)
+    call.meta = dict(node.meta)
+    supersede(node, call)
+
+
 def sort(graph: Graph) -> None:
     """Put nodes in topological order, keeping the written order wherever it is legal.
 

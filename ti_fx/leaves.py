@@ -40,6 +40,37 @@ class ScaledDotProductAttention(nn.Module):
         return f"p={self.dropout_p}, causal={self.is_causal}, scale={self.scale}, gqa={self.enable_gqa}"
 
 
+class DropPath(nn.Dropout):
+    """Stochastic depth: in training each row's values, or those of all rows, are dropped with probability ``p``.
+
+    Args:
+        p: the probability.
+        rows: whether a number is drawn for each row; else one for all of them.
+        uniform: whether uniform numbers are drawn, as transformers does, or those of a Bernoulli distribution: with
+            the same seed the same rows are dropped as in the model.
+    """
+
+    def __init__(self, p: float, rows: bool, uniform: bool) -> None:
+        super().__init__(p)
+        self.rows = rows
+        self.uniform = uniform
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input`` of shape ``(rows, ...)``; what is kept in training is divided by ``1 - p``."""
+        if not self.training:
+            return input
+        keep = 1 - self.p
+        shape = (input.shape[0] if self.rows else 1,) + (1,) * (input.dim() - 1)
+        if self.uniform:
+            drawn = torch.rand(shape, dtype=input.dtype, device=input.device)
+            return input.div(keep) * torch.floor(drawn + keep)
+        return input * input.new_empty(shape).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        """Show the options in a dump."""
+        return f"p={self.p:g}, rows={self.rows}, uniform={self.uniform}"
+
+
 def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
     """Add an attention mask that broadcasts to ``scores``; where a boolean one is False, scores are the lowest number.
 

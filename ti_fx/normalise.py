@@ -3,7 +3,7 @@
 1. the pytree signature goes: placeholders are the model's keywords, the output node holds the model's own structure
 2. guard and assertion nodes go (inputs are validated before the call instead)
 3. sub-graphs (``wrap_with_set_grad_enabled``) are inlined
-4. ops that depend on the mode become leaf modules (``ti_fx.leaves``)
+4. what depends on the mode becomes leaf modules (``ti_fx.leaves``, ``ti_fx.stochastic_depth``)
 5. one read per parameter, tied names merged, right before its first use
 6. roles
 """
@@ -28,11 +28,12 @@ from ti_fx.graph import (
     is_persistent,
     prune,
     register,
+    replace_by_leaf,
     state,
-    supersede,
     tensor,
     written_arguments,
 )
+from ti_fx.stochastic_depth import replace_drop_paths
 
 
 def to_plain(
@@ -46,6 +47,8 @@ def to_plain(
     _take_baked(gm, baked or {})
     _inline_subgraphs(gm)
     drop_assertions(gm)
+    if model.training:
+        replace_drop_paths(gm)
     _leaf_modules(gm, model.training)
     _share_model_tensors(gm, model)
     _one_read_each(gm)
@@ -157,7 +160,7 @@ def _leaf_modules(gm: GraphModule, training: bool) -> None:
             erase(node)
         elif name in ("dropout", "dropout_"):
             leaf = nn.Dropout(float(node.args[1]), inplace=name == "dropout_")
-            _replace_by_leaf(gm, node, leaf, (node.args[0],))
+            replace_by_leaf(gm, node, leaf, (node.args[0],))
         elif name == "scaled_dot_product_attention":
             arguments = _bound(node)
             fused = leaves.ScaledDotProductAttention(
@@ -168,7 +171,7 @@ def _leaf_modules(gm: GraphModule, training: bool) -> None:
             )
             operands = (arguments["query"], arguments["key"], arguments["value"], arguments["attn_mask"])
             node._rename("attention")
-            _replace_by_leaf(gm, node, fused, operands if operands[3] is not None else operands[:3])
+            replace_by_leaf(gm, node, fused, operands if operands[3] is not None else operands[:3])
         elif name in ("batch_norm", "native_dropout", "alpha_dropout", "feature_dropout", "rrelu"):
             _replace_mode_dependent(gm, node, name)
 
@@ -181,7 +184,7 @@ def _replace_mode_dependent(gm: GraphModule, node: Node, name: str) -> None:
     arguments = _bound(node)
     leaf = leaves.BatchNorm(float(arguments["momentum"]), float(arguments["eps"]))
     names = ("input", "weight", "bias", "running_mean", "running_var")
-    _replace_by_leaf(gm, node, leaf, tuple(arguments[key] for key in names))
+    replace_by_leaf(gm, node, leaf, tuple(arguments[key] for key in names))
     for update in list(gm.graph.nodes):  # num_batches_tracked is bookkeeping of the source module
         if (
             aten_name(update) == "add_"
@@ -200,16 +203,6 @@ def _bound(node: Node) -> dict[str, Any]:
         else:
             values[argument.name] = node.kwargs.get(argument.name, argument.default_value)
     return values
-
-
-def _replace_by_leaf(gm: GraphModule, node: Node, leaf: nn.Module, args: tuple[Any, ...]) -> None:
-    target = f"leaves.{node.name}"
-    leaf.train(gm.training)
-    register(gm, target, leaf)
-    with gm.graph.inserting_before(node):
-        call = gm.graph.create_node("call_module", target, args)
-    call.meta = dict(node.meta)
-    supersede(node, call)
 
 
 def _share_model_tensors(gm: GraphModule, model: nn.Module) -> None:
