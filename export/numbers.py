@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from ti_fx.export.storage import insert
-from ti_fx.graph import aten_name, supersede, tensor
+from ti_fx.graph import aten_name, constant_size, supersede, tensor
 
 aten = torch.ops.aten
 _NEUTRAL = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0}
@@ -24,6 +24,7 @@ def write_numbers(graph: Graph) -> None:
     2. ``number + alpha * x`` becomes x * alpha + number: it knows a sum by its first term, a tensor
     3. ``searchsorted``, which it lacks, counts the smaller ones
     4. ``x + 1e-8``, whose number the optimiser takes for 0 (or, in products, for 1), reads it as a vector of one
+    5. ``chunk`` along a size that is not fixed, on which the optimiser fails, selects from a dimension of its own
     """
     for node in list(graph.nodes):
         name = aten_name(node)
@@ -31,6 +32,8 @@ def write_numbers(graph: Graph) -> None:
             _reversed_difference(node)
         elif name == "searchsorted":
             _position(node)
+        elif name == "chunk":
+            _equal_parts(node)
         elif name == "add" and len(node.args) == 2 and not isinstance(node.args[0], Node):
             _sum_with_number(node)
         elif name == "erfinv" and node.meta["val"].dim() == 0 and _is_fixed(node):
@@ -56,6 +59,25 @@ def _position(node: Node) -> None:
     smaller = insert(node, aten.le.Tensor if right else aten.lt.Tensor, rows, single)
     counted = insert(node, aten.to.dtype, smaller, torch.int64)
     supersede(node, insert(node, aten.sum.dim_IntList, counted, [-1]))
+
+
+def _equal_parts(node: Node) -> None:
+    """Select equal parts of a dimension.
+
+    before:  %c = chunk(%x, 3, 1); %p = %c[0]          after:  %u = unflatten(%x, 1, (3, -1)); %p = select(%u, 1, 0)
+    """
+    source, count, dim = (*node.args, 0)[:3]
+    if node.kwargs or not isinstance(source, Node) or not isinstance(count, int) or not isinstance(dim, int):
+        return
+    shape = source.meta["val"].shape
+    dim = dim % len(shape)
+    sizes = [part.shape[dim] for part in node.meta["val"]]
+    if constant_size(shape[dim]) is not None or len({str(size) for size in sizes}) > 1 or len(sizes) != count:
+        return
+    parts = insert(node, aten.unflatten.int, source, dim, [count, -1])
+    for reader in list(node.users):
+        supersede(reader, insert(reader, aten.select.int, parts, dim, reader.args[1]))
+    node.graph.erase_node(node)
 
 
 def _reversed_difference(node: Node) -> None:

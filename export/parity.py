@@ -267,7 +267,7 @@ def _tolerance_text(exact: bool) -> str:
 
 def _finite(value: Tensor) -> Tensor:
     """Return the values that are numbers: a row that is all padding may be NaN, or masked scores an infinity."""
-    return value[value.isfinite()]
+    return value[value.isfinite()].double()  # a mask that is an output has no absolute value
 
 
 def _span(value: Tensor) -> float:

@@ -406,6 +406,18 @@ def test_places_in_an_ascending_sequence_are_counted(tmp_path: Path) -> None:
     assert report.parity.nodes is not None
 
 
+def test_parts_of_a_size_that_is_not_fixed_and_masks_as_outputs(tmp_path: Path) -> None:
+    """ProphetNet's streams, of as many words each; Gemma 3n's ear returns which frames count."""
+
+    class Streams(Layers):
+        def forward(self, values: Tensor) -> dict[str, Tensor]:
+            first, second = torch.cat((values, values * 2), 0).chunk(2, 0)
+            return {**super().forward(first + second), "large": values > 0.5}
+
+    report = to_onnx(packed(Streams(), layers_example()), tmp_path / "streams.onnx", layers_example())
+    assert report.parity.nodes is not None
+
+
 def test_outputs_may_have_several_rows_for_each_of_the_batch(tmp_path: Path) -> None:
     """Codebooks: with the batch in another order, rows change places by groups."""
 
