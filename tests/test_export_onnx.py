@@ -411,10 +411,11 @@ def test_parts_of_a_size_that_is_not_fixed_and_masks_as_outputs(tmp_path: Path) 
 
     class Streams(Layers):
         def forward(self, values: Tensor) -> dict[str, Tensor]:
-            first, second = torch.cat((values, values * 2), 0).chunk(2, 0)
-            return {**super().forward(first + second), "large": values > 0.5}
+            first, *others = torch.cat((values, values * 2, values * 3), 1).chunk(3, dim=1)
+            return {**super().forward(first + others[1]), "large": values > 0.5}
 
-    report = to_onnx(packed(Streams(), layers_example()), tmp_path / "streams.onnx", layers_example())
+    student = packed(Streams(), layers_example(), "float")
+    report = to_onnx(student, tmp_path / "streams.onnx", layers_example())
     assert report.parity.nodes is not None
 
 
