@@ -40,6 +40,7 @@ from ti_fx.export.states import (
     empty_cache,
     filled_cache,
     keeping_layers,
+    own_layers,
 )
 from ti_fx.export.student import require_packed
 from ti_fx.export.transfer import become, is_constant
@@ -249,7 +250,10 @@ def _causal_example(model: nn.Module, example: Mapping[str, Any]) -> tuple[dict[
             cache = empty_cache(keeping)
             run_with_cache(model, input_ids=ids[:, :-1], attention_mask=padded[:, :-1], past_key_values=cache)
             last = run_with_cache(model, input_ids=ids[:, -1:], attention_mask=padded, past_key_values=cache)
-            _require_same(model, last["logits"][:, -1], found["logits"][:, -1])
+            expected = found["logits"][:, -1]
+            _require_same(model, last["logits"][:, -1], expected)
+            if any(layer.is_sliding for layer in own_layers(found["past_key_values"])):
+                _require_windows(model, ids, padded, expected)
     batch, past = ids.shape
     inputs = {
         "input_ids": ids[:, -NEW:].contiguous(),
@@ -305,6 +309,22 @@ def _require_same(model: nn.Module, found: Tensor, expected: Tensor) -> None:
             f"{type(model).__name__} gives a token other logits after a cache than without one (relative {gap:.1e}, "
             "in a batch with padding): more is kept than keys and values, or the mask is read otherwise; "
             "export it without a cache"
+        )
+
+
+def _require_windows(model: nn.Module, ids: Tensor, mask: Tensor, expected: Tensor) -> None:
+    """Refuse a model whose own cache forgets what its mask does not hide, where the example is long enough to tell.
+
+    Raises:
+        InputError: it does.
+    """
+    before = run_with_cache(model, input_ids=ids[:, :-1], attention_mask=mask[:, :-1])
+    cache = before["past_key_values"]
+    last = run_with_cache(model, input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
+    if not float((last["logits"][:, -1] - expected).abs().max() / expected.abs().max()) <= SAME:
+        raise InputError(
+            f"the configuration of {type(model).__name__} has a sliding window that its attention lacks, so that its "
+            "generate forgets tokens which the student attends to; set sliding_window to None there"
         )
 
 

@@ -25,17 +25,20 @@ def cached_layers(inputs: Collection[str]) -> int:
     return layers
 
 
+def own_layers(cache: Any) -> list[Any]:
+    """Return a cache's layers; of a pair, which decoders make that could read an encoder, those of its own tokens."""
+    return list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
+
+
 def keeping_layers(model: nn.Module, cache: Any) -> Keeping:
     """Return which layers keep keys and values, from the cache that the model itself made.
-
-    A decoder that could read an encoder may make a pair of caches: the one of its own tokens counts.
 
     Raises:
         InputError: the model made no cache, or a layer keeps anything else (the state of a recurrence, an index).
     """
     from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-    layers = list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
+    layers = own_layers(cache)
     for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -295,6 +296,16 @@ def test_a_model_that_fails_with_a_cache_is_refused(
         InputError, match=r"fails with input_ids, attention_mask and use_cache.*no cache here"
     ):
         with_cache(decoder.student, decoder.model, text_example(batch=2))
+
+
+def test_a_window_that_attention_lacks_is_refused(decoder: Decoder) -> None:
+    """As in Moshi, whose cache forgets what its mask does not hide."""
+    config = copy.deepcopy(decoder.model.config)
+    config.sliding_window = 4
+    with pytest.raises(
+        InputError, match=r"has a sliding window that its attention lacks.* set sliding_window"
+    ):
+        with_cache(decoder.student, in_eval(LlamaForCausalLM(config)), {"input_ids": tokens(2, 9)})
 
 
 def test_a_model_without_a_head_is_refused(decoder: Decoder) -> None:
