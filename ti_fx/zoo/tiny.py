@@ -31,7 +31,7 @@ NARROW = 16  # the first stage's width where widths grow from stage to stage
 
 # Decided in Python at every step, so that no captured graph can hold it: off.
 _RANDOM = re.compile(
-    r"layer_?drop|drop_path|droppath|drop_connect|mask_time_prob|mask_feature_prob|mask_prob|mask_ratio"
+    r"layer_?drop|mask_time_prob|mask_feature_prob|mask_prob|mask_ratio"
     r"|stochastic|jitter_noise|quantizer_dropout|layerdrop"
 )
 _OFF = {
