@@ -34,6 +34,7 @@ def test_a_row_without_numbers_in_one_of_them_is_no_number() -> None:
 def test_a_quantised_file_may_differ_by_what_noise_does_to_pytorch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    torch.manual_seed(0)
     model, inputs = nn.Linear(4, 3), {"input": torch.ones(2, 4)}
     gm = ti_fx.capture(model, inputs)
 
@@ -51,7 +52,7 @@ def test_a_quantised_file_may_differ_by_what_noise_does_to_pytorch(
         chain._compare("int8-tensor", tmp_path, gm)
     monkeypatch.setattr(chains, "nudged_outputs", noisy)
     chain._compare("int8-tensor", tmp_path, gm)
-    assert chain.outcome.numbers["int8-tensor noise median"] == pytest.approx(0.07)
+    assert chain.outcome.numbers["int8-tensor noise median"] == pytest.approx(0.07, rel=1e-4)
     assert "noise in the last bits" in chain.outcome.notes[-1]
     with pytest.raises(CoverageError, match="in float"):
         chain._compare("float", tmp_path, gm)
