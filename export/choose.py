@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from ti_fx import encodings, numerics
 from ti_fx.encodings import get_encoding
 from ti_fx.errors import ExportError, InputError
+from ti_fx.export import arguments
 from ti_fx.export import inputs as io
 from ti_fx.export.measure import footprint, medians
 from ti_fx.export.runtime import Runtime
@@ -97,10 +98,12 @@ def choose_encoding(
         InputError: an encoding is not known; a limit is given where the system does not say what memory is used.
         ExportError: none fits within the limit.
     """
-    if isinstance(candidates, str) or not candidates or rounds < 1:
-        raise InputError(
-            f"candidates is {candidates!r} and rounds {rounds}; give at least one encoding in a list, and one round"
-        )
+    arguments.graph(gm)
+    arguments.whole_number("rounds", rounds, 1)
+    arguments.threads_of(threads)
+    arguments.megabytes(ram_megabytes)
+    if isinstance(candidates, str) or not isinstance(candidates, Sequence) or not candidates:
+        raise InputError(f"candidates is {candidates!r}; give at least one encoding in a list")
     for name in candidates:
         get_encoding(name)
     students = _students(gm, candidates, activations)

@@ -12,6 +12,7 @@ ti_fx.recipe              JSON: the recipe that the student was trained by
 ti_fx.recipe_sha256       of that text
 ti_fx.source              JSON: the model's class, and its name on the hub where its configuration has one
 ti_fx.largest             JSON: the largest size that the model takes of a dynamic dimension
+ti_fx.rows                JSON: how many rows the table has that an input of ids looks up, by the input's name
 ti_fx.opset               the ONNX opset
 ti_fx.minimum_onnxruntime the oldest ONNX Runtime that computes what this one does
 ti_fx.versions            JSON: what wrote it
@@ -43,7 +44,7 @@ from ti_fx.export import inputs as io
 from ti_fx.export import packed
 from ti_fx.export.minimum import minimum_runtime
 from ti_fx.export.student import batch_dependent, encoding_of, packed_weights, same_numerics
-from ti_fx.graph import state, tensor
+from ti_fx.graph import aten_name, state, tensor
 
 BATCH_DEPENDENT = "ti_fx.batch_dependent"
 KEPT = "ti_fx.kept"
@@ -51,10 +52,12 @@ LARGEST = "ti_fx.largest"
 MINIMUM_RUNTIME = "ti_fx.minimum_onnxruntime"
 OPSET = "ti_fx.opset"
 RECIPE, RECIPE_HASH = "ti_fx.recipe", "ti_fx.recipe_sha256"
+ROWS = "ti_fx.rows"
 SOURCE = "ti_fx.source"
 TENSORS_HASH = "ti_fx.tensors_sha256"
 VERSIONS = "ti_fx.versions"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_RESHAPED = ("view", "reshape", "to", "unsqueeze", "squeeze", "clone", "contiguous")
 _WRITERS = ("torch", "transformers", "onnx", "onnxruntime")
 
 
@@ -83,6 +86,7 @@ def facts(
         KEPT: json.dumps(kept_types(student)),
         SOURCE: json.dumps(_source(gm, config)),
         LARGEST: json.dumps(largest),
+        ROWS: json.dumps(table_rows(student)),
         OPSET: str(model.opset_imports[""]),
         MINIMUM_RUNTIME: minimum_runtime(model),
         VERSIONS: json.dumps({"ti_fx": __version__, **{name: version(name) for name in _WRITERS}}),
@@ -114,6 +118,21 @@ def kept_types(gm: GraphModule) -> dict[str, int]:
     return dict(
         Counter(str(value.dtype).removeprefix("torch.") for value in values if value.is_floating_point())
     )
+
+
+def table_rows(gm: GraphModule) -> dict[str, int]:
+    """Return how many rows the smallest table has that an input looks up as it is, by the input's name."""
+    found: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if aten_name(node) != "embedding":
+            continue
+        table, ids = node.args[0], node.args[1]
+        while aten_name(ids) in _RESHAPED:
+            ids = ids.args[0]
+        if ids.op == "placeholder":
+            rows = int(table.meta["val"].shape[0])
+            found[str(ids.target)] = min(rows, found.get(str(ids.target), rows))
+    return found
 
 
 def _source(gm: GraphModule, config: Any) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ti_fx.errors import ExportError, InputError, first_line
+from ti_fx.export import arguments
 from ti_fx.graph import constant_size, erase_dead, fork, mode, state
 from ti_fx.metadata import fake_mode
 from ti_fx.structure import is_container, named_leaves
@@ -22,18 +24,25 @@ def bind(gm: GraphModule, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[
     """Return the example's tensors by input name, in the graph's order; values that are not tensors were baked in.
 
     Raises:
-        InputError: names don't match the graph's inputs.
+        InputError: it is no mapping or tuple, names don't match the graph's inputs, or a tensor is no dense one on the
+            CPU.
     """
     names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    example = arguments.example(example)
     if isinstance(example, Mapping):
         given = {name: value for name, value in example.items() if isinstance(value, Tensor)}
     else:
         given = dict(zip(names, [value for value in example if isinstance(value, Tensor)], strict=False))
     if set(given) != set(names):
         raise InputError(
-            f"the graph takes the inputs {', '.join(names)}, and the example has {', '.join(given) or 'none'}; "
-            "give one tensor for each"
+            f"the graph takes the inputs {', '.join(names)}, and the example has "
+            f"{', '.join(map(str, given)) or 'none'}; give one tensor for each"
         )
+    for name, value in given.items():
+        if value.layout is not torch.strided or value.device.type != "cpu":
+            raise InputError(
+                f"input {name!r} is {value.layout} on {value.device}; give a dense tensor on the CPU"
+            )
     return {name: given[name] for name in names}
 
 
@@ -193,16 +202,26 @@ def run_graph(gm: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
         InputError: the graph was not captured for these inputs, or an id is beyond its table.
     """
     flat, leaves = flat_outputs(gm)
+    with mode(flat, False), torch.no_grad(), refusals():
+        values = flat(**inputs)
+    return dict(zip(leaves, values, strict=True))
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Say in one line that a graph does not take its inputs.
+
+    Raises:
+        InputError: the graph was not captured for these inputs, or an id is beyond its table.
+    """
     try:
-        with mode(flat, False), torch.no_grad():
-            values = flat(**inputs)
+        yield
     except IndexError as error:
         raise InputError(
-            f"the example holds an id beyond its table ({error}); give ids that the model knows"
+            f"the example holds an id beyond its table ({first_line(error)}); give ids that the model knows"
         ) from error
     except RuntimeError as error:
         reason = first_line(error)
         raise InputError(
             f"the graph can't run these inputs ({reason}); are they longer than the model takes?"
         ) from error
-    return dict(zip(leaves, values, strict=True))

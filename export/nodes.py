@@ -98,7 +98,8 @@ def cut_at_nodes(
     named = {nodes[name] for node in model.graph.node for name in node.output if name in nodes}
     with mode(flat, False), torch.no_grad():
         recorder = _Recorder(flat, named)
-        recorder.run(*inputs.values())
+        with io.refusals():
+            recorder.run(*inputs.values())
     values = recorder.values
     cut = _cut(model, {name: values[node] for name, node in nodes.items() if node in values})
     feed = {f"{_GIVEN}{name}": values[nodes[name]].contiguous().numpy() for name in cut.given}

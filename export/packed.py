@@ -189,6 +189,8 @@ def open_file(path: str | os.PathLike[str]) -> FileContent:
         InputError: the file or its data file is missing, damaged, or not by ti_fx.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # nor may a pipe be waited for
+        raise InputError(f"{path} is no file; export one with ti_fx.export.to_onnx")
     try:
         model = onnx.load_from_string(path.read_bytes())
     except OSError as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ti_fx.errors import EncodingMismatch, InputError, ParityError
+from ti_fx.export import arguments
 from ti_fx.export import inputs as io
 from ti_fx.export.constants import compare_constants
 from ti_fx.export.lowering import ACTIVATIONS
@@ -30,6 +31,7 @@ from ti_fx.export.student import (
     weight_encodings,
 )
 from ti_fx.graph import aten_name, constant_size, mode, state, tensor
+from ti_fx.normalise import require_inputs
 
 # Float: two correct float32 implementations, sums in another order; relative to the largest value above 1.
 FLOAT_TOLERANCE = 1e-4
@@ -64,7 +66,8 @@ def check(
         EncodingMismatch: the file has another encoding.
         ParityError: stored tensors or outputs differ.
     """
-    require_packed(gm)
+    require_packed(arguments.graph(gm))
+    path, ram_megabytes = arguments.file_path(path), arguments.megabytes(ram_megabytes)
     content = open_file(path)
     student = as_written(gm, content.encoding, content.requantized_from)
     if student is None:
@@ -86,6 +89,7 @@ def compare(
     count = compare_tensors(content, student) + compare_constants(content, student)
     compare_record(content, student)
     bound = io.bind(student, example)
+    require_inputs(student, (), bound)
     needed = _megabytes(student)
     if ram_megabytes is not None and needed > ram_megabytes:
         why = (

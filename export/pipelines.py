@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ti_fx.errors import InputError, MissingExtra, did_you_mean, first_line
+from ti_fx.export import arguments
 from ti_fx.export.runtime import Runtime
 from ti_fx.export.states import CROSS_KEY, PAST_KEY
 
@@ -55,8 +56,8 @@ def pipeline(
         MissingExtra: the file takes images, and Pillow is not installed.
     """
     if task is not None and task not in TASKS:
-        raise InputError(f"there is no task {task!r}{did_you_mean(task, TASKS)}")
-    file = Path(path)
+        raise InputError(f"there is no task {task!r}{did_you_mean(str(task), TASKS)}")
+    file = arguments.file_path(path)
     runtime = Runtime(file, threads)
     found = _task(runtime, file)
     if task not in (None, found):

@@ -14,9 +14,10 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from ti_fx.errors import InputError
+from ti_fx.errors import InputError, first_line
+from ti_fx.export import arguments
 from ti_fx.export.external import require_data_of
-from ti_fx.export.facts import LARGEST, value_of
+from ti_fx.export.facts import LARGEST, ROWS, value_of
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -40,11 +41,9 @@ def session(path: str | os.PathLike[str], threads: int | None = None) -> onnxrun
     Raises:
         InputError: there is no such file, it or its data file is damaged, or this ONNX Runtime is too old for it.
     """
-    path = Path(path)
+    path, threads = arguments.file_path(path), arguments.threads_of(threads)
     if not path.is_file():
         raise InputError(f"there is no file {path}; export one with ti_fx.export.to_onnx")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; give at least 1, or None for one per core")
     require_data_of(path)
     return session_of(str(path), str(path), threads)
 
@@ -93,6 +92,7 @@ class Runtime:
         outputs: their names.
         metadata: what the file says of itself (see ``ti_fx.export.facts``).
         largest: the largest size that the model takes of a dynamic dimension, by the dimension's name.
+        rows: how many rows the table has that an input of ids looks up, by the input's name.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
@@ -101,6 +101,7 @@ class Runtime:
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
         self.largest: dict[str, int] = value_of(self.metadata, LARGEST, {})
+        self.rows: dict[str, int] = value_of(self.metadata, ROWS, {})
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Run the model.
@@ -109,20 +110,27 @@ class Runtime:
             inputs: one array or tensor per input of the file; other entries that are not arrays are refused, too.
 
         Raises:
-            InputError: a name, dtype or shape is not the file's, or is more than the model takes.
+            InputError: a name, dtype or shape is not the file's, a size is more than the model takes, or an id is not
+                in its table.
         """
+        if not isinstance(inputs, Mapping):
+            raise InputError(
+                f"the inputs are a {type(inputs).__name__}; give a dict of arrays or tensors by name: "
+                f"{', '.join(self.inputs)}"
+            )
         if set(inputs) != set(self.inputs):
             raise InputError(
                 f"the file takes the inputs {', '.join(self.inputs)}; got {', '.join(map(str, inputs)) or 'none'}"
             )
         feed = {name: self._array(name, value) for name, value in inputs.items()}
         self._check_sizes(feed)
+        self._check_ids(feed)
         try:
             return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
         except Exception as error:  # ONNX Runtime's errors share no base class but Exception
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"ONNX Runtime can't run these inputs: {reason}; are they longer than the model takes?"
+                f"ONNX Runtime can't run these inputs: {reason}; are they longer than the model takes, or empty?"
             ) from error
 
     def tensors(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -130,11 +138,24 @@ class Runtime:
         return {name: torch.from_numpy(value) for name, value in self(inputs).items()}
 
     def _array(self, name: str, value: Any) -> NDArray[Any]:
-        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        try:
+            array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        except (ValueError, TypeError, RuntimeError) as error:  # ragged rows, bfloat16, the meta device
+            raise InputError(f"input {name!r} can't be made an array: {first_line(error)}") from error
         expected = DTYPES.get(self.inputs[name].type)
         if expected is not None and array.dtype != expected:
             raise InputError(f"input {name!r} is {array.dtype}; the file takes {np.dtype(expected)}")
         return np.ascontiguousarray(array)
+
+    def _check_ids(self, feed: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse what ONNX Runtime would count from a table's end, or not find."""
+        for name in self.rows.keys() & feed.keys():
+            ids, rows = feed[name], self.rows[name]
+            if ids.size and not 0 <= ids.min() <= ids.max() < rows:
+                place = tuple(map(int, np.argwhere((ids < 0) | (ids >= rows))[0]))
+                raise InputError(
+                    f"input {name!r} is {ids[place]} at {list(place)}; give ids from 0 to {rows - 1}"
+                )
 
     def _check_sizes(self, feed: Mapping[str, NDArray[Any]]) -> None:
         known: dict[str, tuple[int, str]] = {}

@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from ti_fx import __version__
 from ti_fx.encodings import NEWEST_OPSET
 from ti_fx.errors import ExportError, InputError
-from ti_fx.export import external, names, packed, parity
+from ti_fx.export import arguments, external, names, packed, parity
 from ti_fx.export import inputs as io
 from ti_fx.export.facts import facts
 from ti_fx.export.layouts import LAYOUTS
@@ -45,6 +45,7 @@ from ti_fx.graph import mode, tensor
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
+_PARTS = ("config", "tokenizer", "processor", "generation_config")
 OLDEST_OPSET = 18  # the oldest that torch.onnx writes
 
 
@@ -111,7 +112,7 @@ def to_onnx(
         config,
         (tokenizer, processor, generation_config),
     )
-    (report,) = write_files({Path(path): (gm, example)}, options)
+    (report,) = write_files({arguments.file_path(path): (gm, example)}, options)
     return report
 
 
@@ -139,10 +140,12 @@ def write_files(files: Mapping[Path, tuple[GraphModule, Example]], options: Opti
     for path in files:
         if path.is_dir():
             raise InputError(f"{path} is a folder; give a file name, such as {path / 'student.onnx'}")
-    if options.size_threshold < 0:
-        raise InputError(
-            f"size_threshold is {options.size_threshold}; give a number of bytes, 0 for every tensor"
-        )
+    arguments.whole_number("size_threshold", options.size_threshold, 0)
+    arguments.megabytes(options.ram_megabytes)
+    arguments.switch("requantize", options.requantize)
+    arguments.switch("external_data", options.external_data, None)
+    for name, part in zip(_PARTS, (options.config, *options.beside), strict=False):
+        arguments.saveable(name, part)
     with tempfile.TemporaryDirectory() as folder:
         for part in (options.config, *options.beside):
             if part is not None:
@@ -170,7 +173,7 @@ class _Written:
 
 def _write(gm: GraphModule, path: Path, example: Example, options: Options, places: ExitStack) -> _Written:
     """Write a file that takes its place when ``places`` is left, and compare it."""
-    require_packed(gm)
+    require_packed(arguments.graph(gm))
     _require_cpu(gm)
     student = with_encoding(gm, options.encoding, options.requantize)
     opset = _opset(options.opset, student)
@@ -210,9 +213,9 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
 def _opset(opset: int | None, student: GraphModule) -> int:
     if opset is None:
         return max(encoding.opset for encoding in weight_encodings(student).values())
-    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+    if type(opset) is not int or not OLDEST_OPSET <= opset <= NEWEST_OPSET:
         raise InputError(
-            f"opset is {opset}; use {OLDEST_OPSET} to {NEWEST_OPSET}, or None for the encoding's own"
+            f"opset is {opset!r}; use {OLDEST_OPSET} to {NEWEST_OPSET}, or None for the encoding's own"
         )
     return opset
 

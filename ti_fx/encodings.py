@@ -98,13 +98,13 @@ def get_encoding(name: str) -> Encoding:
     """
     try:
         return ENCODINGS[name]
-    except KeyError:
+    except (KeyError, TypeError):  # a list has no hash
         if name == AUTO:
             raise InputError(
                 "'auto' is measured before training, by QuantizeActivations(encoding='auto') or ti-fx train; here, "
                 "give the name that ti_fx.export.choose_encoding or ti-fx choose says"
             ) from None
-        raise InputError(f"unknown encoding {name!r}{did_you_mean(name, ENCODINGS)}") from None
+        raise InputError(f"unknown encoding {name!r}{did_you_mean(str(name), ENCODINGS)}") from None
 
 
 def encoding_of_numerics(function: object) -> Encoding | None:

@@ -25,9 +25,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is fsynced and renamed to ``path``, else removed.
 
     Raises:
-        InputError: the folder is missing, read-only or full. The file that was at ``path`` is left as it was.
+        InputError: the folder is missing, read-only or full, or the path is no file's. The file that was at ``path`` is
+            left as it was.
     """
     target = Path(path)
+    _require_replaceable(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
@@ -62,9 +64,11 @@ def atomic_files(path: str | os.PathLike[str]) -> Iterator[Path]:
     before the last rename leaves the old file with what it names. What it left of its temporary folder is removed.
 
     Raises:
-        InputError: the folder is missing, read-only or full. What was there is left as it was.
+        InputError: the folder is missing, read-only or full, or the path is no file's. What was there is left as it
+            was.
     """
     target = Path(path)
+    _require_replaceable(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
@@ -89,6 +93,18 @@ def atomic_files(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _require_replaceable(target: Path) -> None:
+    """Refuse a device, a pipe or a socket: renaming would put a file in its place (/dev/null)."""
+    try:
+        special = target.exists() and not target.is_file() and not target.is_dir()
+    except OSError:
+        return  # whatever it is, it can't be written either, which is said there
+    if special:
+        raise InputError(
+            f"{target} is a device, a pipe or a socket, which no file may replace; choose another path"
+        )
 
 
 def _lock(folder: Path) -> int | None:

@@ -72,7 +72,7 @@ def drop_dead(gm: GraphModule) -> None:
 
 def validate_inputs(gm: GraphModule) -> None:
     """Refuse inputs that the graph was not captured for, in the graph and in every deep copy of it."""
-    gm.register_forward_pre_hook(_validate, with_kwargs=True)
+    gm.register_forward_pre_hook(require_inputs, with_kwargs=True)
     gm._register_deepcopy_hook(validate_inputs)
 
 
@@ -287,8 +287,12 @@ def _written(node: Node) -> Iterator[Node]:
             value = value.args[0] if views or value.target is operator.getitem else None
 
 
-def _validate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse inputs that the graph was not captured for, in one line."""
+def require_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse inputs that the graph was not captured for.
+
+    Raises:
+        InputError: names the input, and what the graph takes.
+    """
     if torch.compiler.is_compiling():
         return
     assert isinstance(module, GraphModule)
