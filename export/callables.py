@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.image_utils import is_valid_image
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.chat_template_utils import Chat
 
-from ti_fx.errors import InputError, first_line
+from ti_fx.errors import InputError, TiFxError, first_line
 from ti_fx.export.generation import OnnxCausalLM, OnnxModel
 from ti_fx.export.runtime import Runtime
 
@@ -66,6 +67,21 @@ class OnnxClassifier(OnnxModel):  # type: ignore[no-untyped-call]
         return taken
 
 
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Turn what transformers says of options and inputs that it can't use into one line.
+
+    Raises:
+        InputError: names ``what`` was to be done.
+    """
+    try:
+        yield
+    except TiFxError:
+        raise
+    except (OSError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise InputError(f"transformers can't {what}: {first_line(error)}; give other options") from error
+
+
 class _OfFile:
     """What the pipelines have in common: errors of one line, and no check of a model's class by its name."""
 
@@ -79,8 +95,15 @@ class _OfFile:
         raise NotImplementedError
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
-        """As transformers' pipeline; an empty list gives an empty list."""
-        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **options)  # type: ignore[misc]
+        """As transformers' pipeline; an empty list gives an empty list.
+
+        Raises:
+            InputError: transformers can't use the inputs or options.
+        """
+        if isinstance(inputs, list) and not inputs:
+            return []
+        with one_line("run this call"):
+            return super().__call__(inputs, **options)  # type: ignore[misc]
 
     def preprocess(self, given: Any, **options: Any) -> Any:
         """Return the model's inputs.
@@ -106,6 +129,15 @@ class _TextClassification(_OfFile, TextClassificationPipeline):  # type: ignore[
             return {"text"} <= given.keys() <= {"text", "text_pair"} and _are_texts(given.values())
         is_pair = isinstance(given, list) and len(given) == 1 and isinstance(given[0], list)
         return isinstance(given, str) or (is_pair and len(given[0]) == 2 and _are_texts(given[0]))
+
+    def preprocess(self, given: Any, **options: Any) -> Any:  # type: ignore[override]
+        """As for all, and no text without a token, of which a file gives nothing."""
+        made = super().preprocess(given, **options)
+        if not made["input_ids"].numel():
+            raise InputError(
+                f"the tokenizer makes no token of the text {given!r:.80}; give one that is not empty"
+            )
+        return made
 
 
 class _ImageClassification(_OfFile, ImageClassificationPipeline):  # type: ignore[misc]

@@ -65,12 +65,13 @@ def pipeline(
     from ti_fx.export import callables  # here, as transformers' pipelines take seconds to import
 
     config = _config(file)
-    if found == GENERATION:
-        return callables.text_generation(runtime, config, _tokenizer(file), file.parent, options)
-    _require_labels(runtime, config, file)
-    if found == TEXT:
-        return callables.text_classification(runtime, config, _tokenizer(file), options)
-    return callables.image_classification(runtime, config, _processor(file), options)
+    with callables.one_line("make this pipeline"):
+        if found == GENERATION:
+            return callables.text_generation(runtime, config, _tokenizer(file), file.parent, options)
+        _require_labels(runtime, config, file)
+        if found == TEXT:
+            return callables.text_classification(runtime, config, _tokenizer(file), options)
+        return callables.image_classification(runtime, config, _processor(file), options)
 
 
 def _task(runtime: Runtime, path: Path) -> str:

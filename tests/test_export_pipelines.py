@@ -268,6 +268,32 @@ def test_what_is_no_image_or_no_prompt_is_refused(
         pipeline(prompts.path)(5)
 
 
+def test_options_that_transformers_can_not_use_are_one_line(images: Exported, prompts: Exported) -> None:
+    picture, prompt = Image.new("L", (9, 9)), "how"
+    look, generate = pipeline(images.path), pipeline(prompts.path)
+    for call, message in (
+        (lambda: look(None), "without an inputs argument"),
+        (lambda: look(picture, top_k="2"), "not supported between instances"),
+        (lambda: look(picture, nonsense=1), "unexpected keyword argument 'nonsense'"),
+        (lambda: look([picture, picture], batch_size=0), "batch_size should be a positive integer"),
+        (lambda: pipeline(images.path, nonsense=1), "can't make this pipeline: .*'nonsense'"),
+        (lambda: generate(prompt, max_new_tokens=0), "`max_new_tokens` must be greater than 0"),
+        (lambda: generate(prompt, max_new_tokns=3), "'max_new_tokns'"),
+        (lambda: generate(prompt, num_beams=0), "integer division or modulo by zero"),
+    ):
+        with pytest.raises(InputError, match=message) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+
+
+def test_a_text_without_a_token_is_named(texts: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = pipeline(texts.path)
+    none = {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}
+    monkeypatch.setattr(TextClassificationPipeline, "preprocess", lambda self, given, **options: none)
+    with pytest.raises(InputError, match="makes no token of the text ' '; give one that is not empty"):
+        call(" ")
+
+
 def test_a_wrong_task_is_refused(texts: Exported, prompts: Exported, tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match="there is no task 'text-clasification'; did you mean 'text-classification'"
