@@ -153,9 +153,20 @@ def value_of(metadata: Mapping[str, str], key: str, default: Any) -> Any:
     """Return a JSON value of the metadata, the default where the file has none.
 
     Raises:
-        InputError: it is no JSON.
+        InputError: it is no JSON, or none of the default's kind without lists and dicts in it; None takes any.
     """
+    if key not in metadata:
+        return default
+    damaged = InputError(f"the file's metadata {key} is damaged; export it again")
     try:
-        return json.loads(metadata[key]) if key in metadata else default
+        value = json.loads(metadata[key])
     except ValueError:
-        raise InputError(f"the file's metadata {key} is damaged; export it again") from None
+        raise damaged from None
+    if default is None:
+        return value
+    if not isinstance(value, type(default)):
+        raise damaged
+    parts = value.values() if isinstance(value, dict) else value
+    if any(isinstance(part, dict | list) for part in parts):
+        raise damaged
+    return value

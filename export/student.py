@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import encodings, numerics, roles
 from ti_fx.encodings import Encoding, encoding_of_numerics, get_encoding
-from ti_fx.errors import EncodingMismatch, PreconditionError
+from ti_fx.errors import EncodingMismatch, InputError, PreconditionError
 from ti_fx.graph import aten_name, fork, state
 
 ATTENTION = "attention"
@@ -164,12 +164,23 @@ def with_encoding(gm: GraphModule, encoding: str | None, requantize: bool) -> Gr
     return copy
 
 
+def encodings_in(text: str) -> tuple[str, dict[str, str]]:
+    """Return what :func:`encoding_of` wrote: the encoding, and each weight's of another one by its name.
+
+    Raises:
+        InputError: it wrote something else.
+    """
+    most, *rest = text.split(", ")
+    if not all("=" in item for item in rest):
+        raise InputError(f"{text[:80]!r} names no encodings; the file is damaged, export it again")
+    return most, dict(item.rsplit("=", 1) for item in rest)
+
+
 def as_written(gm: GraphModule, encoding: str, requantized_from: str | None) -> GraphModule | None:
     """Return the graph that computes as a file of ``encoding`` (see :func:`encoding_of`), None if ``gm`` does not."""
     if requantized_from == encoding_of(gm):
         return with_encoding(gm, encoding, requantize=True)
-    most, *rest = encoding.split(", ")
-    others = dict(item.rsplit("=", 1) for item in rest)
+    most, others = encodings_in(encoding)
     wanted = {name: get_encoding(others.get(name, most)) for name in weight_encodings(gm)}
     found = weight_encodings(gm)
     return gm if all(found[name].fake_quant is wanted[name].fake_quant for name in found) else None

@@ -189,13 +189,20 @@ def test_a_file_by_others_is_listed(tmp_path: Path) -> None:
 
 def test_damaged_metadata_is_one_line(mixed: Path, tmp_path: Path) -> None:
     path = tmp_path / "damaged.onnx"
-    for key in ("ti_fx.tensors", "ti_fx.kept"):
+    for key, text, message in (
+        ("ti_fx.tensors", "[", "metadata ti_fx.tensors is damaged"),
+        ("ti_fx.kept", "[", "metadata ti_fx.kept is damaged"),
+        ("ti_fx.versions", "3", "metadata ti_fx.versions is damaged"),
+        ("ti_fx.largest", '{"sequence": []}', "metadata ti_fx.largest is damaged"),
+        ("ti_fx.batch_dependent", '"all"', "metadata ti_fx.batch_dependent is damaged"),
+        ("ti_fx.encoding", "float, fc", "'float, fc' names no encodings"),
+    ):
         model = onnx.load(mixed)
-        next(entry for entry in model.metadata_props if entry.key == key).value = "["
+        next(entry for entry in model.metadata_props if entry.key == key).value = text
         onnx.save(model, path)
         ran = ti_fx_command("inspect", path)
         assert (ran.code, ran.out) == (2, "")
-        assert f"metadata {key} is damaged" in ran.err
+        assert message in ran.err
 
 
 def test_what_lies_beside_the_weights_goes_beside_the_file(tmp_path: Path, checkpoint: Path) -> None:

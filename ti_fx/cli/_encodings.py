@@ -53,5 +53,6 @@ def chosen_encodings(written: Sequence[str] | None, *, measured: bool = False) -
 
 def of_file(encoding: str) -> Encodings:
     """Return what a file's metadata says: ``int8-token, fc.weight=nbits2``."""
-    most, *rest = encoding.split(", ")
-    return Encodings(most, dict(item.rsplit("=", 1) for item in rest))
+    from ti_fx.export.student import encodings_in
+
+    return Encodings(*encodings_in(encoding))

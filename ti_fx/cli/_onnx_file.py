@@ -61,7 +61,11 @@ def _own_facts(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
     if packed.ENCODING_KEY not in metadata:
         return None
-    dependent = facts.value_of(metadata, facts.BATCH_DEPENDENT, None)
+    dependent = (
+        [str(name) for name in facts.value_of(metadata, facts.BATCH_DEPENDENT, [])]
+        if facts.BATCH_DEPENDENT in metadata
+        else None
+    )
     return {
         "encoding": metadata[packed.ENCODING_KEY],
         "requantized_from": metadata.get(packed.REQUANTIZED_KEY),
