@@ -26,11 +26,11 @@ demo: system-tools .venv/.installed ## teach a real model a real task, make it t
 
 .PHONY: test
 test: system-tools .venv/.installed ## run the tests that take seconds
-	$(test_environment) $(bin)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	$(test_environment) $(bin)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 .PHONY: test-full
 test-full: system-tools .venv/.installed ## run every test
-	$(test_environment) $(bin)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(test_environment) $(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 .PHONY: lint
 lint: .venv/.installed ## check format (ruff), rules (ruff) and types (mypy --strict)

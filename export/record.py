@@ -125,7 +125,11 @@ def _parts(
     outputs: Iterable[onnx.ValueInfoProto],
     metadata: Mapping[str, str],
 ) -> dict[str, str]:
-    said = {key: value for key, value in metadata.items() if key not in (RECORD_KEY, DATA_KEY)}
+    said = {  # what others add is theirs
+        key: value
+        for key, value in metadata.items()
+        if key.startswith("ti_fx.") and key not in (RECORD_KEY, DATA_KEY)
+    }
     content = {
         _OPSETS: json.dumps(opsets, sort_keys=True).encode(),
         _INPUTS: b"".join(map(_of_value, inputs)),

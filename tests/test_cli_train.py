@@ -124,9 +124,8 @@ def test_the_installed_command_trains(tmp_path: Path, classifier: Path, rows_fil
         "--recipe",
         "ternarybert",
     ]
-    options = ("--steps", "2", "--encoding", "auto")
     done = subprocess.run(
-        [sys.executable, "-c", "from ti_fx.cli import main; main()", *map(str, arguments), *options],
+        [sys.executable, "-c", "from ti_fx.cli import main; main()", *map(str, arguments), "--steps", "2"],
         env={**os.environ, "PYTHONPATH": str(Path(ti_fx.__file__).parent.parent), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -135,10 +134,17 @@ def test_the_installed_command_trains(tmp_path: Path, classifier: Path, rows_fil
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "next: ti-fx export" in done.stdout
-    assert "a row depends on its batch" in done.stdout  # the table of what was measured
-    recipe = Recipe.load(tmp_path / "run" / "recipe.json")
-    assert f"{recipe.activations.encoding}: " in done.stdout
-    assert ti_fx.load(tmp_path / "run").meta["ti_fx"]["encoding"] == recipe.activations.encoding
+
+
+@pytest.mark.slow  # three encodings are exported and measured
+def test_the_encoding_is_measured_before_training(tmp_path: Path, train_command: Train) -> None:
+    out = tmp_path / "run"
+    ran = train_command(out, "--encoding", "auto")
+    assert (ran.code, ran.err) == (0, "")
+    assert "a row depends on its batch" in ran.out  # the table of what was measured
+    encoding = Recipe.load(out / "recipe.json").activations.encoding
+    assert f"{encoding}: " in ran.out
+    assert ti_fx.load(out).meta["ti_fx"]["encoding"] == encoding
 
 
 def test_a_stopped_run_goes_on_with_the_encoding_that_was_chosen(

@@ -293,6 +293,15 @@ def test_a_part_that_is_no_node_is_named(
         check(changed, exported.gm, exported.example)
 
 
+def test_what_others_note_in_the_metadata_is_theirs(exported: Exported, tmp_path: Path) -> None:
+    model = onnx.load(exported.path)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "deployed", "today"
+    noted = tmp_path / "noted.onnx"
+    noted.write_bytes(model.SerializeToString())
+    check(noted, exported.gm, exported.example)
+
+
 def test_a_file_without_a_record_is_refused(exported: Exported, tmp_path: Path) -> None:
     model = onnx.load(exported.path)
     kept = [entry for entry in model.metadata_props if entry.key != RECORD_KEY]
