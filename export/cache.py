@@ -297,13 +297,18 @@ def stand_ins(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _gap(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
 def _require_same(model: nn.Module, found: Tensor, expected: Tensor) -> None:
     """Refuse a model that gives a token other logits after a cache than without one.
 
     Raises:
         InputError: it does.
     """
-    gap = float((found - expected).abs().max() / expected.abs().max())
+    gap = _gap(found, expected)
     if not gap <= SAME:
         raise InputError(
             f"{type(model).__name__} gives a token other logits after a cache than without one (relative {gap:.1e}, "
@@ -321,7 +326,7 @@ def _require_windows(model: nn.Module, ids: Tensor, mask: Tensor, expected: Tens
     before = run_with_cache(model, input_ids=ids[:, :-1], attention_mask=mask[:, :-1])
     cache = before["past_key_values"]
     last = run_with_cache(model, input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
-    if not float((last["logits"][:, -1] - expected).abs().max() / expected.abs().max()) <= SAME:
+    if not _gap(last["logits"][:, -1], expected) <= SAME:
         raise InputError(
             f"the configuration of {type(model).__name__} has a sliding window that its attention lacks, so that its "
             "generate forgets tokens which the student attends to; set sliding_window to None there"

@@ -298,7 +298,8 @@ def _quiet() -> Iterator[None]:
 def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int, config: Any) -> None:
     """Resolve the markers, leave out the exporter's notes (a tenth of the file), and say what the file is."""
     tensors = packed.resolve_markers(model, student)
-    _share_equal(model.graph, {item.initializer for item in tensors})
+    stored = {item.initializer for item in tensors}
+    _share_equal(model.graph, stored)
     outputs = set(model.graph.outputs)
     for node in model.graph:
         node.metadata_props.clear()
@@ -314,7 +315,7 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.metadata_props.clear()
     model.metadata_props.update(facts(gm, student, model, tensors, config))
-    model.metadata_props[RECORD_KEY] = record_of(model, {item.initializer for item in tensors})
+    model.metadata_props[RECORD_KEY] = record_of(model, stored)
 
 
 def _share_equal(graph: ir.Graph, apart: set[str]) -> None:

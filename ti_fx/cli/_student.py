@@ -113,11 +113,12 @@ def _made_ternary(
 
 def _with_cache(student: Student, model: nn.Module, logits_to_keep: int) -> dict[Part, Student]:
     from ti_fx.export import encoder_decoder_with_cache, with_cache
+    from ti_fx.export.cache import is_encoder_decoder
     from ti_fx.export.inputs import bind
 
     model.float().eval()
     example = bind(student.graph, student.example)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         if logits_to_keep:
             raise InputError(
                 "--logits-to-keep is for causal models; a decoder with an encoder has no long prompt"

@@ -67,9 +67,9 @@ def bench(
     labels = {str(path): path for path in files}
     with TemporaryDirectory() if against is not None else nullcontext("") as folder:
         if against is not None:
-            labels = _originals(against, files[0], Path(folder)) | labels
+            labels |= _originals(against, files[0], Path(folder))
         found = measure(
-            dict(sorted(labels.items(), key=lambda item: item[0] in (FP32, INT8))),
+            labels,
             batches=batch or (1, 8),
             lengths=length or (128,),
             threads=threads,

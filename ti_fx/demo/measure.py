@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ti_fx.demo.data import TokenizedQuestions
 from ti_fx.export import session
+from ti_fx.export.measure import medians
 
 Logits = NDArray[np.float32]
 Call = Callable[[Mapping[str, Tensor]], Logits]
@@ -113,15 +114,6 @@ def latencies(
                 "attention_mask": torch.ones_like(ids),
                 "token_type_ids": torch.zeros_like(ids),
             }
-            taken: dict[str, list[float]] = {name: [] for name in calls}
-            for call in calls.values():  # the first calls allocate
-                call(batch)
-                call(batch)
-            for _ in range(rounds):
-                for name, call in calls.items():
-                    start = time.perf_counter()
-                    call(batch)
-                    taken[name].append(1000 * (time.perf_counter() - start))
-            medians = {name: float(np.median(values)) for name, values in taken.items()}
-            rows.append({"threads": count, "batch": size, "sequence": sequence, "milliseconds": medians})
+            taken = medians({name: partial(call, batch) for name, call in calls.items()}, rounds)
+            rows.append({"threads": count, "batch": size, "sequence": sequence, "milliseconds": taken})
     return rows
