@@ -34,8 +34,8 @@ import ti_fx
 from ti_fx.demo.classifier import export_fp32
 from ti_fx.errors import ExportError, MissingExtra
 from ti_fx.export import ExportReport, session, to_onnx, with_cache
-from ti_fx.export.baselines import export_dynamic_int8
 from ti_fx.files import atomic_path
+from ti_fx.measure.baselines import export_dynamic_int8
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 
 Kind = Literal["onnx", "openvino", "torch", "compiled"]

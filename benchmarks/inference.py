@@ -54,9 +54,9 @@ from rich.console import Console
 from subjects import QUICK, SUBJECTS, Subject
 from transformers.utils import logging
 
-from ti_fx.encodings import ENCODINGS
 from ti_fx.errors import TiFxError
 from ti_fx.files import atomic_write
+from ti_fx.numerics.encodings import ENCODINGS
 
 DEFAULT_ENCODINGS = ("int8-tensor", "nbits2", "base3")
 BATCHES, SEQUENCES = (1, 8), (128,)

@@ -6,8 +6,8 @@
 A BERT, a block with attention and a Llama with a cache, tiny and with random weights, are written in every encoding and
 opset that makes a difference, and cut at each of their nodes, so that a node gets the same inputs in every version.
 A version is off where a node's output differs from the installed version's by more than 1e-5 (relative L2).
-``ti_fx.export.minimum`` says which version a file needs; exits with 1 if a version from there on does not load the file
-or is off, so run it whenever that table or an encoding changes.
+``ti_fx.export.file.minimum_runtime`` says which version a file needs; exits with 1 if a version from there on does not
+load the file or is off, so run it whenever that table or an encoding changes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import ti_fx
 from ti_fx.export import to_onnx, with_cache
-from ti_fx.export.facts import MINIMUM_RUNTIME
-from ti_fx.export.nodes import cut_at_nodes
+from ti_fx.export.compare.nodes import cut_at_nodes
+from ti_fx.export.file.metadata import MINIMUM_RUNTIME
 from ti_fx.passes import DecomposeAttention, Pack, QuantizeActivations, Ternarize
 
 TOLERANCE = 1e-5

@@ -31,6 +31,7 @@ from torch.fx import GraphModule
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import ti_fx
+from ti_fx.ir.pipeline import Pass
 from ti_fx.passes import (
     Canonicalize,
     DecomposeAttention,
@@ -42,7 +43,6 @@ from ti_fx.passes import (
     Strip,
     Ternarize,
 )
-from ti_fx.pipeline import Pass
 
 SLOPE = 1.10
 SECONDS = 300.0

@@ -27,9 +27,9 @@ from torch.fx import GraphModule
 from transformers import BertConfig, BertForSequenceClassification
 
 import ti_fx
-from ti_fx.graph import erase_dead
+from ti_fx.ir.edit import erase_dead
 from ti_fx.passes import Distill, DuplicateTeacher, Intervene, QuantizeActivations, Ternarize
-from ti_fx.passes.ternarize import look_up_first
+from ti_fx.passes.prepare.ternarize import look_up_first
 
 LIMIT = 1.5  # of fine-tuning; a teacher's forward alone makes it 4/3
 POINTS = ("none", "output", "context", "map")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import ti_fx
 from ti_fx.export import to_onnx, with_cache
-from ti_fx.export.generation import OnnxCausalLM
+from ti_fx.export.run.generate import OnnxCausalLM
 from ti_fx.passes import Pack, QuantizeActivations, Ternarize
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

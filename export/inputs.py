@@ -12,9 +12,10 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.export import arguments
-from ti_fx.graph import constant_size, erase_dead, fork, mode, state
-from ti_fx.metadata import fake_mode
-from ti_fx.structure import is_container, named_leaves
+from ti_fx.ir.edit import constant_size, erase_dead, fork, mode
+from ti_fx.ir.facts import state
+from ti_fx.ir.outputs import is_container, named_leaves
+from ti_fx.ir.shapes import fake_mode
 
 BATCH = "batch"
 _SHORTEST = 2  # torch.export takes a size of 1 for a constant

@@ -117,7 +117,7 @@ class ExportReport:
         path: where it is.
         bytes: its size on disk.
         opset: ONNX opset.
-        encoding: name in ``ti_fx.encodings.ENCODINGS``, and after it each weight of another one.
+        encoding: name in ``ti_fx.numerics.encodings.ENCODINGS``, and after it each weight of another one.
         tensors: every stored tensor, largest first.
         ternary_weights: how many weights are stored as codes.
         parity: the comparison that the file passed.

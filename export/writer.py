@@ -21,27 +21,22 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ti_fx import __version__
-from ti_fx.encodings import NEWEST_OPSET
 from ti_fx.errors import ExportError, InputError
-from ti_fx.export import arguments, external, names, packed, parity
+from ti_fx.export import arguments, compare
 from ti_fx.export import inputs as io
-from ti_fx.export.facts import facts
-from ti_fx.export.layouts import LAYOUTS
-from ti_fx.export.lowering import lower
-from ti_fx.export.record import RECORD_KEY, record_of
+from ti_fx.export.file import external_data, names
+from ti_fx.export.file.content import FileContent, open_file, resolve_markers
+from ti_fx.export.file.digests import RECORD_KEY, record_of
+from ti_fx.export.file.external_data import SIZE_THRESHOLD
+from ti_fx.export.file.metadata import facts
 from ti_fx.export.report import ExportReport, StoredTensor
-from ti_fx.export.student import (
-    batch_dependent,
-    encoding_of,
-    packed_weights,
-    relative_distance,
-    require_packed,
-    same_numerics,
-    weight_encodings,
-    with_encoding,
-)
+from ti_fx.export.student import relative_distance, require_packed, same_numerics, with_encoding
 from ti_fx.files import atomic_files, reported
-from ti_fx.graph import mode, tensor
+from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights, weight_encodings
+from ti_fx.ir.edit import mode, tensor
+from ti_fx.numerics.encodings import NEWEST_OPSET
+from ti_fx.numerics.layouts import LAYOUTS
+from ti_fx.passes.lower.lowering import lower
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
@@ -65,7 +60,7 @@ def to_onnx(
     opset: int | None = None,
     requantize: bool = False,
     external_data: bool | None = None,
-    size_threshold: int = external.SIZE_THRESHOLD,
+    size_threshold: int = SIZE_THRESHOLD,
     ram_megabytes: float | None = None,
     config: Saveable | None = None,
     tokenizer: Saveable | None = None,
@@ -124,7 +119,7 @@ class Options:
     opset: int | None = None
     requantize: bool = False
     external_data: bool | None = None
-    size_threshold: int = external.SIZE_THRESHOLD
+    size_threshold: int = SIZE_THRESHOLD
     ram_megabytes: float | None = None
     config: Saveable | None = None
     beside: tuple[Saveable | None, ...] = ()
@@ -157,7 +152,7 @@ def write_files(files: Mapping[Path, tuple[GraphModule, Example]], options: Opti
             for file in saved:
                 shutil.copyfile(file, written[0].beside / file.name)
         for path, one in zip(files, written, strict=True):
-            external.remove(one.replaced, unless=external.data_file(path))
+            external_data.remove(one.replaced, unless=external_data.data_file(path))
     sidecars = tuple(path.with_name(file.name) for file in saved)
     return [replace(one.report, sidecars=(*one.report.sidecars, *sidecars)) for one in written]
 
@@ -188,9 +183,9 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
     _describe(model, gm, student, opset, options.config)
     beside = places.enter_context(atomic_files(path))
     temporary = beside / path.name
-    external.write(model, temporary, options.external_data, options.size_threshold)
-    content = packed.open_file(temporary)
-    report = parity.compare(temporary, student, inputs, content, options.ram_megabytes)
+    external_data.write(model, temporary, options.external_data, options.size_threshold)
+    content = open_file(temporary)
+    report = compare.all_of(temporary, student, inputs, content, options.ram_megabytes)
     shapes = {weight.codes_name: weight.shape for weight in packed_weights(student)}
     return _Written(
         ExportReport(
@@ -206,7 +201,7 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
             batch_dependent=batch_dependent(student),
         ),
         beside,
-        external.data_file(path),
+        external_data.data_file(path),
     )
 
 
@@ -297,7 +292,7 @@ def _quiet() -> Iterator[None]:
 
 def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int, config: Any) -> None:
     """Resolve the markers, leave out the exporter's notes (a tenth of the file), and say what the file is."""
-    tensors = packed.resolve_markers(model, student)
+    tensors = resolve_markers(model, student)
     stored = {item.initializer for item in tensors}
     _share_equal(model.graph, stored)
     outputs = set(model.graph.outputs)
@@ -339,7 +334,7 @@ def _share_equal(graph: ir.Graph, apart: set[str]) -> None:
                 del graph.initializers[value.name]
 
 
-def _stored(content: packed.FileContent) -> tuple[StoredTensor, ...]:
+def _stored(content: FileContent) -> tuple[StoredTensor, ...]:
     known = {item.initializer: item for item in reversed(content.tensors)}
     rows = []
     for name, value in content.initializers.items():

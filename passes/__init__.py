@@ -1,17 +1,17 @@
-"""The passes: one rewrite of the graph a file, the file named after the pass."""
+"""Every rewrite of a graph, one a file, in four folders in the order of the pipeline."""
 
 if __name__ != "ti_fx.passes":
     raise ImportError(f"import ti_fx.passes, not {__name__}: this would make a second copy of every pass")
 
-from ti_fx.passes.canonicalize import Canonicalize
-from ti_fx.passes.decompose_attention import DecomposeAttention
-from ti_fx.passes.distill import Distill
-from ti_fx.passes.duplicate_teacher import DuplicateTeacher
-from ti_fx.passes.intervene import Intervene
-from ti_fx.passes.pack import Pack
-from ti_fx.passes.quantize_activations import QuantizeActivations
-from ti_fx.passes.strip import Strip
-from ti_fx.passes.ternarize import Ternarize
+from ti_fx.passes.deploy.pack import Pack
+from ti_fx.passes.deploy.strip import Strip
+from ti_fx.passes.normalise.canonicalize import Canonicalize
+from ti_fx.passes.prepare.decompose_attention import DecomposeAttention
+from ti_fx.passes.prepare.distill import Distill
+from ti_fx.passes.prepare.duplicate_teacher import DuplicateTeacher
+from ti_fx.passes.prepare.intervene import Intervene
+from ti_fx.passes.prepare.quantize_activations import QuantizeActivations
+from ti_fx.passes.prepare.ternarize import Ternarize
 
 __all__ = [
     "Canonicalize",

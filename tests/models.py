@@ -24,13 +24,7 @@ from transformers import (
 )
 
 import ti_fx
-from ti_fx.passes import (
-    DecomposeAttention,
-    Distill,
-    DuplicateTeacher,
-    QuantizeActivations,
-    Ternarize,
-)
+from ti_fx.passes import DecomposeAttention, Distill, DuplicateTeacher, QuantizeActivations, Ternarize
 
 Made = TypeVar("Made")
 VOCABULARY = 1100  # above Ternarize's min_rows, so that the word embedding is ternary

@@ -14,7 +14,7 @@ from models import llama_model, t5_model
 
 from ti_fx.errors import InputError
 from ti_fx.export import Runtime
-from ti_fx.export.bench import bench, made_up
+from ti_fx.measure.bench import bench, made_up
 
 
 def identity(path: Path, name: str) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ti_fx
-from ti_fx.graph import aten_name
+from ti_fx.ir.edit import aten_name
 from ti_fx.passes import Canonicalize
 
 

@@ -29,8 +29,8 @@ from torch.utils import _pytree as pytree
 
 import ti_fx
 from ti_fx.errors import CaptureError, InputError, PreconditionError, SelectionError, TiFxError
-from ti_fx.graph import state
-from ti_fx.metadata import evaluate, guard_count, signature
+from ti_fx.ir.facts import state
+from ti_fx.ir.shapes import evaluate, guard_count, signature
 from ti_fx.passes import Distill, DuplicateTeacher, Intervene
 
 

@@ -13,11 +13,11 @@ from torch.fx import GraphModule
 
 import ti_fx
 from ti_fx import numerics
-from ti_fx.decisions import positions
 from ti_fx.errors import CaptureError, InputError, RandomnessError
 from ti_fx.export import to_onnx
+from ti_fx.frontend.decisions import positions
+from ti_fx.ir.roles import is_student
 from ti_fx.passes import Distill, DuplicateTeacher, Pack, QuantizeActivations, Strip, Ternarize
-from ti_fx.roles import is_student
 
 
 def values(model: nn.Module, example: dict[str, Tensor], training: bool = False) -> Tensor:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from test_encodings import Model, example, prepared
-from torch.fx import GraphModule
 
 import ti_fx
 from ti_fx.errors import ExportError, InputError
-from ti_fx.export import choose, choose_encoding, to_onnx
-from ti_fx.export.choose import Measured, _choice
-from ti_fx.graph import state
-from ti_fx.passes import Distill, DuplicateTeacher, Pack, QuantizeActivations, Strip, Ternarize
+from ti_fx.export import to_onnx
+from ti_fx.ir.facts import state
+from ti_fx.measure import choose, choose_encoding
+from ti_fx.measure.choose import Measured, _choice, resolve
+from ti_fx.passes import Pack, QuantizeActivations, Strip
 
 
 def measured(encoding: str, milliseconds: float, megabytes: float | None) -> Measured:
@@ -65,60 +65,46 @@ def auto(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_auto_measures_the_model_once_and_records_what_it_chose(auto: list[str]) -> None:
-    gm = ti_fx.capture(Model(), example())
+def test_auto_is_resolved_to_a_name_by_one_measurement(auto: list[str]) -> None:
     one = QuantizeActivations("auto", encodings={"second": "int8-token"})
-    report = ti_fx.Pipeline(DuplicateTeacher(), Ternarize(), one)(gm)
-    assert auto == [str(one)]
-    assert "nbits2: the fastest" in str(report)
-    assert str(report).count("on disk") == 1
-    assert state(gm)["encoding"] == "nbits2"
-    assert state(gm)["encodings"] == {
-        **dict.fromkeys(("table.weight", "first.weight", "transposed"), "nbits2"),
-        "second.weight": "int8-token",
-    }
-    expected = prepared_by(QuantizeActivations("nbits2", encodings={"second": "int8-token"}))
-    before = ti_fx.dump(gm)
-    assert before == ti_fx.dump(expected)
-    ti_fx.Pipeline(one)(gm)
-    assert (ti_fx.dump(gm), len(auto)) == (before, 1)
-
-
-def prepared_by(one: QuantizeActivations) -> GraphModule:
+    recipe = ti_fx.Recipe("own", activations=one)
+    assert ti_fx.Recipe.from_dict(recipe.to_dict()) == recipe
     gm = ti_fx.capture(Model(), example())
-    ti_fx.Pipeline(DuplicateTeacher(), Ternarize(), one)(gm)
-    return gm
+    before = ti_fx.dump(gm)
+    named, choice = resolve(recipe, gm)
+    assert ti_fx.dump(gm) == before
+    assert auto == [str(one)]
+    assert choice is not None
+    assert "nbits2: the fastest" in str(choice)
+    assert named == replace(recipe, activations=replace(one, encoding="nbits2"))
+    assert resolve(named, gm) == (named, None)
 
 
 def test_auto_measures_several_on_the_machine() -> None:
+    named, choice = resolve(
+        ti_fx.Recipe("own", activations=QuantizeActivations("auto")), ti_fx.capture(Model(), example())
+    )
+    assert choice is not None
+    assert [row.encoding for row in choice.measured] == list(choose.CANDIDATES)
+    assert named.activations.encoding == choice.encoding
+
+
+def test_auto_needs_the_example_and_is_no_encoding_of_a_pass_or_file(tmp_path: Path) -> None:
+    recipe = ti_fx.Recipe("own", activations=QuantizeActivations("auto"))
     gm = ti_fx.capture(Model(), example())
-    ti_fx.Pipeline(Ternarize(), QuantizeActivations("auto"))(gm)
-    assert [row.encoding for row in state(gm)["choice"].measured] == list(choose.CANDIDATES)
-    assert state(gm)["encoding"] == state(gm)["choice"].encoding
-
-
-def test_a_recipe_with_auto_records_the_name(auto: list[str]) -> None:
-    logits = Distill(layer_outputs=0, scores=0, attention_outputs=0)
-    recipe = ti_fx.Recipe("own", activations=QuantizeActivations("auto"), distill=logits)
-    assert ti_fx.Recipe.from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(InputError, match="'auto' is measured before training"):
+        recipe.prepare(gm)
     gm = ti_fx.capture(Model(), example())
-    recipe.prepare(gm)
-    named = replace(recipe, activations=QuantizeActivations("nbits2"))
-    assert state(gm)["recipe"] == named.to_dict()
-    assert recipe.resolved(gm) == named
-    assert named.resolved(gm) == named
-
-
-def test_auto_needs_the_example_and_is_no_encoding_of_a_file(tmp_path: Path) -> None:
-    gm = prepared(QuantizeActivations("float"))
     del state(gm)["example"]
     with pytest.raises(InputError, match="keeps no example to measure it on"):
-        ti_fx.Pipeline(QuantizeActivations("auto"))(gm)
+        resolve(recipe, gm)
+    gm = prepared(QuantizeActivations("float"))
     ti_fx.Pipeline(Strip(), Pack())(gm)
     with pytest.raises(InputError, match="'auto' is measured before training"):
         to_onnx(gm, tmp_path / "x.onnx", example(), encoding="auto")
-    with pytest.raises(InputError, match="'auto' is measured before training"):
-        prepared(QuantizeActivations(encodings={"first": "auto"}))
+    for one in (QuantizeActivations("auto"), QuantizeActivations(encodings={"first": "auto"})):
+        with pytest.raises(InputError, match="'auto' is measured before training"):
+            prepared(one)
 
 
 @pytest.mark.parametrize("options", [{"candidates": ()}, {"candidates": "float"}, {"rounds": 0}])

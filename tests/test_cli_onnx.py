@@ -17,7 +17,7 @@ from ti_fx.cli._encodings import chosen_encodings
 from ti_fx.cli.train import _with_encodings
 from ti_fx.errors import InputError
 from ti_fx.export import pipeline
-from ti_fx.export.packed import open_file
+from ti_fx.export.file.content import open_file
 from ti_fx.passes import QuantizeActivations
 from ti_fx.recipe import Recipe
 

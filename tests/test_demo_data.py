@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,8 @@ from ti_fx.demo.data import (
     parse_questions,
     tokenized,
 )
+from ti_fx.demo.run import TRAINING_CODE
+from ti_fx.demo.stages import code_hash
 from ti_fx.demo.teacher import TeacherSettings, evaluate, fine_tune, question_scores
 from ti_fx.errors import DataError, InputError, MissingExtra, TiFxError
 
@@ -252,3 +255,16 @@ def test_a_teacher_replaces_the_previous_one_and_bad_folders_are_refused(
     with pytest.raises(InputError) as caught:
         fine_tune(tiny_encoder, small(questions), tmp_path / "file" / "teacher", progress=False)
     one_line(caught.value)
+
+
+def test_the_code_that_a_stage_depends_on_is_all_that_training_imports() -> None:
+    """Else a stage would be taken from an earlier run of other code."""
+    loaded = "import sys, ti_fx.train; print(*(name for name in sys.modules if name.startswith('ti_fx.')))"
+    names = subprocess.run(
+        [sys.executable, "-c", loaded], check=True, capture_output=True, text=True
+    ).stdout.split()
+    rooms = {name.split(".")[1] for name in names} - {"_checkout", "_version"}
+    assert rooms == set(TRAINING_CODE)
+    assert all(len(code_hash(part)) == 64 for part in TRAINING_CODE)
+    with pytest.raises(FileNotFoundError):
+        code_hash("core")

@@ -14,19 +14,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ti_fx
-from ti_fx.encodings import ENCODINGS, pack_codes
-from ti_fx.errors import (
-    EncodingMismatch,
-    InputError,
-    ParityError,
-    PreconditionError,
-    SelectionError,
-)
+from ti_fx.errors import EncodingMismatch, InputError, ParityError, PreconditionError, SelectionError
 from ti_fx.export import ExportReport, Runtime, check, to_onnx
 from ti_fx.export import inputs as io
-from ti_fx.export.layouts import LAYOUTS
-from ti_fx.export.student import encoding_of
-from ti_fx.graph import state
+from ti_fx.find.packed import encoding_of
+from ti_fx.ir.facts import state
+from ti_fx.numerics.codes import pack_codes
+from ti_fx.numerics.encodings import ENCODINGS
+from ti_fx.numerics.layouts import LAYOUTS
 from ti_fx.passes import DuplicateTeacher, Intervene, Pack, QuantizeActivations, Strip, Ternarize
 from ti_fx.recipe import Recipe
 

@@ -27,7 +27,9 @@ from transformers import (
 )
 
 import ti_fx
-from ti_fx import losses, numerics, roles
+from ti_fx import numerics
+from ti_fx.ir import roles
+from ti_fx.numerics import losses
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -38,7 +40,7 @@ from ti_fx.passes import (
     Strip,
     Ternarize,
 )
-from ti_fx.passes.ternarize import look_up_first
+from ti_fx.passes.prepare.ternarize import look_up_first
 
 POINTS = ("map", "context", "output")
 MODELS = ("bert", "gpt2", "llama", "t5")

@@ -16,8 +16,9 @@ from torch.fx import GraphModule
 from transformers import BertConfig
 
 from ti_fx.errors import InputError
-from ti_fx.export import Runtime, check, choose_encoding, pipeline, to_onnx
+from ti_fx.export import Runtime, check, pipeline, to_onnx
 from ti_fx.files import atomic_files, atomic_path
+from ti_fx.measure import choose_encoding
 
 
 @pytest.fixture(scope="module")

@@ -37,13 +37,13 @@ from ti_fx.export import (
     with_cache,
     write_genai_config,
 )
-from ti_fx.export.cache import require_free, stand_in
-from ti_fx.export.encoder_decoder import EncoderDecoder
-from ti_fx.export.generation import OnnxCausalLM, OnnxSeq2SeqLM
-from ti_fx.export.states import keeping_layers
-from ti_fx.graph import state
+from ti_fx.export.cached.causal import require_free, stand_in
+from ti_fx.export.cached.encoder_decoder import EncoderDecoder
+from ti_fx.export.cached.names import keeping_layers
+from ti_fx.export.run.generate import OnnxCausalLM, OnnxSeq2SeqLM
+from ti_fx.ir.facts import state
+from ti_fx.ir.pipeline import Pass
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
-from ti_fx.pipeline import Pass
 
 NEW = 12
 

@@ -19,10 +19,10 @@ from transformers import BertConfig
 import ti_fx
 from ti_fx.errors import InputError
 from ti_fx.export import ExportReport, to_onnx
-from ti_fx.export.facts import tensors_hash, value_of
-from ti_fx.export.minimum import minimum_runtime
-from ti_fx.export.student import batch_dependent
-from ti_fx.graph import state
+from ti_fx.export.file.metadata import tensors_hash, value_of
+from ti_fx.export.file.minimum_runtime import minimum_runtime
+from ti_fx.find.packed import batch_dependent
+from ti_fx.ir.facts import state
 from ti_fx.passes import Pack, QuantizeActivations, Ternarize
 from ti_fx.recipe import Recipe
 
@@ -102,7 +102,7 @@ def test_the_same_student_gives_the_same_bytes_wherever_it_is_written(
 
 
 def test_a_folder_of_this_machine_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ti_fx.export.facts import _source
+    from ti_fx.export.file.metadata import _source
 
     (tmp_path / "runs/teacher").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

@@ -12,12 +12,12 @@ from torch.fx import GraphModule
 
 import ti_fx
 from ti_fx.errors import ExportError
-from ti_fx.export import ops
-from ti_fx.export.fusion import FUSED_OPSET, fuse
-from ti_fx.export.lowering import lower
-from ti_fx.export.numbers import write_numbers
-from ti_fx.export.pairs import write_pairs
-from ti_fx.graph import aten_name
+from ti_fx.ir.edit import aten_name
+from ti_fx.passes.lower import operators
+from ti_fx.passes.lower.complex_pairs import write_pairs
+from ti_fx.passes.lower.fusion import FUSED_OPSET, fuse
+from ti_fx.passes.lower.lowering import lower
+from ti_fx.passes.lower.numbers import write_numbers
 
 SIZE, HEADS = 8, 2
 
@@ -79,7 +79,7 @@ def fused(**spoilt: bool) -> tuple[GraphModule, Counter[Any]]:
     gm = ti_fx.capture(block.train(False), example())
     fuse(gm.graph)
     gm.graph.lint()
-    own = (ops.rms_norm, ops.rotary, ops.attention, ops.attention_with_cache)
+    own = (operators.rms_norm, operators.rotary, operators.attention, operators.attention_with_cache)
     return gm, Counter(node.target.__name__ for node in gm.graph.nodes if node.target in own)
 
 
@@ -95,7 +95,7 @@ def test_a_block_is_four_nodes_beside_its_layers() -> None:
 
 def test_heads_stay_merged_where_all_operands_have_them_so() -> None:
     gm, _ = fused()
-    (node,) = (node for node in gm.graph.nodes if node.target is ops.attention_with_cache)
+    (node,) = (node for node in gm.graph.nodes if node.target is operators.attention_with_cache)
     query, key, value, *_, heads, shared, past_key, past_value = node.args
     assert [part.meta["val"].dim() for part in (query, key, value)] == [3, 3, 3]
     assert (heads, shared) == (HEADS, 1)
@@ -135,9 +135,9 @@ def test_a_cache_belongs_to_one_of_the_blocks_that_read_it() -> None:
     fuse(gm.graph)
     gm.graph.lint()
     found = Counter(node.target for node in gm.graph.nodes)
-    assert (found[ops.attention_with_cache], found[ops.attention]) == (1, 1)
+    assert (found[operators.attention_with_cache], found[operators.attention]) == (1, 1)
     output: Any = gm.graph.output_node().args[0]
-    (block,) = (node for node in gm.graph.nodes if node.target is ops.attention_with_cache)
+    (block,) = (node for node in gm.graph.nodes if node.target is operators.attention_with_cache)
     assert output["keys"].args == (block, 1)
     assert output["values"].args == (block, 2)
 

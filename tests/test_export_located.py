@@ -17,11 +17,12 @@ from torch.fx import GraphModule
 
 import ti_fx
 from ti_fx.errors import InputError, ParityError
-from ti_fx.export import check, parity, to_onnx
-from ti_fx.export.nodes import compare_nodes
-from ti_fx.export.record import RECORD_KEY
+from ti_fx.export import check, to_onnx
+from ti_fx.export.compare import whole_file
+from ti_fx.export.compare.nodes import compare_nodes
+from ti_fx.export.file.digests import RECORD_KEY
+from ti_fx.ir.text import module_path
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
-from ti_fx.text import module_path
 
 EACH = 8  # errors of each kind
 
@@ -318,7 +319,7 @@ def test_an_error_that_only_other_sizes_show_is_located(
 ) -> None:
     """As in a file that the exporter got wrong, whose constants nobody can tell apart."""
     for name in ("compare_record", "compare_constants"):
-        monkeypatch.setattr(parity, name, lambda content, gm: 0)
+        monkeypatch.setattr(whole_file, name, lambda content, gm: 0)
     model = onnx.load(exported.path)
     mask = next(value for value in model.graph.initializer if value.name.endswith(".mask"))
     array = onnx.numpy_helper.to_array(mask).copy()

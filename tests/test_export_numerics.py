@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from ti_fx import numerics
-from ti_fx.encodings import pack_codes
-from ti_fx.export.layouts import LAYOUTS
+from ti_fx.numerics.codes import pack_codes
+from ti_fx.numerics.layouts import LAYOUTS
 
 ROWS, COLUMNS = 200, 500  # 1e5 values
 

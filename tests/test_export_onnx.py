@@ -18,8 +18,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import ti_fx
 from ti_fx.errors import EncodingMismatch, ExportError, InputError, ParityError, PreconditionError
-from ti_fx.export import ExportReport, Runtime, check, nodes, parity, session, to_onnx
+from ti_fx.export import ExportReport, Runtime, check, session, to_onnx
 from ti_fx.export import inputs as io
+from ti_fx.export.compare import nodes, outputs
 from ti_fx.export.writer import Options, write_files
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 
@@ -286,7 +287,7 @@ def test_a_file_that_disagrees_is_not_kept(
 ) -> None:
     path = tmp_path / "layers.onnx"
     path.write_bytes(b"the previous file")
-    monkeypatch.setattr(parity, "_allowed", lambda expected, noise: -1.0)
+    monkeypatch.setattr(outputs, "_allowed", lambda expected, noise: -1.0)
     with pytest.raises(ParityError, match="logits"):
         to_onnx(layers, path, layers_example())
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the previous file"]

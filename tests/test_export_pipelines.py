@@ -21,7 +21,7 @@ from transformers import GenerationConfig, TextClassificationPipeline, ViTImageP
 import ti_fx
 from ti_fx.errors import InputError, MissingExtra
 from ti_fx.export import Runtime, pipeline, to_onnx, with_cache
-from ti_fx.export.generation import OnnxCausalLM
+from ti_fx.export.run.generate import OnnxCausalLM
 from ti_fx.passes import Pack, QuantizeActivations, Ternarize
 
 TEXTS = ["how many w7", "who is w2 and w5 and w9 and w11"]

@@ -10,9 +10,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import ti_fx
 from ti_fx import numerics
-from ti_fx.graph import tensor
+from ti_fx.find.weights import heads, projections, table, word_embeddings
+from ti_fx.ir.edit import tensor
 from ti_fx.passes import Ternarize
-from ti_fx.selection import heads, projections, table, word_embeddings
 
 
 class Everything(nn.Module):

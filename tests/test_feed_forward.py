@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import ti_fx
-from ti_fx.dataflow import projection_weight
+from ti_fx.find.walk import projection_weight
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -192,7 +192,7 @@ def test_passes_move_no_site(name: str) -> None:
         ti_fx.Pipeline(one)(gm)
         assert places() == before, one
         for site in ti_fx.find_feed_forward(gm):
-            assert all(ti_fx.roles.is_student(node) for node in (site.up, site.down, site.hidden))
+            assert all(ti_fx.ir.roles.is_student(node) for node in (site.up, site.down, site.hidden))
     ti_fx.Pipeline(Pack())(gm)
     assert [place[:2] for place in places()] == [place[:2] for place in before]
 

@@ -13,6 +13,7 @@ from models import PlainTransformer, Tiny, seeded, tokens
 from torch.fx import GraphModule
 
 import ti_fx
+from ti_fx.ir.pipeline import Pass
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -23,7 +24,6 @@ from ti_fx.passes import (
     Strip,
     Ternarize,
 )
-from ti_fx.pipeline import Pass
 
 PLUGIN = Path(__file__).with_name("golden_text.py")
 

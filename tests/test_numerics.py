@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ti_fx import numerics
-from ti_fx.encodings import ENCODINGS
+from ti_fx.numerics.encodings import ENCODINGS
 
 GRANULARITIES: tuple[numerics.Granularity, ...] = ("tensor", "row")
 FAKE_QUANTS = [encoding.fake_quant for encoding in ENCODINGS.values() if encoding.fake_quant is not None]

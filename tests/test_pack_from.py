@@ -19,9 +19,9 @@ from transformers import LlamaForCausalLM
 
 import ti_fx
 from ti_fx.errors import InputError, PreconditionError
-from ti_fx.export import ParityReport, pack_from, parity, to_onnx, with_cache
-from ti_fx.export.lowering import lower
+from ti_fx.export import ParityReport, compare, pack_from, to_onnx, with_cache
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
+from ti_fx.passes.lower.lowering import lower
 
 CONFIG: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32}
 
@@ -63,7 +63,7 @@ def test_weights_read_one_by_one_give_the_same_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(parity, "compare", lambda *arguments: ParityReport((), ""))
+    monkeypatch.setattr(compare, "all_of", lambda *arguments: ParityReport((), ""))
     gm, buffers = ti_fx.fork(hollow[0]), hollow[1]
     report = pack_from(gm, folder, buffers)
     assert str(folder) in str(report)

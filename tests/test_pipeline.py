@@ -16,7 +16,6 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import ti_fx
-from ti_fx import roles
 from ti_fx.errors import (
     InputError,
     PostconditionError,
@@ -25,8 +24,10 @@ from ti_fx.errors import (
     TiFxError,
     VerificationError,
 )
-from ti_fx.graph import tensor
-from ti_fx.metadata import evaluate, signature
+from ti_fx.ir import roles
+from ti_fx.ir.edit import tensor
+from ti_fx.ir.pipeline import Pass, Pipeline
+from ti_fx.ir.shapes import evaluate, signature
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -37,7 +38,6 @@ from ti_fx.passes import (
     Strip,
     Ternarize,
 )
-from ti_fx.pipeline import Pass, Pipeline
 
 aten = torch.ops.aten
 

@@ -18,11 +18,14 @@ from torch import nn
 from torch.fx import GraphModule
 
 import ti_fx
-from ti_fx.encodings import ENCODINGS, pack_codes, unpack_codes, unpack_ternary
 from ti_fx.errors import PreconditionError, SelectionError, TiFxError
-from ti_fx.graph import tensor
-from ti_fx.metadata import guard_count, signature
-from ti_fx.numerics import ternary, ternary_codes
+from ti_fx.find.attention import POINTS
+from ti_fx.ir.edit import tensor
+from ti_fx.ir.pipeline import Pass, Pipeline
+from ti_fx.ir.shapes import guard_count, signature
+from ti_fx.numerics.codes import pack_codes, unpack_codes, unpack_ternary
+from ti_fx.numerics.encodings import ENCODINGS
+from ti_fx.numerics.ternary_weights import ternary, ternary_codes
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -33,8 +36,6 @@ from ti_fx.passes import (
     Strip,
     Ternarize,
 )
-from ti_fx.pipeline import Pass, Pipeline
-from ti_fx.sites import POINTS
 
 
 @pytest.fixture(scope="session")
@@ -429,7 +430,7 @@ def test_packing_is_exact(shape: list[int], seed: int, granularity: str) -> None
 
 
 def test_incremental_meta_is_full_meta(ready: GraphModule) -> None:
-    from ti_fx.metadata import evaluate
+    from ti_fx.ir.shapes import evaluate
 
     gm = ti_fx.fork(ready)
     guards = guard_count(gm)

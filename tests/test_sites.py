@@ -19,8 +19,9 @@ from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward as gp
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_attention
 
 import ti_fx
-from ti_fx.dataflow import projection_weight
-from ti_fx.graph import register, tensor
+from ti_fx.find.attention import AttentionSite, layer_outputs
+from ti_fx.find.walk import projection_weight
+from ti_fx.ir.edit import register, tensor
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -29,7 +30,6 @@ from ti_fx.passes import (
     QuantizeActivations,
     Ternarize,
 )
-from ti_fx.sites import AttentionSite, layer_outputs
 
 # Stack, layer and kind of each block, as the configurations in models.py say.
 EXPECTED = {
@@ -82,7 +82,7 @@ def test_projections_are_the_models_own(tiny: Tiny) -> None:
 
 def shape(node: Node | None) -> tuple[str, ...]:
     assert node is not None
-    text = ti_fx.text.type_text(node.meta["val"], node.graph.owning_module.meta["ti_fx"]["dims"])  # type: ignore[union-attr]
+    text = ti_fx.ir.text.type_text(node.meta["val"], node.graph.owning_module.meta["ti_fx"]["dims"])  # type: ignore[union-attr]
     return tuple(text.partition("[")[2].rstrip("]").split(", "))
 
 
@@ -388,8 +388,8 @@ def skeleton(gm: GraphModule) -> list[tuple[Any, ...]]:
             node.op,
             "" if node.op in ("get_attr", "call_module") else str(node.target),
             str(torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: position[source])),
-            ti_fx.roles.role(node),
-            ti_fx.roles.fact(node, "intervened"),
+            ti_fx.ir.roles.role(node),
+            ti_fx.ir.roles.fact(node, "intervened"),
         )
         for node in gm.graph.nodes
     ]

@@ -14,7 +14,7 @@ from transformers import BeitConfig, BeitForImageClassification
 import ti_fx
 from ti_fx.errors import CaptureError
 from ti_fx.export import to_onnx
-from ti_fx.leaves import DropPath
+from ti_fx.ir.leaves import DropPath
 
 Drop = Callable[[Tensor], Tensor]
 KEEP = 0.6

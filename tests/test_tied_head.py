@@ -10,9 +10,9 @@ from torch.fx import GraphModule
 
 import ti_fx
 from ti_fx import numerics
-from ti_fx.dataflow import projection_weight, reads_ternary
 from ti_fx.export import to_onnx
-from ti_fx.graph import aten_name
+from ti_fx.find.walk import projection_weight, reads_ternary
+from ti_fx.ir.edit import aten_name
 from ti_fx.passes import Distill, DuplicateTeacher, Pack, QuantizeActivations, Strip, Ternarize
 from ti_fx.zoo import build
 

@@ -12,12 +12,14 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 import ti_fx
-from ti_fx import numerics, roles
+from ti_fx import numerics
 from ti_fx.errors import VerificationError
-from ti_fx.graph import call, register, state, tensor
-from ti_fx.metadata import fake_mode
+from ti_fx.ir import roles
+from ti_fx.ir.edit import call, register, tensor
+from ti_fx.ir.facts import state
+from ti_fx.ir.shapes import fake_mode
+from ti_fx.ir.stages import INVARIANTS
 from ti_fx.passes import DuplicateTeacher, Intervene
-from ti_fx.verify import INVARIANTS
 
 aten = torch.ops.aten
 

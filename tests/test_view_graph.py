@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ti_fx
-from ti_fx import find_attention, roles
+from ti_fx import find_attention
 from ti_fx.errors import InputError
+from ti_fx.ir import roles
 from ti_fx.passes import DecomposeAttention, Distill, DuplicateTeacher, Intervene
 from ti_fx.view import QUESTIONS, ask, to_networkx, write_graph
 

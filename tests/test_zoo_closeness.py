@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import ti_fx
 from ti_fx.errors import CoverageError
+from ti_fx.numerics.closeness import by_vector, relative
 from ti_fx.zoo import chain as chains
-from ti_fx.zoo.closeness import by_vector, relative
 from ti_fx.zoo.models import Entry
 
 NAN, INFINITY = float("nan"), float("inf")

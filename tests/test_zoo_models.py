@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor, nn
 
 from ti_fx.errors import DataError
+from ti_fx.example_inputs.makers import run
 from ti_fx.zoo import Entry, build, model_types
 from ti_fx.zoo.count import attention_calls, replaced, uniform, uniform_effect
 from ti_fx.zoo.exclusions import EXCLUSIONS
-from ti_fx.zoo.makers import run
 from ti_fx.zoo.redraw import redraw
 
 # Blocks by hand: two layers each; an encoder-decoder has self-attention in both stacks and cross-attention in one.

@@ -17,7 +17,7 @@ from zoo_plain import BLOCKS, FACTORIES
 import ti_fx
 from ti_fx.errors import PreconditionError
 from ti_fx.export import to_onnx
-from ti_fx.graph import aten_name, tensor
+from ti_fx.ir.edit import aten_name, tensor
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import ti_fx
 from ti_fx.errors import CoverageError
+from ti_fx.example_inputs.makers import run
+from ti_fx.find.attention import find_attention
 from ti_fx.passes import DecomposeAttention
-from ti_fx.sites import find_attention
 from ti_fx.zoo import build
 from ti_fx.zoo import chain as chains
 from ti_fx.zoo.chain import Outcome, run_chain
 from ti_fx.zoo.count import attention_calls
-from ti_fx.zoo.makers import run
 from ti_fx.zoo.points import replacements
 
 

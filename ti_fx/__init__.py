@@ -1,24 +1,22 @@
 """ti_fx: a compiler that rewrites a trained transformer's torch.fx graph into ternary weights in ONNX."""
 
-__version__ = "0.1.0"
+from ti_fx._checkout import check_checkout as _check_checkout
+from ti_fx._version import __version__
 
-from ti_fx.layout import check_layout as _check_layout
-
-_check_layout()
+_check_checkout()
 
 import importlib  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from ti_fx.capture import capture, capture_report  # noqa: E402
-from ti_fx.feed_forward import FeedForwardSite, find_feed_forward  # noqa: E402
-from ti_fx.graph import fork  # noqa: E402
-from ti_fx.pipeline import Pass, Pipeline, Report  # noqa: E402
-from ti_fx.recipe import Phase, Recipe  # noqa: E402
-from ti_fx.sites import AttentionSite, find_attention  # noqa: E402
-from ti_fx.text import diff, dump  # noqa: E402
-from ti_fx.verify import verify  # noqa: E402
-
 if TYPE_CHECKING:
+    from ti_fx.find.attention import AttentionSite, find_attention
+    from ti_fx.find.feed_forward import FeedForwardSite, find_feed_forward
+    from ti_fx.frontend.capture import capture, capture_report
+    from ti_fx.ir.edit import fork
+    from ti_fx.ir.pipeline import Pass, Pipeline, Report
+    from ti_fx.ir.stages import verify
+    from ti_fx.ir.text import diff, dump
+    from ti_fx.recipe import Phase, Recipe
     from ti_fx.train.checkpoint import load
 
 __all__ = [
@@ -29,6 +27,7 @@ __all__ = [
     "Pipeline",
     "Recipe",
     "Report",
+    "__version__",
     "capture",
     "capture_report",
     "diff",
@@ -40,13 +39,39 @@ __all__ = [
     "verify",
 ]
 
-_SUBPACKAGES = ("analysis", "export", "passes", "train", "view")
+# Where each public name is defined. Torch and transformers take seconds to import, so each is imported when first used.
+_HOMES = {
+    "AttentionSite": "find.attention",
+    "FeedForwardSite": "find.feed_forward",
+    "Pass": "ir.pipeline",
+    "Phase": "recipe",
+    "Pipeline": "ir.pipeline",
+    "Recipe": "recipe",
+    "Report": "ir.pipeline",
+    "capture": "frontend.capture",
+    "capture_report": "frontend.capture",
+    "diff": "ir.text",
+    "dump": "ir.text",
+    "find_attention": "find.attention",
+    "find_feed_forward": "find.feed_forward",
+    "fork": "ir.edit",
+    "load": "train.checkpoint",
+    "verify": "ir.stages",
+}
+_SUBPACKAGES = ("analysis", "example_inputs", "export", "measure", "numerics", "passes", "train", "view")
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is slow to import (the training loop, ONNX, plots) when it is first used."""
+    """Import a public name or a subpackage when it is first used."""
     if name in _SUBPACKAGES:
         return importlib.import_module(f"ti_fx.{name}")
-    if name == "load":
-        return importlib.import_module("ti_fx.train.checkpoint").load
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"ti_fx.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'ti_fx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names and subpackages, too, which are imported when first used."""
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})

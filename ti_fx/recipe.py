@@ -19,11 +19,13 @@ import yaml
 from torch import nn
 from torch.fx import GraphModule
 
-from ti_fx import options
-from ti_fx.encodings import AUTO, ENCODINGS
 from ti_fx.errors import RecipeError, did_you_mean
 from ti_fx.files import atomic_write
-from ti_fx.graph import state
+from ti_fx.find.attention import POINTS
+from ti_fx.ir import options
+from ti_fx.ir.facts import state
+from ti_fx.ir.pipeline import Pass, Pipeline, Report
+from ti_fx.numerics.encodings import AUTO, ENCODINGS
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -32,9 +34,7 @@ from ti_fx.passes import (
     QuantizeActivations,
     Ternarize,
 )
-from ti_fx.passes.distill import TERMS
-from ti_fx.pipeline import Pass, Pipeline, Report
-from ti_fx.sites import POINTS
+from ti_fx.passes.prepare.distill import TERMS
 
 FORMAT = 1
 INTERVENTION_STEPS = 60
@@ -150,23 +150,13 @@ class Recipe:
     def prepare(self, gm: GraphModule, *, teacher: nn.Module | None = None) -> Report:
         """Rewrite a captured graph into student, teacher and losses, without an intervention yet.
 
-        What is recorded of the graph is :meth:`resolved`.
-
         Args:
             gm: from ``ti_fx.capture``.
             teacher: a module to take the teacher's values from; None: the student's own values now.
         """
         report = Pipeline(*self.passes(teacher=teacher))(gm)
-        state(gm)["recipe"] = self.resolved(gm).to_dict()
+        state(gm)["recipe"] = self.to_dict()
         return report
-
-    def resolved(self, gm: GraphModule) -> Recipe:
-        """Return the recipe with the name of the encoding that ``auto`` chose for a graph that it prepared."""
-        if self.activations.encoding != AUTO:
-            return self
-        return dataclasses.replace(
-            self, activations=dataclasses.replace(self.activations, encoding=state(gm)["encoding"])
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON values."""

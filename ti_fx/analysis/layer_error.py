@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from ti_fx import roles
 from ti_fx.errors import InputError
-from ti_fx.graph import fork, mode
+from ti_fx.find.attention import POINTS, find_attention, streams
+from ti_fx.ir import roles
+from ti_fx.ir.edit import fork, mode
+from ti_fx.ir.pipeline import Pipeline
 from ti_fx.passes import Intervene
-from ti_fx.pipeline import Pipeline
-from ti_fx.sites import POINTS, find_attention, streams
 
 LAYER_OUTPUT = "layer output"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ti_fx import encodings
-from ti_fx.graph import tensor
+from ti_fx.ir.edit import tensor
+from ti_fx.numerics import codes
 from ti_fx.passes import Ternarize
 
 SCALE_BYTES = 4  # a scale is stored in float32
@@ -67,4 +67,4 @@ def stored_weights(gm: GraphModule, ternarize: Ternarize | None = None) -> list[
 
 def _packed_bytes(value: Tensor, granularity: str) -> int:
     scales = value.shape[0] if granularity == "row" else 1
-    return -(-value.numel() // encodings.CODES_PER_BYTE) + SCALE_BYTES * scales
+    return -(-value.numel() // codes.CODES_PER_BYTE) + SCALE_BYTES * scales

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ti_fx import __version__, cli
+from ti_fx import __version__
 
 _INTRODUCTION = """Rewrite a trained transformer's graph into ternary weights, train it, and export it as packed ONNX.
 
@@ -28,7 +29,7 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(help=_INTRODUCTION)(_options)
-    for module in sorted(pkgutil.iter_modules(cli.__path__), key=lambda module: module.name):
+    for module in sorted(pkgutil.iter_modules([str(Path(__file__).parent)]), key=lambda module: module.name):
         if not module.name.startswith("_"):
             command = getattr(importlib.import_module(f"ti_fx.cli.{module.name}"), module.name)
             app.command(module.name)(command)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ti_fx.encodings import AUTO, ENCODINGS, get_encoding
 from ti_fx.errors import InputError
+from ti_fx.numerics.encodings import AUTO, ENCODINGS, get_encoding
 
 METAVAR = "NAME|GLOB=NAME"
 HELP = (

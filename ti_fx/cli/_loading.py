@@ -102,7 +102,7 @@ def load_graph(source: str, meta: bool = False) -> Loaded:
         InputError, CheckpointError: nothing usable is there.
         CaptureError: the model can't be captured.
     """
-    from ti_fx.capture import capture
+    from ti_fx.frontend.capture import capture
 
     path = Path(source)
     if path.is_dir() and (path / _CHECKPOINT).exists():
@@ -149,8 +149,8 @@ def example_for(model: nn.Module, device: torch.device | None = None) -> dict[st
         InputError: it is no such model, or no rule makes what it takes.
     """
     from ti_fx.errors import DataError
-    from ti_fx.zoo.examples import example_inputs
-    from ti_fx.zoo.request import Sizes
+    from ti_fx.example_inputs.make import example_inputs
+    from ti_fx.example_inputs.request import Sizes
 
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type"):

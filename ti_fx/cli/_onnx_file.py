@@ -25,7 +25,7 @@ def describe(path: Path) -> dict[str, Any]:
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    from ti_fx.export import external
+    from ti_fx.export.file import external_data
 
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -34,7 +34,7 @@ def describe(path: Path) -> dict[str, Any]:
     if not model.graph.node:
         raise InputError(f"{path} holds no graph; it was cut short or is not an ONNX file: export it again")
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    data = external.require_data(path, model) if external.DATA_KEY in metadata else None
+    data = external_data.require_data(path, model) if external_data.DATA_KEY in metadata else None
     tensors = _tensors(model, metadata)
     stored: Counter[str] = Counter()
     for row in tensors:
@@ -55,30 +55,30 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def _own_facts(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+def _own_facts(written: Mapping[str, str]) -> dict[str, Any] | None:
     """Return what ti_fx wrote about the file, None if it did not write it."""
-    from ti_fx.export import facts, packed
+    from ti_fx.export.file import content, metadata
 
-    if packed.ENCODING_KEY not in metadata:
+    if content.ENCODING_KEY not in written:
         return None
     dependent = (
-        [str(name) for name in facts.value_of(metadata, facts.BATCH_DEPENDENT, [])]
-        if facts.BATCH_DEPENDENT in metadata
+        [str(name) for name in metadata.value_of(written, metadata.BATCH_DEPENDENT, [])]
+        if metadata.BATCH_DEPENDENT in written
         else None
     )
     return {
-        "encoding": metadata[packed.ENCODING_KEY],
-        "requantized_from": metadata.get(packed.REQUANTIZED_KEY),
+        "encoding": written[content.ENCODING_KEY],
+        "requantized_from": written.get(content.REQUANTIZED_KEY),
         "batch_invariant": None if dependent is None else not dependent,
         "batch_dependent": dependent,
-        "kept": facts.value_of(metadata, facts.KEPT, {}),
-        "source": facts.value_of(metadata, facts.SOURCE, {}),
-        "largest": facts.value_of(metadata, facts.LARGEST, {}),
-        "recipe": facts.value_of(metadata, facts.RECIPE, None),
-        "recipe_sha256": metadata.get(facts.RECIPE_HASH),
-        "tensors_sha256": metadata.get(facts.TENSORS_HASH),
-        "minimum_onnxruntime": metadata.get(facts.MINIMUM_RUNTIME),
-        "versions": facts.value_of(metadata, facts.VERSIONS, {}),
+        "kept": metadata.value_of(written, metadata.KEPT, {}),
+        "source": metadata.value_of(written, metadata.SOURCE, {}),
+        "largest": metadata.value_of(written, metadata.LARGEST, {}),
+        "recipe": metadata.value_of(written, metadata.RECIPE, None),
+        "recipe_sha256": written.get(metadata.RECIPE_HASH),
+        "tensors_sha256": written.get(metadata.TENSORS_HASH),
+        "minimum_onnxruntime": written.get(metadata.MINIMUM_RUNTIME),
+        "versions": metadata.value_of(written, metadata.VERSIONS, {}),
     }
 
 
@@ -107,20 +107,20 @@ def _tensors(model: Any, metadata: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _packed(metadata: Mapping[str, str]) -> list[Any]:
-    from ti_fx.export import packed
+    from ti_fx.export.file import content
 
-    if packed.TENSORS_KEY not in metadata:
+    if content.TENSORS_KEY not in metadata:
         return []
     try:
-        return packed.from_json(metadata[packed.TENSORS_KEY])
+        return content.from_json(metadata[content.TENSORS_KEY])
     except (ValueError, TypeError, KeyError):
-        raise InputError(f"the file's metadata {packed.TENSORS_KEY} is damaged; export it again") from None
+        raise InputError(f"the file's metadata {content.TENSORS_KEY} is damaged; export it again") from None
 
 
 def _encoding(metadata: Mapping[str, str], weight: str) -> str | None:
-    from ti_fx.export import packed
+    from ti_fx.export.file import content
 
-    encodings = of_file(metadata[packed.ENCODING_KEY])
+    encodings = of_file(metadata[content.ENCODING_KEY])
     return encodings.others.get(weight, encodings.name)
 
 

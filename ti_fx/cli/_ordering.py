@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
-from ti_fx import numerics, roles
+from ti_fx import numerics
+from ti_fx.ir import roles
+from ti_fx.ir.pipeline import Pass
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -15,8 +17,7 @@ from ti_fx.passes import (
     Strip,
     Ternarize,
 )
-from ti_fx.passes.decompose_attention import fused
-from ti_fx.pipeline import Pass
+from ti_fx.passes.prepare.decompose_attention import fused
 
 # What each pass needs, in the order to run them.
 _NEEDS: dict[type[Pass], tuple[type[Pass], ...]] = {

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule, Node
 
-from ti_fx import encodings, find_attention, find_feed_forward, fork
+from ti_fx import find_attention, find_feed_forward, fork
 from ti_fx.cli import _output as output
-from ti_fx.dataflow import CAST, SHAPE, projection_weight
-from ti_fx.graph import aten_name
-from ti_fx.pipeline import Pipeline
+from ti_fx.find.walk import CAST, SHAPE, projection_weight
+from ti_fx.ir.edit import aten_name
+from ti_fx.ir.pipeline import Pipeline
+from ti_fx.numerics import encodings
 
 if TYPE_CHECKING:
     from ti_fx.passes import QuantizeActivations, Ternarize

@@ -12,8 +12,8 @@ from torch.fx import GraphModule
 
 from ti_fx.cli._encodings import Encodings
 from ti_fx.cli._loading import load_hollow, load_source
-from ti_fx.encodings import Kept
 from ti_fx.errors import InputError, first_line
+from ti_fx.numerics.encodings import Kept
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def packed_student(
     Raises:
         TiFxError: nothing usable is there, or the model can't be captured.
     """
+    from ti_fx.ir.pipeline import Pipeline
     from ti_fx.passes import Pack
-    from ti_fx.pipeline import Pipeline
     from ti_fx.train.checkpoint import EXAMPLE, FACTS, load, read_tensors
 
     folder = Path(source)
@@ -89,10 +89,10 @@ def _made_ternary(
     source: str, encodings: Encodings, kept: Kept | None, low_memory: bool
 ) -> tuple[Student, nn.Module]:
     """Return the packed student of a plain model as it is, and the model."""
-    from ti_fx.capture import capture
     from ti_fx.export import pack_from
+    from ti_fx.frontend.capture import capture
+    from ti_fx.ir.pipeline import Pipeline
     from ti_fx.passes import DecomposeAttention, Pack, QuantizeActivations, Ternarize
-    from ti_fx.pipeline import Pipeline
 
     activations = QuantizeActivations(
         encodings.name or QuantizeActivations().encoding, encodings=encodings.others
@@ -113,7 +113,7 @@ def _made_ternary(
 
 def _with_cache(student: Student, model: nn.Module, logits_to_keep: int) -> dict[Part, Student]:
     from ti_fx.export import encoder_decoder_with_cache, with_cache
-    from ti_fx.export.cache import is_encoder_decoder
+    from ti_fx.export.cached.causal import is_encoder_decoder
     from ti_fx.export.inputs import bind
 
     model.float().eval()

@@ -15,7 +15,7 @@ from ti_fx.cli import _output as output
 from ti_fx.errors import InputError
 
 if TYPE_CHECKING:
-    from ti_fx.export.bench import Bench
+    from ti_fx.measure.bench import Bench
 
 _EXAMPLES = """[bold]Examples[/bold]
 
@@ -59,7 +59,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
 ) -> None:
     """Time exported files in ONNX Runtime, in turn, with what they take to load, of memory and on disk."""
-    from ti_fx.export.bench import bench as measure
+    from ti_fx.measure.bench import bench as measure
 
     for option, sizes in (("--batch", batch), ("--length", length)):
         if sizes is not None and min(sizes) < 1:
@@ -84,10 +84,10 @@ def bench(
 def _originals(source: str, file: Path, folder: Path) -> dict[str, Path]:
     """Export the original model as the file is, with or without a cache, and quantise that."""
     from ti_fx.cli._loading import load_source
-    from ti_fx.export import baselines
-    from ti_fx.export.cache import is_encoder_decoder
-    from ti_fx.export.runtime import session
-    from ti_fx.export.states import CROSS_KEY, cached_layers
+    from ti_fx.export.cached.causal import is_encoder_decoder
+    from ti_fx.export.cached.names import CROSS_KEY, cached_layers
+    from ti_fx.export.run.session import session
+    from ti_fx.measure import baselines
 
     of_file = session(file)
     has_cache = cached_layers([value.name for value in of_file.get_inputs()]) > 0

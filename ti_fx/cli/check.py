@@ -46,10 +46,10 @@ def check(
     """Check an exported file: stored weights, each node, and the outputs of ONNX Runtime beside PyTorch's."""
     from ti_fx import export
     from ti_fx.cli._student import Part, packed_student
-    from ti_fx.encodings import Kept
-    from ti_fx.export.facts import KEPT, value_of
-    from ti_fx.export.packed import open_file
-    from ti_fx.export.states import CROSS_KEY, cached_layers
+    from ti_fx.export.cached.names import CROSS_KEY, cached_layers
+    from ti_fx.export.file.content import open_file
+    from ti_fx.export.file.metadata import KEPT, value_of
+    from ti_fx.numerics.encodings import Kept
 
     content = open_file(file)
     encodings = of_file(content.requantized_from or content.encoding)

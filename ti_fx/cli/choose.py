@@ -60,9 +60,9 @@ def choose(
     """Measure encodings of a model in ONNX Runtime, in turn, and say which one to train for, and why."""
     from ti_fx import capture
     from ti_fx.cli._loading import load_source
-    from ti_fx.export import choose_encoding
     from ti_fx.export import inputs as io
-    from ti_fx.export.choose import CANDIDATES
+    from ti_fx.measure import choose_encoding
+    from ti_fx.measure.choose import CANDIDATES
 
     found = load_source(model)
     gm = capture(found.model.float().eval(), found.example)

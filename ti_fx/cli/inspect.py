@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ti_fx.analysis import StoredWeight
     from ti_fx.cli._loading import Loaded
-    from ti_fx.pipeline import Pass
+    from ti_fx.ir.pipeline import Pass
     from ti_fx.recipe import Recipe
     from ti_fx.view import Step
 
@@ -104,10 +104,11 @@ def inspect(
     if file.suffix == ".onnx" and not file.is_dir():
         _inspect_onnx(file, as_json)
         return
-    from ti_fx import find_attention, fork, text
+    from ti_fx import find_attention, fork
     from ti_fx.cli._loading import load_graph
     from ti_fx.cli._ordering import parsed
     from ti_fx.cli._recipe import chosen_recipe
+    from ti_fx.ir import text
 
     chosen = None if recipe is None else chosen_recipe(recipe)
     asked = [parsed(written) for written in diff or ()]
@@ -234,7 +235,7 @@ def _capital(text: str) -> str:
 
 
 def _print_diffs(before: list[Step], shown: list[Step]) -> None:
-    from ti_fx import text
+    from ti_fx.ir import text
 
     if before:
         output.say("first ran: " + ", ".join(step.name for step in before))

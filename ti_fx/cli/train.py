@@ -15,8 +15,8 @@ import typer
 
 from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import HELP, METAVAR, Encodings, chosen_encodings
-from ti_fx.encodings import AUTO
 from ti_fx.errors import CheckpointError, InputError
+from ti_fx.numerics.encodings import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -200,8 +200,8 @@ class _Run:
             compute_metrics=scores,
             compile=self.compile,
         )
-        if self.recipe.activations.encoding == AUTO:
-            output.say(self.recipe.activations.explain(trainer.model.prepared()))
+        if trainer.choice is not None:
+            output.say(str(trainer.choice))
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(TrainingProgress(output.console()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from ti_fx.export import baselines
+from ti_fx.measure import baselines
 
 
 def export_fp32(model_folder: Path, path: Path, example: Mapping[str, Tensor]) -> None:

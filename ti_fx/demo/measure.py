@@ -16,7 +16,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ti_fx.demo.data import TokenizedQuestions
 from ti_fx.export import session
-from ti_fx.export.measure import medians
+from ti_fx.measure.stopwatch import medians
 
 Logits = NDArray[np.float32]
 Call = Callable[[Mapping[str, Tensor]], Logits]

@@ -12,10 +12,10 @@ from rich.table import Table as RichTable
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ti_fx.analysis import layer_errors
-from ti_fx.capture import capture
 from ti_fx.demo import students
 from ti_fx.demo.data import Questions
 from ti_fx.demo.teacher import quiet_loading
+from ti_fx.frontend.capture import capture
 from ti_fx.passes import Pack, Strip
 from ti_fx.train import load
 from ti_fx.view import follow

@@ -71,16 +71,17 @@ class Stages:
 
 
 def code_hash(part: str) -> str:
-    """Return a hash of the Python files of a subpackage or module (dotted name), or of ti_fx itself (``core``)."""
+    """Return a hash of the Python files of a subpackage or module of ti_fx, by its dotted name.
+
+    Raises:
+        FileNotFoundError: ti_fx has no such part.
+    """
     root = Path(ti_fx.__file__).parent
-    path = root.joinpath(*part.split("."))
-    if part == "core":
-        files = list(root.glob("*.py"))
-    else:
-        files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    place = root.joinpath(*part.split("."))
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
     content = hashlib.sha256()
-    for path in sorted(files):
-        content.update(path.name.encode() + b"\0" + path.read_bytes())
+    for file in files:
+        content.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
     return content.hexdigest()
 
 

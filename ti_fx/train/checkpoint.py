@@ -26,11 +26,11 @@ import transformers
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ti_fx.capture import capture
 from ti_fx.errors import CheckpointError, RecipeError
 from ti_fx.files import atomic_path, atomic_write, reported
+from ti_fx.frontend.capture import capture
+from ti_fx.ir.pipeline import Pipeline
 from ti_fx.passes import Strip
-from ti_fx.pipeline import Pipeline
 from ti_fx.recipe import Recipe
 from ti_fx.train.model import TernaryModel, digest
 

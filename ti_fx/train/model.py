@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ti_fx import text
 from ti_fx.errors import InputError
-from ti_fx.graph import erase_dead, fork, input_names
-from ti_fx.passes.strip import strip_nodes
-from ti_fx.passes.ternarize import look_up_first
-from ti_fx.pipeline import Pipeline
+from ti_fx.ir import text
+from ti_fx.ir.edit import erase_dead, fork, input_names
+from ti_fx.ir.pipeline import Pipeline
+from ti_fx.ir.roles import TEACHER
+from ti_fx.passes.deploy.strip import strip_nodes
+from ti_fx.passes.prepare.ternarize import look_up_first
 from ti_fx.recipe import Phase, Recipe
 from ti_fx.train.compile import CompileRecord, Runner, Shapes
-from ti_fx.verify import TEACHER
 
 Compile = Literal["on", "off"]
 

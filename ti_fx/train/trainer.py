@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import Trainer, TrainingArguments
 
-from ti_fx.capture import capture
 from ti_fx.errors import CheckpointError, DataError, InputError
-from ti_fx.graph import state
+from ti_fx.frontend.capture import capture
+from ti_fx.ir.facts import state
+from ti_fx.measure.choose import Choice, resolve
 from ti_fx.recipe import Recipe
 from ti_fx.train import checkpoint, rows, schedule
 from ti_fx.train.model import Compile, TernaryModel
@@ -68,6 +69,7 @@ class TernaryTrainer(Trainer):
         if args.torch_compile:
             raise InputError("torch_compile would compile the wrapper; use TernaryTrainer(compile='on')")
         self.recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+        self.choice: Choice | None = None  # what was measured for the encoding "auto"
         self.source = model
         label_names = (
             list(args.label_names) if args.label_names is not None else rows.label_names(model, options)
@@ -117,8 +119,8 @@ class TernaryTrainer(Trainer):
             model.to(args.device)
             gm = capture(model, example)
         if "recipe" not in state(gm):
+            self.recipe, self.choice = resolve(self.recipe, gm)
             self.recipe.prepare(gm, teacher=teacher)
-        self.recipe = self.recipe.resolved(gm)
         if state(gm)["recipe"] != self.recipe.to_dict():
             raise InputError(
                 "the graph was prepared by another recipe; capture the model again, or pass that recipe"

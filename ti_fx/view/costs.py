@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ti_fx import leaves
 from ti_fx.errors import InputError, did_you_mean
-from ti_fx.graph import aten_name, state
+from ti_fx.ir import leaves
+from ti_fx.ir.edit import aten_name
+from ti_fx.ir.facts import state
 
 # A number of elements: an int, or a sympy expression (torch's symbolic sizes) with the same arithmetic.
 Count = Any

@@ -13,7 +13,7 @@ import networkx
 from torch.fx import GraphModule
 
 from ti_fx.errors import InputError, MissingExtra
-from ti_fx.text import lines
+from ti_fx.ir.text import lines
 from ti_fx.view.network import to_networkx
 
 Change = Literal["added", "removed", "rewired"]

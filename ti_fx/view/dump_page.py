@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 from torch.fx import GraphModule
 
-from ti_fx import roles, text
+from ti_fx.ir import roles, text
 from ti_fx.view.places import Place, places
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ti_fx import roles
 from ti_fx.errors import InputError
 from ti_fx.files import atomic_write
-from ti_fx.graph import tensor
-from ti_fx.sites import POINTS, find_attention
-from ti_fx.structure import named_leaves
-from ti_fx.text import module_path, operation
+from ti_fx.find.attention import POINTS, find_attention
+from ti_fx.ir import roles
+from ti_fx.ir.edit import tensor
+from ti_fx.ir.outputs import named_leaves
+from ti_fx.ir.text import module_path, operation
 from ti_fx.view.costs import count, elements, evaluated, multiply_accumulates
 from ti_fx.view.places import parts, places
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from ti_fx import roles
-from ti_fx.sites import AttentionSite, block_outputs, find_attention, streams
+from ti_fx.find.attention import AttentionSite, block_outputs, find_attention, streams
+from ti_fx.ir import roles
 
 PARTS = ("query", "key", "value", "scores", "map", "context", "output", "residual")
 

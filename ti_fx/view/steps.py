@@ -8,10 +8,10 @@ from functools import cached_property
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassBase
 
-from ti_fx import text
 from ti_fx.errors import InputError
-from ti_fx.graph import fork
-from ti_fx.pipeline import PassReport, Pipeline
+from ti_fx.ir import text
+from ti_fx.ir.edit import fork
+from ti_fx.ir.pipeline import PassReport, Pipeline
 from ti_fx.view.drawing import svg_diff
 
 

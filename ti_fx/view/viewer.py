@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch.fx import GraphModule
 
-from ti_fx import roles
 from ti_fx.errors import InputError
-from ti_fx.sites import find_attention
+from ti_fx.find.attention import find_attention
+from ti_fx.ir import roles
 from ti_fx.view.report import GraphDump, GraphSteps, Report, Section, Table, write_report
 from ti_fx.view.steps import Step
 

@@ -14,13 +14,18 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from ti_fx import roles
-from ti_fx.capture import capture, capture_report
 from ti_fx.errors import CoverageError, TiFxError
+from ti_fx.example_inputs.makers import run
 from ti_fx.export import Runtime, to_onnx
+from ti_fx.export.compare.outputs import NOISE_CAP, nudged_outputs
 from ti_fx.export.inputs import other_sizes, resized, run_graph
-from ti_fx.export.parity import NOISE_CAP, nudged_outputs
-from ti_fx.graph import fork, mode
+from ti_fx.find.attention import POINTS, AttentionSite, find_attention
+from ti_fx.frontend.capture import capture, capture_report
+from ti_fx.ir import roles
+from ti_fx.ir.edit import fork, mode
+from ti_fx.ir.outputs import named_leaves
+from ti_fx.ir.pipeline import Pipeline
+from ti_fx.numerics.closeness import distance, median_distance, relative
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -31,12 +36,7 @@ from ti_fx.passes import (
     Strip,
     Ternarize,
 )
-from ti_fx.pipeline import Pipeline
-from ti_fx.sites import POINTS, AttentionSite, find_attention
-from ti_fx.structure import named_leaves
-from ti_fx.zoo.closeness import distance, median_distance, relative
 from ti_fx.zoo.count import attention_calls, replaced, uniform
-from ti_fx.zoo.makers import run
 from ti_fx.zoo.models import Entry
 from ti_fx.zoo.points import replacements
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ti_fx.zoo.makers import run
+from ti_fx.example_inputs.makers import run
 from ti_fx.zoo.models import Entry
 
 Change = Callable[[Tensor], Tensor]

@@ -14,10 +14,10 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ti_fx.errors import DataError, did_you_mean
-from ti_fx.zoo.examples import example_inputs
-from ti_fx.zoo.exceptions import REFUSED, TASKS
+from ti_fx.example_inputs.make import example_inputs
+from ti_fx.example_inputs.request import Sizes
 from ti_fx.zoo.redraw import redraw
-from ti_fx.zoo.request import Sizes
+from ti_fx.zoo.settings import REFUSED, TASKS
 from ti_fx.zoo.tiny import tiny_config
 
 # What a user trains, by the words of transformers' tables of classes. The first table with the type decides.
@@ -75,7 +75,7 @@ def build(model_type: str, attention: str = "eager", seed: int = 0) -> Entry:
         seed: of the weights and the inputs.
 
     Raises:
-        DataError: the type is unknown, is refused in ``exceptions.REFUSED``, has no such attention, or can't be
+        DataError: the type is unknown, is refused in ``settings.REFUSED``, has no such attention, or can't be
             built or run; the message is one line that names what was missing.
     """
     if model_type not in modeling_auto.MODEL_MAPPING_NAMES:

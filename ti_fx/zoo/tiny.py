@@ -14,17 +14,16 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ti_fx.zoo.exceptions import FIELDS
+from ti_fx.example_inputs.request import FIRST_SPECIAL, IMAGE
+from ti_fx.zoo.settings import FIELDS
 
 VOCABULARY = 128
-FIRST_SPECIAL = 100  # ids at and above this one are special tokens that were moved down
 WIDTH = 64
 INNER = 96  # of a feed-forward block: differs from WIDTH, so that the two are never mistaken for each other
 HEADS = 4
 HEAD = WIDTH // HEADS
 LAYERS = 2
 POSITIONS = 64
-IMAGE = 32
 STAGED_IMAGE = 64  # halved by every stage, so it must begin larger
 PATCH = 8
 NARROW = 16  # the first stage's width where widths grow from stage to stage

@@ -1,0 +1,1 @@
+"""Language models that read and return their keys and values."""

@@ -1,0 +1,207 @@
+"""ONNX Runtime against PyTorch: the same packed student, at other sizes, padded, and with the batch permuted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from ti_fx.errors import InputError, ParityError, first_line
+from ti_fx.export import inputs as io
+from ti_fx.export.compare.nodes import compare_nodes
+from ti_fx.export.report import OutputDifference
+from ti_fx.export.run.session import Runtime
+from ti_fx.ir.edit import aten_name, constant_size, mode
+from ti_fx.ir.facts import state
+
+# Float: two correct float32 implementations, sums in another order; relative to the largest value above 1.
+FLOAT_TOLERANCE = 1e-4
+# Quantised: a value beside a rounding boundary may fall on either side in two correct implementations; it then moves
+# by one step of 1/255 of its range, and so do the values it feeds.
+QUANTISED_TOLERANCE = 0.02
+# ... and some networks amplify that (most of all untrained ones), so the same is measured within PyTorch alone, by
+# nudging each product in its last bit. The cap keeps the check from being empty: a lost bias or scale exceeds it.
+NOISE_FACTOR = 4.0
+NOISE_CAP = 0.25
+_PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "layer_norm", "softmax", "gelu"})
+
+
+def compare_outputs(
+    path: str | os.PathLike[str], student: GraphModule, bound: dict[str, Tensor], exact: bool
+) -> tuple[tuple[OutputDifference, ...], tuple[str, ...]]:
+    """Compare outputs at other sizes, padded, and with the batch permuted; return a row each, and what was skipped.
+
+    Args:
+        path: the file.
+        student: the packed graph of the same encoding.
+        bound: inputs of the graph, by name.
+        exact: whether no activation is quantised, so that outputs differ by rounding only.
+
+    Raises:
+        ParityError: outputs differ, or the file can't be run.
+    """
+    runtime = Runtime(path)
+    rows: list[OutputDifference] = []
+    skipped: list[str] = []
+    cases = list(_cases(student, bound))
+    for case, inputs, order in (*cases, ("the example", bound, None)):
+        if case == "the example" and not skipped:
+            continue
+        try:
+            expected = io.run_graph(student, inputs)
+        except ValueError as error:  # as many image tokens as the images have patches
+            if case == "the example":
+                raise
+            skipped.append(f"{case}: the model takes no such inputs ({first_line(error)})")
+            continue
+        noise = None if exact else _rounding_noise(student, inputs, expected)
+        if order is not None:
+            inputs = io.permuted(student, inputs, order)
+            expected = _permuted_outputs(student, expected, order) or io.run_graph(student, inputs)
+        try:
+            found = runtime(inputs)
+        except InputError as error:
+            compare_nodes(path, student, inputs)
+            raise ParityError(f"{Path(path).name} can't be run at {case}: {error}") from error
+        for name, value in expected.items():
+            allowed = _allowed(value, None if noise is None else noise[name])
+            row = _difference(name, case, torch.from_numpy(found[name]), value, allowed)
+            rows.append(row)
+            if not (row.maximum if exact else row.p99) <= row.allowed:  # NaN fails, too
+                compare_nodes(
+                    path, student, inputs
+                )  # names the node, if it is one that differs at these sizes
+                raise ParityError(
+                    f"{Path(path).name}: output {row.output!r} differs from PyTorch at {row.case}: max "
+                    f"{row.maximum:.2e}, p99 {row.p99:.2e}, range {row.span:.2e}, allowed {row.allowed:.2e}; "
+                    "please report this with the graph's ti_fx.dump"
+                )
+    return tuple(rows), tuple(skipped)
+
+
+def _cases(
+    gm: GraphModule, inputs: Mapping[str, Tensor]
+) -> Iterator[tuple[str, dict[str, Tensor], Tensor | None]]:
+    wanted = io.other_sizes(gm, inputs)
+    for sizes in wanted:
+        yield _case(sizes), io.padded(gm, io.resized(gm, inputs, sizes)), None
+    # rows that are not one for each of the batch (codebooks of each) can't be put in order with it
+    if all(names.get(0) == io.BATCH for names in io.dimensions(gm).values()):
+        order = torch.arange(wanted[0][io.BATCH]).flip(0)
+        yield f"{_case(wanted[0])}, permuted", io.padded(gm, io.resized(gm, inputs, wanted[0])), order
+
+
+def _case(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "the example"
+
+
+def _permuted_outputs(
+    gm: GraphModule, values: Mapping[str, Tensor], order: Tensor
+) -> dict[str, Tensor] | None:
+    """Return outputs with the batch in another order; None where rows are not one for each of it (its codebooks)."""
+    symbols = {symbol for symbol, name in state(gm).get("dims", {}).items() if name == io.BATCH}
+    _, leaves = io.flat_outputs(gm)
+    result = {}
+    for name, value in values.items():
+        # each text against each image has the batch twice
+        for dim, size in enumerate(leaves[name].meta["val"].shape):
+            if constant_size(size) is not None:
+                continue
+            if str(size) in symbols:
+                value = value.index_select(dim, order)
+            elif symbols & {str(symbol) for symbol in size.node.expr.free_symbols}:
+                return None
+        result[name] = value
+    return result
+
+
+class _Nudged(Interpreter):
+    """Run a graph with each product moved by about one unit in the last place, as another summation order would."""
+
+    def __init__(self, gm: GraphModule, seed: int) -> None:
+        super().__init__(gm)
+        self.random = torch.Generator().manual_seed(seed)
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if aten_name(n) in _PRODUCTS and isinstance(value, Tensor) and value.numel():
+            unit = torch.finfo(value.dtype).eps * value.abs().amax()
+            value = value + unit * (2 * torch.rand(value.shape, generator=self.random, dtype=value.dtype) - 1)
+        return value
+
+
+def nudged_outputs(gm: GraphModule, inputs: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """Return the graph's outputs by name where each product is moved by about one unit in the last place."""
+    flat, leaves = io.flat_outputs(gm)
+    with mode(flat, False), torch.no_grad():
+        nudged = _Nudged(flat, seed).run(*inputs.values())
+    return dict(zip(leaves, nudged, strict=True))
+
+
+def _rounding_noise(
+    gm: GraphModule, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, float]:
+    return {
+        name: _p99((value.double() - expected[name].double()).abs().nan_to_num(0.0, 0.0))
+        for name, value in nudged_outputs(gm, inputs).items()
+    }
+
+
+def _p99(difference: Tensor) -> float:
+    # torch.quantile takes no more than 16 million elements
+    return (
+        float(difference.flatten().kthvalue(max(1, round(0.99 * difference.numel()))).values)
+        if difference.numel()
+        else 0.0
+    )
+
+
+def _allowed(expected: Tensor, noise: float | None) -> float:
+    finite = _finite(expected)
+    if not finite.numel():
+        return 0.0
+    if noise is None:
+        return FLOAT_TOLERANCE * max(1.0, float(finite.abs().max()))
+    span = _span(expected)
+    return max(QUANTISED_TOLERANCE * span, min(NOISE_FACTOR * noise, NOISE_CAP * span))
+
+
+def tolerance_text(exact: bool) -> str:
+    """Return how far outputs may be apart, and why, for people."""
+    if exact:
+        return f"{FLOAT_TOLERANCE:g} of the largest value above 1, at most: float32 sums in another order"
+    return (
+        f"p99 within {QUANTISED_TOLERANCE:.0%} of the output's range, or {NOISE_FACTOR:g}x what last-bit noise does to "
+        f"PyTorch itself (at most {NOISE_CAP:.0%}): a value beside a rounding boundary may fall on either side"
+    )
+
+
+def _finite(value: Tensor) -> Tensor:
+    """Return the values that are numbers: a row that is all padding may be NaN, or masked scores an infinity."""
+    return value[value.isfinite()].double()  # a mask that is an output has no absolute value
+
+
+def _span(value: Tensor) -> float:
+    finite = _finite(value)
+    return float(finite.max() - finite.min()) if finite.numel() else 0.0
+
+
+def _difference(name: str, case: str, found: Tensor, expected: Tensor, allowed: float) -> OutputDifference:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        raise ParityError(
+            f"output {name!r} is {found.dtype}{list(found.shape)} in ONNX Runtime and "
+            f"{expected.dtype}{list(expected.shape)} in PyTorch, at {case}"
+        )
+    difference = (found.double() - expected.double()).abs()
+    # Equal infinities and equal NaNs are no difference.
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    difference = torch.where(same, torch.zeros_like(difference), difference)
+    maximum = float(difference.max()) if difference.numel() else 0.0
+    mean = float(difference.mean()) if difference.numel() else 0.0
+    p99 = float("nan") if maximum != maximum else _p99(difference)
+    return OutputDifference(name, case, maximum, p99, mean, _span(expected), allowed)

@@ -1,0 +1,1 @@
+"""The bytes of an exported file, and what it says of itself."""

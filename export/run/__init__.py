@@ -1,0 +1,1 @@
+"""Using an exported file: sessions, generation, pipelines."""

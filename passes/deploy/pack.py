@@ -1,0 +1,123 @@
+"""Turn each ternary weight into packed codes and a scale, in the graph itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ti_fx import numerics
+from ti_fx.errors import PostconditionError, PreconditionError
+from ti_fx.ir import roles
+from ti_fx.ir.edit import call, erase, get_attr, prune, register, supersede, tensor
+from ti_fx.ir.facts import state
+from ti_fx.ir.pipeline import Pass
+from ti_fx.numerics import encodings
+
+
+@dataclass(frozen=True)
+class Pack(Pass):
+    """A ternary weight is stored as two-bit codes and a scale; the graph still runs in PyTorch, with equal values.
+
+    before:  %w = w                              after:  %w_codes = w_codes          u8[elements / 4]
+             %w_q = ternary(%w)                          %w_scale = w_scale          f32[] or f32[rows, 1]
+                                                         %w_q = unpack_ternary(%w_codes, %w_scale, shape, dtype)
+    with ``kept=float16``:
+             %bias = bias                                %bias_half = packed.bias_half  f16
+                                                         %bias = to(%bias_half, float32)
+
+    Attributes:
+        kept: the type in which float32 Parameters that are not ternary are stored (biases, norms, position tables,
+            heads). float16 rounds them, here as in the file; one with values beyond its range stays as it is. None is
+            what the student's encoding wants: float16 for ``base3``, whose point is size, float32 for all others.
+    """
+
+    kept: encodings.Kept | None = None
+
+    def requires(self, gm: GraphModule) -> None:
+        """A stripped graph with ternary weights, or one that is packed already."""
+        require_ternary(gm)
+        for node in gm.graph.find_nodes(op="get_attr"):
+            if tensor(gm, str(node.target)).is_meta:
+                raise PreconditionError(
+                    f"pack needs values, and {node.target} is on the meta device; read them with "
+                    "ti_fx.export.pack_from, or capture a model with weights"
+                )
+
+    def apply(self, gm: GraphModule) -> None:
+        """Replace every quantiser and drop the latent weights."""
+        for node in [node for node in gm.graph.nodes if node.target is numerics.ternary]:
+            pack_weight(gm, node, tensor(gm, str(node.all_input_nodes[0].target)))
+        if (self.kept or _kept(gm)) == "float16":
+            for node in gm.graph.find_nodes(op="get_attr"):
+                _halve(gm, node)
+        prune(gm)
+
+    def ensures(self, gm: GraphModule) -> None:
+        """No quantiser is left."""
+        for node in gm.graph.nodes:
+            if node.target is numerics.ternary:
+                raise PostconditionError(f"pack left %{node.name}")
+
+
+def require_ternary(gm: GraphModule) -> None:
+    """Refuse a graph that has more than the student, or nothing to pack.
+
+    Raises:
+        PreconditionError: names the pass that is missing.
+    """
+    for node in gm.graph.nodes:
+        if roles.role(node) in ("teacher", "loss"):
+            raise PreconditionError(
+                f"pack needs the student alone, and %{node.name} is {roles.role(node)}; run strip first"
+            )
+    if not any(node.target in (numerics.ternary, numerics.unpack_ternary) for node in gm.graph.nodes):
+        raise PreconditionError("pack finds no ternary weight; run ternarize first")
+
+
+def pack_weight(gm: GraphModule, node: Node, weight: Tensor) -> None:
+    """Replace a call of ``numerics.ternary`` by the codes and the scale of ``weight``, the values of what it reads."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    with torch.no_grad():
+        codes, scale = numerics.ternary_codes(weight, **node.kwargs)  # type: ignore[arg-type]
+        packed = numerics.pack_codes(codes)
+    name, reader = node.name, next(iter(node.users))
+    parts = []
+    for suffix, value in (("codes", packed), ("scale", scale)):
+        target = f"packed.{source.target}_{suffix}"
+        register(gm, target, value)
+        parts.append(get_attr(node, target, f"{source.name}_{suffix}", "student", like=reader))
+    arguments = (*parts, list(weight.shape), weight.dtype)
+    unpacked = call(node, numerics.unpack_ternary, arguments, f"{name}_unpacked", "student", like=reader)
+    supersede(node, unpacked)
+    if not source.users:
+        erase(source)
+
+
+def _kept(gm: GraphModule) -> encodings.Kept:
+    name = state(gm).get("encoding")
+    return "float32" if name is None else encodings.get_encoding(name).kept
+
+
+def half_name(parameter: str) -> str:
+    """Return the name of the buffer that holds a parameter in half precision."""
+    return f"packed.{parameter}_half"
+
+
+def _halve(gm: GraphModule, node: Node) -> None:
+    value = tensor(gm, str(node.target)).detach()
+    if not isinstance(tensor(gm, str(node.target)), nn.Parameter) or value.dtype != torch.float32:
+        return
+    half = value.half()
+    if not torch.equal(half.isfinite(), value.isfinite()):
+        return
+    target = half_name(str(node.target))
+    register(gm, target, half)
+    stored = get_attr(node, target, f"{node.name}_half", "student", like=node)
+    arguments = (stored, torch.float32)
+    supersede(
+        node, call(node, torch.ops.aten.to.dtype, arguments, f"{node.name}_float", "student", like=node)
+    )

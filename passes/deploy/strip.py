@@ -1,0 +1,49 @@
+"""Take the teacher and the losses out again: what is left is the student, with the model's own signature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from ti_fx.errors import PostconditionError
+from ti_fx.find.attention import find_attention
+from ti_fx.ir import roles
+from ti_fx.ir.edit import erase, erase_dead, prune
+from ti_fx.ir.pipeline import Pass
+from ti_fx.passes.prepare import distill, intervene
+
+
+@dataclass(frozen=True)
+class Strip(Pass):
+    """Losses, interventions, the teacher and its tensors go; the student stays, quantisers included.
+
+    before:  %loss = weighted(...)  #loss            after:  %h = linear(%x, %w_q)  #student
+             %h_t = linear(%x, %w_t)  #teacher               return %outputs
+             %h = linear(%x, %w_q)  #student
+             return {loss: %loss, losses: {...}, outputs: %outputs}
+
+    1. losses   2. interventions and detaches   3. teacher nodes   4. nodes nobody reads any more   5. unread tensors
+    """
+
+    def apply(self, gm: GraphModule) -> None:
+        """Remove what only training needs."""
+        strip_nodes(gm)
+        prune(gm)
+
+    def ensures(self, gm: GraphModule) -> None:
+        """No teacher and no loss is left."""
+        for node in gm.graph.nodes:
+            if roles.role(node) in ("teacher", "loss"):
+                raise PostconditionError(f"strip left {roles.role(node)} %{node.name}")
+
+
+def strip_nodes(gm: GraphModule) -> None:
+    """Edit the graph only: tensors and modules stay, for a fork that shares them with graphs in training."""
+    distill.remove(gm)
+    if any(roles.is_teacher(node) for node in gm.graph.nodes):
+        intervene.undo(gm, find_attention(gm))
+    for node in reversed(list(gm.graph.nodes)):
+        if roles.is_teacher(node):
+            erase(node)
+    erase_dead(node for node in gm.graph.nodes if node.op not in ("placeholder", "output"))

@@ -1,0 +1,1 @@
+"""A packed graph becomes a lowered one: what ONNX can say."""

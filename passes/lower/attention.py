@@ -1,0 +1,279 @@
+"""Unquantised attention becomes ONNX's own Attention node, which ONNX Runtime computes without moving the heads.
+
+before:  %q = transpose(view(%query, [b, s, h, d]), 1, 2)    after:  %merged = attention(%query, %key, %value, %mask)
+         %k, %v the same
+         %scores = matmul(%q, transpose(%k, 2, 3)) * scale + %mask
+         %context = matmul(softmax(%scores), %v)
+         %merged = view(transpose(%context, 1, 2), [b, s, h * d])
+
+Keys and values of a cache (``cat([%past, %k], 2)``) and heads that share them (``expand`` and ``reshape``) go into the
+node, too. Where the heads of one operand were not split from merged ones, the node takes all with their heads apart,
+and gives the context so. A block with anything else on the way (a fake-quantiser, a second reader of the map) is left
+as it is.
+
+Measured: on MiniLM, batch 8, sequence 128, the unfused blocks take 12% of the whole model's time more.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from ti_fx.ir.edit import aten_name, constant_size, supersede
+from ti_fx.passes.lower import operators
+
+# ONNX Runtime 1.31 gives zeros where a whole row of the mask is the lowest float or -inf; softmax gives the mean of V.
+LOWEST = -1e38
+_COPIES = ("contiguous", "clone")
+_RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten")
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Keys or values.
+
+    Attributes:
+        new: ``(batch, heads, length, size)``.
+        past: the same of a cache, before them; None without one.
+        present: both in one; None without a cache.
+    """
+
+    new: Node
+    past: Node | None
+    present: Node | None
+
+    @property
+    def heads(self) -> int | None:
+        """How many there are, None if it is not fixed."""
+        return constant_size(self.new.meta["val"].shape[1])
+
+
+@dataclass(frozen=True)
+class _Match:
+    query: Node
+    key: _Operand
+    value: _Operand
+    masks: tuple[Node, ...]
+    scale: float
+    softmax: Node
+    context: Node
+
+
+def fuse_attention(graph: Graph) -> int:
+    """Replace every attention block of the form above and return how many there were."""
+    matches = [
+        found for node in graph.nodes if aten_name(node) == "softmax" and (found := _match(node)) is not None
+    ]
+    given: set[Node] = set()
+    matches = [_with_own_cache(match, given) for match in matches]
+    bounded: dict[tuple[Node, ...], Node] = {}
+    wholes = [_replace(match, _mask(match, bounded)) for match in matches]
+    output = graph.output_node()
+    for match, whole in zip(matches, wholes, strict=True):
+        for index, operand in ((1, match.key), (2, match.value)):
+            if operand.present is not None:
+                with graph.inserting_after(whole):
+                    part = graph.call_function(operator.getitem, (whole, index))
+                part.meta["val"] = operand.present.meta["val"]
+                output.replace_input_with(operand.present, part)
+    graph.eliminate_dead_code()
+    return len(matches)
+
+
+def _with_own_cache(match: _Match, given: set[Node]) -> _Match:
+    """Leave the cache to the node where it can give keys and values of the cache and the new tokens to the output.
+
+    ONNX Runtime refuses a node with a cache whose longer one nobody takes: that of a block that reads another's keys.
+    """
+    parts = [part for operand in (match.key, match.value) if (part := operand.present) is not None]
+    if all(any(reader.op == "output" for reader in part.users) and part not in given for part in parts):
+        given.update(parts)
+        return match
+    key, value = (
+        _Operand(operand.present or operand.new, None, None) for operand in (match.key, match.value)
+    )
+    return replace(match, key=key, value=value)
+
+
+def _mask(match: _Match, bounded: dict[tuple[Node, ...], Node]) -> Node | None:
+    """Return the sum of what is added to the scores, which blocks share."""
+    if not match.masks:
+        return None
+    if match.masks not in bounded:
+        graph = match.softmax.graph
+        with graph.inserting_before(match.softmax):
+            total, *others = match.masks
+            for other in others:
+                total = graph.call_function(torch.ops.aten.add.Tensor, (total, other))
+            bounded[match.masks] = graph.call_function(torch.ops.aten.clamp.default, (total, LOWEST))
+    return bounded[match.masks]
+
+
+def _replace(match: _Match, mask: Node | None) -> Node:
+    """Put the fused node in the place of the context and return it."""
+    heads = constant_size(match.query.meta["val"].shape[1])
+    operands: list[Any] = [match.query, match.key.new, match.value.new]
+    merged = _merged(match.context)
+    views = [split_view(node) for node in operands]
+    old = match.context
+    if merged is not None and None not in views:
+        operands, old = [view.args[0] for view in views if view is not None], merged
+    arguments = (*operands, mask, match.scale, heads, match.key.heads)
+    graph = old.graph
+    with graph.inserting_before(old):
+        if match.key.past is None:
+            whole = context = graph.call_function(operators.attention, arguments)
+        else:
+            cache = match.key.past, match.value.past
+            whole = graph.call_function(operators.attention_with_cache, (*arguments, *cache))
+            context = graph.call_function(operator.getitem, (whole, 0))
+    supersede(old, context)
+    return whole
+
+
+def _match(softmax: Node) -> _Match | None:
+    """1. the map's only reader   2. from the scores back to Q and K   3. cache and shared heads of K and V."""
+    context = _only_reader(softmax)
+    if (
+        softmax.args[1] not in (-1, 3)
+        or softmax.meta["val"].dim() != 4
+        or _is_cast(softmax)
+        or context is None
+        or aten_name(context) != "matmul"
+    ):
+        return None
+    if context.args[0] is not softmax:
+        return None
+    scores: Any = softmax.args[0]
+    masks: list[Node] = []
+    while called(scores, "add") and len(scores.args) == 2 and not scores.kwargs:
+        scores, mask = scores.args
+        if not _is_full_mask(mask, softmax):
+            return None
+        masks.insert(0, mask)
+    scale = 1.0
+    if called(scores, "mul", "div") and isinstance(scores.args[1], float | int):
+        scale = float(scores.args[1]) if aten_name(scores) == "mul" else 1 / float(scores.args[1])
+        scores = scores.args[0]
+    if not called(scores, "matmul") or scale <= 0 or not math.isfinite(scale):
+        return None
+    query: Any = scores.args[0]
+    rows = _transposed(scores.args[1], (2, 3))
+    heads = constant_size(softmax.meta["val"].shape[1])
+    if rows is None or heads is None or rank(query) != 4 or rank(context.args[1]) != 4:
+        return None
+    key, value = _operand(rows), _operand(context.args[1])
+    if not key.heads or key.heads != value.heads or heads % key.heads:
+        return None
+    if (key.past is None) != (value.past is None) or any(
+        [str(size) for size in operand.new.meta["val"].shape[:1]] != [str(query.meta["val"].shape[0])]
+        for operand in (key, value)
+    ):
+        return None
+    return _Match(query, key, value, tuple(masks), scale, softmax, context)
+
+
+def called(argument: Any, *names: str) -> bool:
+    """Whether an argument is a call of one of these ATen operators."""
+    return isinstance(argument, Node) and aten_name(argument) in names
+
+
+def rank(argument: Any) -> int:
+    """Return the number of dimensions of a node's tensor, -1 of anything else."""
+    value = argument.meta.get("val") if isinstance(argument, Node) else None
+    return value.dim() if isinstance(value, Tensor) else -1
+
+
+def _only_reader(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_cast(softmax: Node) -> bool:
+    dtype = softmax.args[2] if len(softmax.args) > 2 else softmax.kwargs.get("dtype")
+    return dtype not in (None, torch.float32)
+
+
+def _is_full_mask(mask: Any, softmax: Node) -> bool:
+    """A float mask that covers rows and columns; batch and heads may be 1."""
+    value = mask.meta.get("val") if isinstance(mask, Node) else None
+    if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype != torch.float32:
+        return False
+    return [str(size) for size in value.shape[2:]] == [str(size) for size in softmax.meta["val"].shape[2:]]
+
+
+def _operand(whole: Any) -> _Operand:
+    """Return what keys or values, ``(batch, heads, length, size)``, are made of.
+
+    1. heads that share them are given once   2. the cache before them is given apart
+    """
+    node = _shared(whole)
+    if (
+        not called(node, "cat")
+        or len(node.args[0]) != 2
+        or int(node.args[1] if len(node.args) > 1 else 0) not in (2, -2)
+    ):
+        return _Operand(node, None, None)
+    past, new = node.args[0]
+    if past.op != "placeholder" or len({str(part.meta["val"].shape[1]) for part in (past, new, node)}) > 1:
+        return _Operand(node, None, None)
+    return _Operand(new, past, node)
+
+
+def _shared(node: Any) -> Any:
+    """Return the keys or values that heads share: ``reshape(expand(unsqueeze(%k, 2), [b, h, n, s, d]), ...)``."""
+    if not called(node, *_RESHAPES) or not called(node.args[0], "expand"):
+        return node
+    wide: Any = node.args[0]
+    narrow: Any = wide.args[0]
+    if not called(narrow, "unsqueeze") or narrow.args[1] != 2 or rank(wide) != 5 or rank(node) != 4:
+        return node
+    batch, heads, times, length, size = wide.meta["val"].shape
+    source: Any = narrow.args[0]
+    expected = [str(part) for part in (batch, heads * times, length, size)]
+    same = [str(part) for part in source.meta["val"].shape] == [
+        str(part) for part in (batch, heads, length, size)
+    ]
+    return source if same and [str(part) for part in node.meta["val"].shape] == expected else node
+
+
+def _transposed(node: Any, dims: tuple[int, int]) -> Node | None:
+    """Return what ``node`` is the transpose of, over exactly these dimensions."""
+    while called(node, *_COPIES):
+        node = node.args[0]
+    if not called(node, "transpose"):
+        return None
+    rank = node.meta["val"].dim()
+    if {int(dim) % rank for dim in node.args[1:3]} != set(dims):
+        return None
+    source = node.args[0]
+    return source if isinstance(source, Node) else None
+
+
+def split_view(node: Any) -> Node | None:
+    """Return the view by which ``(batch, length, heads * size)`` was split into ``(batch, heads, length, size)``."""
+    split = _transposed(node, (1, 2))
+    if split is None or aten_name(split) not in _RESHAPES or rank(split) != 4 or rank(split.args[0]) != 3:
+        return None
+    source: Any = split.args[0]
+    heads, size = split.meta["val"].shape[2:]
+    return split if source.meta["val"].shape[2] == heads * size else None
+
+
+def _merged(context: Node) -> Node | None:
+    """Return the node where the heads of the context are merged again."""
+    node = _only_reader(context)
+    if node is None or _transposed(node, (1, 2)) is not context:
+        return None
+    node = _only_reader(node)
+    while node is not None and aten_name(node) in _COPIES:
+        node = _only_reader(node)
+    if node is None or aten_name(node) not in _RESHAPES or node.meta["val"].dim() != 3:
+        return None
+    _, heads, _, size = context.meta["val"].shape
+    return node if node.meta["val"].shape[2] == heads * size else None

@@ -1,0 +1,356 @@
+"""ONNX nodes as functions on tensors: each call becomes exactly the ONNX nodes it names when the graph is exported.
+
+They compute nothing in PyTorch (``torch.onnx.ops.symbolic`` returns zeros of the right shape), so they only ever stand
+in the private copy that the exporter traces. What a node of the domain ``ti_fx`` stands for is put in its place by
+``ti_fx.export.file.content`` after the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MARKER_DOMAIN = "ti_fx"
+MARKER = "Packed"
+ZERO_CODES = 0b10101010  # four times the code 0, each stored as code + 2
+
+Quantised = tuple[Tensor, Tensor, Tensor]  # codes (uint8), scale (float32), zero point (uint8)
+Size = Sequence[int | torch.SymInt]
+
+
+def _node(
+    name: str, inputs: Sequence[Tensor | None], dtype: torch.dtype, shape: Size, **attributes: Any
+) -> Tensor:
+    domain = name.partition("::")[0] if "::" in name else ""
+    version = 1 if domain else None
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=version)
+
+
+def _many(
+    name: str, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype], shapes: Sequence[Size]
+) -> Sequence[Tensor]:
+    return torch.onnx.ops.symbolic_multi_out(name, inputs, {}, dtypes=dtypes, shapes=shapes)
+
+
+def packed(stored: Tensor, target: str, kind: str, shape: Size, dtype: torch.dtype) -> Tensor:
+    """Mark a stored tensor as the packed graph's tensor ``target``, so that it is found again in the finished file.
+
+    ``kind``: a layout of ``ti_fx.numerics.layouts``, ``scale`` or ``constant``. Of ``int2`` and its transposed twin,
+    whose ``dtype`` is int8, a Cast of an INT2 initialiser is left; the other markers vanish.
+    """
+    attributes = {"target": target, "kind": kind} | (
+        {"codes_shape": list(shape)} if dtype == torch.int8 else {}
+    )
+    return _node(f"{MARKER_DOMAIN}::{MARKER}", (stored,), dtype, shape, **attributes)
+
+
+def codes_from_table(stored: Tensor, table: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return int8 codes from packed bytes by a table, ``(256, codes in a byte)``; done once, as the file is loaded.
+
+    ``stored``: uint8, flat, or ``(rows, bytes)`` of a weight whose rows begin with a byte.
+    """
+    count = torch.Size(shape).numel()
+    codes = torch.nn.functional.embedding(stored.to(torch.int32), table)
+    if codes.numel() == count:  # a needless step would leave one more copy of the codes behind
+        return codes.reshape(tuple(shape))
+    if stored.dim() == 2:
+        return codes.flatten(1)[:, : shape[1]]
+    return codes.reshape(-1)[:count].reshape(tuple(shape))
+
+
+def dequantised_weight(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 ternary weight of int8 codes. ONNX Runtime folds it into a constant when it loads the file.
+
+    DequantizeLinear is avoided on purpose: DequantizeLinear(INT2) + MatMul is fused into MatMulNBits with 8-bit
+    activations, which is another computation.
+    """
+    return codes.to(torch.float32) * scale
+
+
+def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> Tensor:
+    """Look rows up in a table that stays packed in memory.
+
+    Args:
+        codes: uint8 ``(rows, columns / 4)``, each code stored as code + 2.
+        scale: float32 ``(rows, 1)`` or ``()``.
+        ids: integers, any shape. Unlike Gather, an id out of range gives zeros.
+        columns: a multiple of 4.
+    """
+    scale = scale.expand(codes.shape[0], 1)
+    block = max(16, 1 << (columns - 1).bit_length())  # one block a row: the scale needs no repetition
+    return _node(
+        "com.microsoft::GatherBlockQuantized",
+        (codes, ids, scale),
+        torch.float32,
+        [*ids.shape, columns],
+        bits=2,
+        block_size=block,
+        quantize_axis=1,
+        gather_axis=0,
+    )
+
+
+def look_up_by_table(codes: Tensor, scale: Tensor, table: Tensor, ids: Tensor, columns: int) -> Tensor:
+    """Look rows up in a table that stays packed in memory, with standard operators alone, as fast as the others do.
+
+    Args:
+        codes: uint8 ``(rows, bytes)``.
+        scale: float32 ``(rows, 1)`` or ``()``.
+        table: int8 ``(256, codes in a byte)``.
+        ids: integers, any shape.
+        columns: codes in a row.
+    """
+    stored = _node("Gather", (codes, ids), torch.uint8, [*ids.shape, codes.shape[1]])
+    found = torch.nn.functional.embedding(stored.to(torch.int32), table).flatten(-2)
+    if found.shape[-1] != columns:
+        found = found[..., :columns]
+    return found.to(torch.float32) * (torch.nn.functional.embedding(ids, scale) if scale.dim() else scale)
+
+
+def quantise_tensor(value: Tensor) -> Quantised:
+    """DynamicQuantizeLinear: ``numerics.int8_tensor`` before it is dequantised."""
+    codes, scale, zero_point = _many(
+        "DynamicQuantizeLinear", (value,), (torch.uint8, torch.float32, torch.uint8), (value.shape, (), ())
+    )
+    return codes, scale, zero_point
+
+
+def quantise_reference(value: Tensor) -> Quantised:
+    """QuantizeLinear around zero point 128: ``numerics.int8_reference``. int8 activations would be 5-10x slower."""
+    # amax() over every dimension has no translation in torch 2.13.
+    scale = _symmetric_scale(_node("ReduceMax", (value.abs(),), torch.float32, (), keepdims=0))
+    zero_point = torch.full((), 128, dtype=torch.uint8)
+    codes = _node("QuantizeLinear", (value, scale, zero_point), torch.uint8, value.shape)
+    return codes, scale, zero_point
+
+
+def quantise_token(value: Tensor) -> Quantised:
+    """QuantizeLinear with one block per token around zero point 128: ``numerics.int8_token``.
+
+    The returned zero point is the scalar that MatMulInteger takes. The last dimension must be static.
+    """
+    scale = _token_scale(value)
+    zero_point = torch.full((), 128, dtype=torch.uint8)
+    codes = _node(
+        "QuantizeLinear",
+        (value, scale, zero_point.expand(scale.shape)),
+        torch.uint8,
+        value.shape,
+        axis=-1,
+        block_size=int(value.shape[-1]),
+    )
+    return codes, scale, zero_point
+
+
+def _symmetric_scale(largest: Tensor) -> Tensor:
+    scale = largest / 127
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _token_scale(value: Tensor) -> Tensor:
+    return _symmetric_scale(value.abs().amax(dim=-1, keepdim=True))
+
+
+def dequantise(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return ``(codes - zero point) * scale``: DequantizeLinear with one scale."""
+    return _node("DequantizeLinear", (codes, scale, zero_point), torch.float32, codes.shape)
+
+
+def fake_quant_token(value: Tensor) -> Tensor:
+    """``numerics.int8_token`` in floating point: exact for any last dimension, a dynamic one too."""
+    scale = _token_scale(value)
+    return (value / scale).round().clamp(-127, 127) * scale
+
+
+def fake_quant_block(value: Tensor, block: int) -> Tensor:
+    """``numerics.int8_block_128`` and its kin in floating point; the last dimension may be dynamic."""
+    length = value.shape[-1]
+    blocks = (length + block - 1) // block  # of positive numbers: ONNX divides negative ones in another way
+    padded = torch.nn.functional.pad(value, (0, blocks * block - length))
+    parts = padded.reshape([*value.shape[:-1], blocks, block])
+    largest = parts.abs().amax(dim=-1, keepdim=True)
+    inverse = torch.full_like(largest, 127) / largest
+    inverse = torch.where(torch.isinf(inverse), torch.zeros_like(inverse), inverse)
+    codes = (parts * inverse).round().clamp(-127, 127)
+    return (codes * (largest / 127)).reshape(padded.shape)[..., :length]
+
+
+def block_linear(
+    value: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, shape: Sequence[int], block: int
+) -> Tensor:
+    """Return the linear layer of an activation, quantised by block within the operator, and a ternary weight.
+
+    ONNX Runtime's MatMulNBits; the weight stays packed in memory. Two bits are fast at these blocks and accuracy
+    level 4 alone: with blocks of 16 or 256, or another level, it takes 20 times as long.
+
+    Args:
+        value: float32 ``(..., inputs)``.
+        codes: uint8 with ``outputs * inputs / 4`` elements, each code stored as code + 2, a row after the other; flat,
+            or ``(outputs, blocks, block / 4)``.
+        scale: float32 ``()`` or ``(outputs, 1)``; expanded in the graph, so the file holds it once.
+        bias: float32 ``(outputs,)`` or None.
+        shape: ``(outputs, inputs)``; inputs a multiple of 4.
+        block: 32, 64 or 128.
+    """
+    outputs, inputs = shape
+    blocks = -(-inputs // block)
+    if codes.dim() == 1:
+        codes = codes.reshape(outputs, inputs // 4)
+        if inputs % block:
+            codes = torch.nn.functional.pad(codes, (0, (blocks * block - inputs) // 4), value=ZERO_CODES)
+        codes = codes.reshape(outputs, blocks, block // 4)
+    scale = scale.reshape(-1, 1).expand(outputs, blocks)
+    given = [value, codes, scale]
+    return _node(
+        "com.microsoft::MatMulNBits",
+        given if bias is None else [*given, None, None, bias],
+        torch.float32,
+        [*value.shape[:-1], outputs],
+        K=inputs,
+        N=outputs,
+        bits=2,
+        block_size=block,
+        accuracy_level=4,
+    )
+
+
+def integer_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    per_token: bool,
+) -> Tensor:
+    """Return the linear layer of quantised activations and a ternary weight, summed in integers.
+
+    Args:
+        codes: from one of the quantisers above, ``(..., inputs)``.
+        scale: from the same quantiser.
+        zero_point: from the same quantiser.
+        weight: int8 ``(inputs, outputs)``.
+        weight_scale: float32 ``()`` or ``(outputs,)``.
+        bias: float32 ``(outputs,)`` or None.
+        per_token: whether ``scale`` has one entry per token.
+    """
+    shape = [*codes.shape[:-1], weight.shape[1]]
+    total = _node("MatMulInteger", (codes, weight, zero_point), torch.int32, shape)
+    result = total.to(torch.float32)
+    # Per token in this order: with the scales multiplied first, ONNX Runtime 1.31 fuses MatMulIntegerToFloat and loses
+    # the bias wherever the activation scale is per row.
+    result = result * weight_scale * scale if per_token else result * (scale * weight_scale)
+    return result if bias is None else result + bias
+
+
+def sum_for_norm(left: Tensor, right: Tensor) -> Tensor:
+    """Add two tensors by ONNX Sum, which ONNX Runtime does not fuse with the LayerNormalization that follows.
+
+    Its SkipLayerNormalization takes 5x the time of Sum and LayerNormalization together on the CPU (1.31).
+    """
+    return _node("Sum", (left, right), left.dtype, (left + right).shape)
+
+
+def rms_norm(value: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Normalise the last dimension by its root mean square: ONNX RMSNormalization (opset 23).
+
+    Args:
+        value: float32 ``(..., size)``.
+        weight: float32 ``(size,)``.
+        epsilon: added to the mean square.
+    """
+    return _node("RMSNormalization", (value, weight), value.dtype, value.shape, axis=-1, epsilon=epsilon)
+
+
+def rotary(value: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
+    """Rotate the halves of each head against each other: ONNX RotaryEmbedding (opset 23).
+
+    Args:
+        value: float32 ``(batch, length, heads * size)``, or ``(batch, heads, length, size)``.
+        cosine: float32 ``(batch or 1, length, size / 2)``.
+        sine: the same.
+        heads: number of heads that ``value`` holds merged; 0: it has them apart.
+    """
+    batch = value.shape[0]
+    tables = (cosine.expand(batch, -1, -1), sine.expand(batch, -1, -1))
+    merged = {"num_heads": heads} if heads else {}
+    return _node("RotaryEmbedding", (value, *tables), value.dtype, value.shape, **merged)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    heads: int,
+    shared_heads: int,
+) -> Tensor:
+    """Multi-head attention: ONNX Attention (opset 23).
+
+    Args:
+        query: float32 ``(batch, length, heads * size)``, or ``(batch, heads, length, size)``.
+        key: float32 ``(batch, key length, shared heads * size)``, or with the heads apart, as the query.
+        value: as the key.
+        mask: float32, added to the scores, ``(batch or 1, heads or 1, length, key length)``, or None.
+        scale: factor of the scores.
+        heads: number of the query's heads.
+        shared_heads: number of the keys' and values' heads, which divides ``heads``.
+    """
+    inputs = (query, key, value) if mask is None else (query, key, value, mask)
+    attributes = _attention_attributes(query, scale, heads, shared_heads)
+    return _node("Attention", inputs, query.dtype, _attended(query, value, heads, shared_heads), **attributes)
+
+
+def attention_with_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    heads: int,
+    shared_heads: int,
+    past_key: Tensor,
+    past_value: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`attention`, after a cache of keys and values; returns the longer cache, too.
+
+    Args:
+        query: float32, as in :func:`attention`.
+        key: the new tokens'.
+        value: the new tokens'.
+        mask: float32 ``(batch or 1, heads or 1, length, past + length)``, or None.
+        scale: factor of the scores.
+        heads: number of the query's heads.
+        shared_heads: number of the keys' and values' heads.
+        past_key: float32 ``(batch, shared heads, past, size)``.
+        past_value: the same.
+    """
+    length = key.shape[1] if key.dim() == 3 else key.shape[2]
+    longer = [
+        [past.shape[0], past.shape[1], past.shape[2] + length, past.shape[3]]
+        for past in (past_key, past_value)
+    ]
+    found = torch.onnx.ops.symbolic_multi_out(
+        "Attention",
+        (query, key, value, mask, past_key, past_value),
+        _attention_attributes(query, scale, heads, shared_heads),
+        dtypes=(query.dtype,) * 3,
+        shapes=(_attended(query, value, heads, shared_heads), *longer),
+    )
+    return found[0], found[1], found[2]
+
+
+def _attention_attributes(query: Tensor, scale: float, heads: int, shared_heads: int) -> dict[str, Any]:
+    merged = {"q_num_heads": heads, "kv_num_heads": shared_heads} if query.dim() == 3 else {}
+    return {"scale": scale, **merged}
+
+
+def _attended(query: Tensor, value: Tensor, heads: int, shared_heads: int) -> Size:
+    """Return the context's shape: as many heads as the query, of the values' size."""
+    if query.dim() == 4:
+        return [*query.shape[:3], value.shape[3]]
+    return [*query.shape[:2], value.shape[2] // shared_heads * heads]

@@ -1,0 +1,1 @@
+"""What torch.export returns becomes a captured graph."""

@@ -1,0 +1,1 @@
+"""A captured graph becomes a prepared one: student, teacher, losses and interventions."""

@@ -1,0 +1,225 @@
+"""Fake-quantise what enters the quantised projections, as the encoding will compute it in the exported file."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ti_fx import numerics
+from ti_fx.errors import PostconditionError, PreconditionError, SelectionError
+from ti_fx.find.attention import find_attention
+from ti_fx.find.walk import MATMUL, projection_weight, reads_ternary
+from ti_fx.find.weights import projections, skipped
+from ti_fx.ir import roles
+from ti_fx.ir.edit import aten_name, call, erase
+from ti_fx.ir.facts import state
+from ti_fx.ir.inserted import is_ours
+from ti_fx.ir.pipeline import Pass
+from ti_fx.numerics.encodings import ENCODINGS, Encoding, get_encoding
+
+_FAKE_QUANTS = frozenset(encoding.fake_quant for encoding in ENCODINGS.values() if encoding.fake_quant)
+
+
+FakeQuant = Callable[[Tensor], Tensor]
+Read = tuple[Node, int]  # a node, and which of its arguments is read
+
+
+@dataclass(frozen=True)
+class QuantizeActivations(Pass):
+    """Each ternary projection reads its input through the encoding's fake-quantiser; readers of one input share it.
+
+    before:  %q = linear(%x, %wq_q)              after:  %x_int8 = int8_tensor(%x)
+             %k = linear(%x, %wk_q)                      %q = linear(%x_int8, %wq_q)
+                                                         %k = linear(%x_int8, %wk_q)
+
+    1. inputs of projections whose weight is ternary
+    2. with ``attention``, the operands of both attention products: Q, K, map (after dropout) and V, as published
+    3. an existing quantiser is replaced; encoding ``float`` removes it
+
+    Attributes:
+        encoding: a name from ``ti_fx.numerics.encodings.ENCODINGS``; recorded in the graph, where
+            ``to_onnx`` finds it.
+        encodings: other encodings of single weights, by globs over parameter names or module paths; of several that
+            match, the last counts. A table that is only looked up takes the storage alone from its encoding.
+        attention: whether Q, K, map and V are quantised, in ``encoding``.
+        skip: globs over the projections' parameter names or module paths.
+    """
+
+    encoding: str = "int8-tensor"
+    attention: bool = False
+    skip: tuple[str, ...] = ()
+    encodings: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def requires(self, gm: GraphModule) -> None:
+        """Ternary weights; for ``attention``, attention that is not fused; for several encodings, no detach.
+
+        Readers of one detached input share the detach, so with several encodings it would be in the way.
+        """
+        for name in (self.encoding, *self.encodings.values()):
+            get_encoding(name)
+        if not any(node.target is numerics.ternary for node in gm.graph.nodes):
+            raise PreconditionError("quantize-activations needs ternary weights; run ternarize first")
+        several = self.encodings or len(set(state(gm).get("encodings", {}).values())) > 1
+        if several and any(node.target is numerics.detach for node in gm.graph.nodes):
+            raise PreconditionError(
+                "quantize-activations can't set several encodings under an intervention; run it before intervene"
+            )
+        if self.attention:
+            for site in find_attention(gm):
+                if site.map is None:
+                    raise PreconditionError(
+                        f"quantize-activations can't see the map of {site.where} (%{site.context.name}); "
+                        "run decompose-attention first"
+                    )
+
+    def apply(self, gm: GraphModule) -> None:
+        """Set the quantiser of every selected read, and record each weight's encoding."""
+        wanted = self.select(gm)
+        reads = self._reads(gm, wanted)
+        # all that go, first: a quantiser that comes may then take the name of one that went
+        for reader, position, function in reads:
+            present = _quantiser(reader, position)
+            if present is not None and present.target is not function:
+                _remove(reader, position, present)
+        twins = roles.twins(gm.graph)
+        for reader, position, function in reads:
+            if function is not None and _quantiser(reader, position) is None:
+                _insert(twins, reader, position, function)
+        facts = state(gm)
+        recorded = {name: encoding.name for name, encoding in wanted.items()}
+        # a new dict: forks share the old one
+        facts["encoding"], facts["encodings"] = self.encoding, {**facts.get("encodings", {}), **recorded}
+
+    def ensures(self, gm: GraphModule) -> None:
+        """Every selected read goes through its encoding's quantiser, and only through it."""
+        for reader, position, function in self._reads(gm, self.select(gm)):
+            found = _quantiser(reader, position)
+            if (found.target if found is not None else None) is not function:
+                raise PostconditionError(f"quantize-activations did not set the input of %{reader.name}")
+
+    def select(self, gm: GraphModule) -> dict[str, Encoding]:
+        """Return the encoding of each ternary weight that is not skipped, by parameter name, in graph order.
+
+        Raises:
+            SelectionError: a glob matches nothing.
+        """
+        names = [
+            str(node.all_input_nodes[0].target)
+            for node in gm.graph.nodes
+            if node.target is numerics.ternary and roles.is_student(node)
+        ]
+        left = skipped(_projections(gm).values(), self.skip, "ternary projection")
+        found = dict.fromkeys((name for name in names if name not in left), get_encoding(self.encoding))
+        for glob, encoding in self.encodings.items():
+            matching = skipped(names, (glob,), "ternary weight", "encodings")
+            found |= {name: get_encoding(encoding) for name in found if name in matching}
+        return found
+
+    def _reads(
+        self, gm: GraphModule, wanted: Mapping[str, Encoding]
+    ) -> list[tuple[Node, int, FakeQuant | None]]:
+        """Return every selected read and the quantiser that it goes through, None for none."""
+        own = get_encoding(self.encoding).fake_quant if self.attention else None
+        products = [
+            (node, 1 if aten_name(node) == "addmm" else 0, wanted[name].fake_quant)
+            for node, name in _projections(gm).items()
+            if name in wanted
+        ]
+        return products + [(*read, own) for read in _attention_reads(gm, self.attention)]
+
+
+def _projections(gm: GraphModule) -> dict[Node, str]:
+    """Return the projections of ternary weights and the names of their parameters."""
+    found: dict[Node, str] = {}
+    for node in projections(gm):
+        weight = projection_weight(node)
+        if weight is not None and reads_ternary(node):
+            found[node] = str(weight.target)
+    return found
+
+
+def _attention_reads(gm: GraphModule, wanted: bool) -> list[Read]:
+    """Return the reads of Q, K, map and V: before K's transpose, so that a token is a vector along the last axis."""
+    reads: list[Read] = []
+    for site in find_attention(gm):
+        if site.map is None or site.scores is None:
+            continue
+        product: Node | None = _score_product(site.scores)
+        if product is None or aten_name(site.context) not in ("matmul", "bmm"):
+            if not wanted:
+                continue  # never quantised
+            raise SelectionError(
+                f"{site.where}: no matmul of Q and K feeds %{site.scores.name}, or none of map and V makes "
+                f"%{site.context.name}; set attention=False"
+            )
+        first = 1 if aten_name(product) == "baddbmm" else 0
+        key = product.args[first + 1]
+        transposed = isinstance(key, Node) and aten_name(key) == "transpose"
+        reads += [
+            (product, first),
+            (key, 0) if transposed and isinstance(key, Node) else (product, first + 1),
+        ]
+        reads += [(site.context, 0), (site.context, 1)]
+    return reads
+
+
+def _score_product(scores: Node) -> Node | None:
+    """Return the nearest product of two activations upstream of the scores, None if that is an einsum."""
+    queue, seen = deque([scores]), {scores}
+    while queue:
+        node = queue.popleft()
+        if aten_name(node) in MATMUL and all(source.op != "get_attr" for source in node.all_input_nodes):
+            return node if aten_name(node) != "einsum" else None
+        for source in node.all_input_nodes:
+            if roles.is_student(source) and source not in seen:
+                seen.add(source)
+                queue.append(source)
+    return None
+
+
+def _chain(reader: Node, position: int) -> list[Node]:
+    """Return the quantisers and detaches between a read and its source, nearest the reader first, then the source."""
+    node = reader.args[position]
+    assert isinstance(node, Node)
+    chain = [node]
+    while is_ours(node):
+        (node,) = node.all_input_nodes
+        chain.append(node)
+    return chain
+
+
+def _quantiser(reader: Node, position: int) -> Node | None:
+    return next((node for node in _chain(reader, position) if node.target in _FAKE_QUANTS), None)
+
+
+def _insert(twins: dict[Node, Node], reader: Node, position: int, function: FakeQuant) -> None:
+    """Let a read go through the source's quantiser of this kind, or through a new one."""
+    *between, source = _chain(reader, position)
+    quantiser = next(
+        (user for user in source.users if user.target is function and roles.is_student(user)), None
+    )
+    below = between[-1] if between else reader
+    if quantiser is None:
+        base = twins.get(source, source).name
+        quantiser = call(below, function, (source,), f"{base}_int8", "student")
+    below.replace_input_with(source, quantiser) if between else _replace_argument(reader, position, quantiser)
+
+
+def _replace_argument(reader: Node, position: int, new: Node) -> None:
+    reader.update_arg(position, new)
+
+
+def _remove(reader: Node, position: int, quantiser: Node) -> None:
+    chain = _chain(reader, position)
+    index = chain.index(quantiser)
+    source = chain[index + 1]
+    if index:
+        chain[index - 1].replace_input_with(quantiser, source)
+    else:
+        _replace_argument(reader, position, source)
+    if not quantiser.users:
+        erase(quantiser)

@@ -1,0 +1,129 @@
+"""Random numbers that decide in Python what a model computes: a trace would freeze one outcome."""
+
+from __future__ import annotations
+
+import random
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ti_fx.errors import RandomnessError
+from ti_fx.frontend.constant_mode import Concrete, all_tensors
+from ti_fx.frontend.decisions import caller
+from ti_fx.frontend.patches import unchanged_buffers
+
+_RANDOM_FUNCTIONS = (
+    "randint",
+    "choice",
+    "choices",
+    "sample",
+    "shuffle",
+    "gauss",
+    "randrange",
+)
+_NUMPY_FUNCTIONS = (
+    "rand",
+    "random",
+    "uniform",
+    "randint",
+    "choice",
+    "permutation",
+    "normal",
+    "randn",
+    "shuffle",
+)
+
+
+@contextmanager
+def _python_draws(draw: float) -> Iterator[list[str]]:
+    """Let Python's uniform random numbers be at one end of their range; yield where they are drawn."""
+    drawn: list[str] = []
+
+    def uniform(low: float = 0.0, high: float = 1.0) -> float:
+        where = caller()
+        drawn.append(where)
+        return low + (high - low) * draw
+
+    before = random.random, random.uniform
+    random.random, random.uniform = uniform, uniform  # type: ignore[assignment]
+    try:
+        yield drawn
+    finally:
+        random.random, random.uniform = before
+
+
+@contextmanager
+def no_python_randomness(model: nn.Module) -> Iterator[None]:
+    """Raise if the model decides anything by Python's or NumPy's random numbers: the trace would bake one outcome.
+
+    Uniform ones are at the upper end, where nothing is dropped; :func:`decides_at_random` says whether that matters.
+    """
+    import numpy
+
+    found: list[str] = []
+
+    def recording(function: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            frames = traceback.extract_stack()[:-1]
+            frame = next(
+                (f for f in reversed(frames) if not re.search(r"[/\\](torch|numpy|random\.py)", f.filename)),
+                None,
+            )
+            if frame is not None and "ti_fx" not in frame.filename:
+                found.append(f"{frame.filename}:{frame.lineno}")
+            return function(*args, **kwargs)
+
+        return recorded
+
+    patched: list[tuple[Any, str, Any]] = []
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    for module, names in ((random, _RANDOM_FUNCTIONS), (numpy.random, _NUMPY_FUNCTIONS)):
+        for name in names:
+            patched.append((module, name, getattr(module, name)))
+            setattr(module, name, recording(getattr(module, name)))
+    try:
+        with _python_draws(1.0) as drawn:
+            yield
+        if any(parameter.is_meta for parameter in model.parameters()):
+            found += drawn  # there are no values to see whether they matter
+    finally:
+        for module, name, function in patched:
+            setattr(module, name, function)
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+    if found:
+        raise RandomnessError(
+            f"{type(model).__name__} draws random numbers in Python ({found[0]}), which a trace would freeze into one "
+            "outcome; turn that off (layerdrop=0, apply_spec_augment=False, ...) or draw them with torch"
+        )
+
+
+def decides_at_random(
+    model: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]
+) -> str | None:
+    """Return where the model, in its present mode, draws a number that changes what it computes; None if nowhere."""
+    outputs = []
+    for draw in (1.0, 0.0):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            unchanged_buffers(model),
+            Concrete(draw=draw) as concrete,
+            _python_draws(draw) as drawn,
+        ):
+            torch.manual_seed(0)
+            outputs.append(all_tensors(model(**tensors, **constants)))
+        found = [*concrete.drawn, *drawn]
+        if not found:
+            return None
+    left, right = outputs
+    same = len(left) == len(right) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(left, right, strict=True)
+    )
+    return None if same else found[0]

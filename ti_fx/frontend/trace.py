@@ -1,0 +1,198 @@
+"""torch.export of a model as users have it: what is dynamic, what would be baked, and whose fault a failure is."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError, VerificationError, first_line
+from ti_fx.frontend.baked_inputs import steering_inputs
+from ti_fx.frontend.constant_mode import Concrete
+from ti_fx.frontend.decisions import Decision, Decisions
+from ti_fx.frontend.export_program import Dynamic, Known, export_program
+from ti_fx.frontend.patches import unchanged_buffers, whole_numbers_stay
+from ti_fx.frontend.randomness import decides_at_random, no_python_randomness
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What a trace followed of the example's values.
+
+    Attributes:
+        decisions: the values that Python read, in order.
+        loops: where it runs over the rows that a mask hits, and whether any row was not hit on the example.
+    """
+
+    decisions: tuple[Decision, ...] = ()
+    loops: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What torch.export gave.
+
+    Attributes:
+        program: the exported program.
+        static: why a dimension is not dynamic, by ``input.dimension``.
+        baked: the values of inputs that are constants of the program.
+        followed: what was decided by values, and the loops over what a mask hits.
+    """
+
+    program: torch.export.ExportedProgram
+    static: dict[str, str]
+    baked: dict[str, Tensor]
+    followed: Followed = field(default_factory=Followed)
+
+
+def export(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
+) -> Traced:
+    """Trace a model.
+
+    Raises:
+        InputError: the model itself fails on the example.
+        CaptureError: it can't be traced, or draws random numbers in Python; names the source line where known.
+    """
+    with no_python_randomness(model):
+        if not _is_meta(tensors):
+            _no_random_choice(model, tensors, constants)
+        first: Traced | None = None
+        known: TiFxError | None = None
+        try:
+            first = Traced(*export_program(model, tensors, constants, dynamic, Known()), {})
+            steered = _reads_values(first.program)
+        except Exception as error:
+            known = _capture_error(model, error, tensors, constants)
+            steered = is_about_values(known)
+            if not steered:
+                raise known from error
+        if steered:
+            baked = {name: tensors[name] for name in steering_inputs(model, tensors, constants)}
+            rest = {name: value for name, value in tensors.items() if name not in baked}
+            if baked and rest:
+                try:
+                    return Traced(*export_program(model, rest, constants, dynamic, Known(baked)), baked)
+                except Exception as error:
+                    # what these values steer is not all that is in the way: the first attempt says what is
+                    if known is not None:
+                        raise known from error
+        if first is None:
+            assert known is not None
+            raise known
+        return first
+
+
+def follow(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
+) -> Traced:
+    """Trace a model whose Python reads values: one graph follows what it decides on the example, and checks it.
+
+    Raises:
+        CaptureError: it can't be traced all the same, or has no values (the meta device); names the source line.
+    """
+    if _is_meta(tensors):
+        raise CaptureError(
+            f"{type(model).__name__} decides by values what it computes, and on the meta device there are none; "
+            "capture it with values"
+        )
+    with no_python_randomness(model), whole_numbers_stay(model) as numbers:
+        try:
+            steering = {name: tensors[name] for name in steering_inputs(model, tensors, constants)}
+        except Exception as error:  # in training it wants labels
+            raise _capture_error(model, error, tensors, constants) from error
+        if len(steering) == len(tensors):
+            steering = {}
+        first: Exception | None = None
+        for baked, level in (({}, False), *[(steering, False)][: len(steering)], (steering, True)):
+            decisions = Decisions(numbers=level)
+            rest = {name: value for name, value in tensors.items() if name not in baked}
+            try:
+                with (
+                    torch.no_grad(),
+                    torch.random.fork_rng(devices=[]),
+                    unchanged_buffers(model),
+                    Concrete([*baked.values(), *numbers], decisions=decisions) as concrete,
+                ):
+                    torch.manual_seed(0)
+                    model(**tensors, **constants)
+                known = Known(baked, numbers, decisions)
+                # numbers that Python read are sizes, mostly: those that they fit are fixed, too
+                found = export_program(model, rest, constants, "none" if level else dynamic, known)
+            except Exception as error:
+                first = first or error
+                continue
+            return Traced(
+                *found, baked, Followed(tuple(itertools.chain(*decisions.taken.values())), concrete.loops)
+            )
+    assert first is not None
+    raise _capture_error(model, first, tensors, constants) from first
+
+
+def is_about_values(error: Exception) -> bool:
+    """Whether an error of a trace says that Python reads values."""
+    said = "data-dependent|data is not allocated|not a subset of src_bound|cannot be solved|can't be computed from"
+    return isinstance(error, CaptureError | VerificationError) and bool(re.search(said, str(error)))
+
+
+def _is_meta(tensors: dict[str, Tensor]) -> bool:
+    return any(value.is_meta for value in tensors.values())
+
+
+def _reads_values(program: torch.export.ExportedProgram) -> bool:
+    """Whether the program turns a tensor's value into a size or a flag."""
+    return any(
+        getattr(node.target, "__name__", "") in ("item.default", "_local_scalar_dense.default")
+        for node in program.graph.nodes
+    )
+
+
+def _no_random_choice(model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any]) -> None:
+    try:
+        where = decides_at_random(model, tensors, constants)
+    except Exception as error:
+        raise _capture_error(model, error, tensors, constants) from error
+    if where is not None:
+        raise RandomnessError(
+            f"{type(model).__name__} decides by a random number what it computes ({where}), which a trace would freeze "
+            "into one outcome; turn that off (layerdrop=0, apply_spec_augment=False, ...)"
+        )
+
+
+def _capture_error(
+    model: nn.Module, error: Exception, tensors: dict[str, Tensor], constants: dict[str, Any]
+) -> TiFxError:
+    """Return what to tell the user: the example does not fit the model, or the model does not fit one graph."""
+    if isinstance(error, TiFxError):
+        return error
+    name = type(model).__name__
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), unchanged_buffers(model):
+            model(**tensors, **constants)
+    except Exception as own:
+        return InputError(
+            f"{name} fails on the example{_at(own)}: {first_line(own)}; give inputs that it takes"
+        )
+    advice = "make it a tensor operation, or leave that part out of the model"
+    if "data-dependent" in str(error):
+        advice = f"control flow that depends on tensor values has no place in one graph: {advice}"
+    return CaptureError(f"{name} can't be captured{_at(error)}: {first_line(error)}; {advice}")
+
+
+def _at(error: BaseException) -> str:
+    where = _user_line(error)
+    return f" ({where})" if where else ""
+
+
+def _user_line(error: BaseException) -> str:
+    """Return ``file:line`` of the innermost frame that is the model's own code, as far as the traceback tells."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not re.search(r"[/\\](torch|ti_fx)[/\\]", frame.filename) and not frame.filename.startswith("<"):
+            return f"{frame.filename}:{frame.lineno}"
+    return ""

@@ -1,0 +1,41 @@
+"""Checks of decisions: nodes that refuse inputs by which the model would decide otherwise than on the example."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ti_fx.ir.edit import aten_name
+
+# What every check's message begins with: torch.export's own assertions are dropped, these are not.
+MARK = "ti_fx: "
+
+
+RANDOM_OPS = frozenset(
+    (
+        "rand",
+        "randn",
+        "rand_like",
+        "randn_like",
+        "randint",
+        "randint_like",
+        "randperm",
+        "bernoulli",
+        "bernoulli_",
+        "multinomial",
+        "normal",
+        "uniform_",
+        "normal_",
+    )
+)
+
+
+def check_message(node: Node) -> str | None:
+    """Return what a check of a decision says when it fails; None for any other node."""
+    if aten_name(node) == "_assert_async" and len(node.args) == 2 and str(node.args[1]).startswith(MARK):
+        return str(node.args[1])
+    return None
+
+
+def is_random(node: Node) -> bool:
+    """Whether the node draws random numbers in every mode."""
+    return aten_name(node) in RANDOM_OPS

@@ -1,0 +1,229 @@
+"""Pass, Pipeline and Report: ordered rewrites of one graph, each checked before and after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from textwrap import indent
+
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from ti_fx.errors import PostconditionError
+from ti_fx.ir import options, roles, text
+from ti_fx.ir.edit import prune, sort, tensor
+from ti_fx.ir.shapes import refresh, signature
+from ti_fx.ir.stages import verify
+
+
+@dataclass(frozen=True)
+class Pass(PassBase):
+    """One rewrite. Subclass as a frozen dataclass; its fields are its options, and ``str(pass)`` parses back.
+
+    A pass sets the state of what it selects and leaves the rest alone; selected again with other options, that state
+    is replaced. Run twice, nothing changes.
+    """
+
+    def requires(self, gm: GraphModule) -> None:
+        """Raise PreconditionError, naming the missing pass, unless the graph is ready."""
+
+    def apply(self, gm: GraphModule) -> None:
+        """Edit ``gm`` in place."""
+        raise NotImplementedError
+
+    def explain(self, gm: GraphModule) -> str:
+        """Return what a report should say of the graph beside counts: what the pass decided, and why."""
+        return ""
+
+    def ensures(self, gm: GraphModule) -> None:
+        """Raise PostconditionError unless the pass did what it promises."""
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """Run inside any torch.fx pass manager; whether it changed the graph is measured."""
+        before = text.lines(graph_module)
+        after = run_pass(self, graph_module, before)
+        return PassResult(graph_module, list(after.items()) != list(before.items()))
+
+    def __call__(self, graph_module: GraphModule) -> PassResult:
+        """Run this pass alone, with the checks of a Pipeline."""
+        return self.call(graph_module)
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the name used in texts: ``duplicate-teacher`` for DuplicateTeacher."""
+        return options.kebab(cls.__name__)
+
+    @staticmethod
+    def parse(written: str) -> Pass:
+        """Return the pass that ``str(pass)`` wrote: ``intervene{at=map layers=0,1}``.
+
+        Raises:
+            RecipeError: no such pass or option, or a value of the wrong type; near names are listed.
+        """
+        parsed: Pass = options.parse(written, {kind.name(): kind for kind in _subclasses(Pass)})
+        return parsed
+
+    def __str__(self) -> str:
+        return options.write(self.name(), self)
+
+
+def _subclasses(kind: type[Pass]) -> Iterator[type[Pass]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass changed, measured on the dump.
+
+    Attributes:
+        name: the pass as text. added, removed, rewired: numbers of nodes. parameters: elements that the graph reads
+        afterwards. milliseconds: wall time, checks included. explanation: what the pass decided and why, most often
+        nothing. changed: whether the dump is another.
+    """
+
+    name: str
+    added: int
+    removed: int
+    rewired: int
+    parameters: int
+    milliseconds: float
+    explanation: str = ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the pass changed the graph."""
+        return bool(self.added or self.removed or self.rewired)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a Pipeline did, a row a pass."""
+
+    passes: tuple[PassReport, ...]
+
+    @property
+    def changed(self) -> bool:
+        """Whether any pass changed the graph."""
+        return any(row.changed for row in self.passes)
+
+    def __str__(self) -> str:
+        rows = [
+            f"{index}. {row.name}: {row.added} added, {row.removed} removed, {row.rewired} rewired; "
+            f"{row.parameters:,} parameters; {row.milliseconds:.0f} ms"
+            + indent(f"\n{row.explanation}" if row.explanation else "", "   ")
+            for index, row in enumerate(self.passes, 1)
+        ]
+        return "\n".join(rows)
+
+
+class Pipeline:
+    """Run passes in the order written; after each: sort, lint, recompile, refresh meta, verify, ensures.
+
+    Any ``torch.fx`` PassBase is accepted; a new GraphModule that it returns is copied back into the one given.
+    """
+
+    def __init__(self, *passes: PassBase) -> None:
+        self.passes = passes
+
+    def __call__(self, gm: GraphModule) -> Report:
+        """Rewrite ``gm`` in place and report.
+
+        Raises:
+            TiFxError: as a pass, the verifier or a contract raises it, with a note that gives the pass, its position
+                and the neighbourhood in the dump.
+        """
+        rows: list[PassReport] = []
+        before = text.lines(gm)
+        for position, one in enumerate(self.passes, 1):
+            start = time.perf_counter()
+            try:
+                after = run_pass(one, gm, before)
+            except Exception as error:
+                error.add_note(self._note(one, position, gm, before))
+                raise
+            elapsed = 1000 * (time.perf_counter() - start)
+            explanation = one.explain(gm) if isinstance(one, Pass) else ""
+            rows.append(_measure(str(one), gm, before, after, elapsed, explanation))
+            before = after
+        return Report(tuple(rows))
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.passes))
+
+    def _note(self, one: PassBase, position: int, gm: GraphModule, before: dict[str, str]) -> str:
+        note = f"in pass {position} of {len(self.passes)}: {one}"
+        try:
+            change = text.diff("\n".join(before.values()), text.dump(gm), context=1).splitlines()[:20]
+        except (
+            Exception
+        ) as broken:  # the graph may be too broken to print: the note says so, the error goes up
+            return f"{note}; the graph can't be printed: {broken}"
+        return "\n".join([note, *change])
+
+
+def run_pass(one: PassBase, gm: GraphModule, before: dict[str, str]) -> dict[str, str]:
+    """Run one pass with every check; ``before`` and the result are the dump's lines by node name."""
+    if isinstance(one, Pass):
+        one.requires(gm)
+        one.apply(gm)
+    else:
+        _apply_foreign(one, gm)
+    sort(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    after = text.lines(gm)
+    evaluated = refresh(gm, _changed_nodes(gm, before, after))
+    after |= text.lines(gm, evaluated)
+    verify(gm, changed=())  # refresh has just evaluated every changed node
+    if isinstance(one, Pass):
+        one.ensures(gm)
+    return after
+
+
+def _apply_foreign(one: PassBase, gm: GraphModule) -> None:
+    result = one(gm)
+    if result is None:
+        raise PostconditionError(
+            f"pass {type(one).__name__} returned nothing; a torch.fx pass returns a PassResult"
+        )
+    made = result.graph_module
+    if made is not gm:
+        gm._modules, gm._parameters, gm._buffers = made._modules, made._parameters, made._buffers
+        gm._non_persistent_buffers_set = made._non_persistent_buffers_set
+        gm.graph = made.graph
+        prune(gm)
+    roles.infer(gm.graph)
+
+
+def _changed_nodes(gm: GraphModule, before: dict[str, str], after: dict[str, str]) -> list[Node]:
+    """Return the nodes whose line is another, and the reads of tensors that were replaced by other ones."""
+    return [
+        node
+        for node in gm.graph.nodes
+        if before.get(node.name) != after[node.name]
+        or "val" not in node.meta
+        or (node.op == "get_attr" and signature(node.meta["val"]) != signature(tensor(gm, node.target)))
+    ]
+
+
+def _measure(
+    name: str,
+    gm: GraphModule,
+    before: dict[str, str],
+    after: dict[str, str],
+    milliseconds: float,
+    explanation: str,
+) -> PassReport:
+    shared = before.keys() & after.keys()
+    return PassReport(
+        name=name,
+        added=len(after.keys() - shared),
+        removed=len(before.keys() - shared),
+        rewired=sum(before[node] != after[node] for node in shared),
+        parameters=sum(parameter.numel() for parameter in gm.parameters()),
+        milliseconds=milliseconds,
+        explanation=explanation,
+    )

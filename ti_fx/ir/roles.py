@@ -1,0 +1,86 @@
+"""The one ``node.meta`` key of ti_fx and its accessors.
+
+Every node has a role:
+
+==========  ===========================================================================================
+shared      no parameter, buffer or randomness upstream (inputs, masks made from them); read by everyone
+student     the network that is trained and shipped; a fresh capture is all student
+teacher     a frozen copy of a student node, its *twin*
+loss        computed from the others for training only
+==========  ===========================================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from torch.fx import Graph, Node
+
+from ti_fx.errors import VerificationError
+
+KEY = "ti_fx"
+TEACHER = "teacher"  # the submodule that holds the teacher's frozen tensors
+Role = Literal["shared", "student", "teacher", "loss"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+def role(node: Node) -> Role | None:
+    """Return the node's role, or None if it has none yet."""
+    value: Role | None = node.meta.get(KEY, {}).get("role")
+    return value
+
+
+def set_role(node: Node, value: Role) -> None:
+    """Give the node its role."""
+    record(node, role=value)
+
+
+def record(node: Node, **facts: Any) -> None:
+    """Add facts (JSON values only, nodes by name) to the node's ti_fx entry; None removes a fact."""
+    entry = {**node.meta.get(KEY, {}), **facts}
+    node.meta[KEY] = {name: value for name, value in entry.items() if value is not None}
+
+
+def fact(node: Node, name: str) -> Any:
+    """Return one recorded fact, or None."""
+    return node.meta.get(KEY, {}).get(name)
+
+
+def is_student(node: Node) -> bool:
+    """Whether the node belongs to the student."""
+    return role(node) == "student"
+
+
+def is_teacher(node: Node) -> bool:
+    """Whether the node belongs to the teacher."""
+    return role(node) == "teacher"
+
+
+def twins(graph: Graph) -> dict[Node, Node]:
+    """Return teacher node -> student node, as recorded by DuplicateTeacher."""
+    by_name = {node.name: node for node in graph.nodes}
+    return {node: by_name[fact(node, "twin")] for node in graph.nodes if fact(node, "twin") in by_name}
+
+
+def infer(graph: Graph) -> None:
+    """Give nodes without a role the one their inputs imply: loss over student over teacher over shared.
+
+    Raises:
+        VerificationError: a node without a role reads both teacher and student.
+    """
+    for node in graph.nodes:
+        if role(node) is not None:
+            continue
+        inputs = {role(source) for source in node.all_input_nodes}
+        if "loss" in inputs:
+            set_role(node, "loss")
+        elif {"teacher", "student"} <= inputs:
+            raise VerificationError(
+                f"one role per node: %{node.name} has no role and reads both teacher and student; give it one with "
+                "ti_fx.ir.roles.set_role"
+            )
+        elif "teacher" in inputs:
+            set_role(node, "teacher")
+        else:
+            outside = node.op in ("get_attr", "call_module", "output")
+            set_role(node, "student" if outside or "student" in inputs else "shared")
