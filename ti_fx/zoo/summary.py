@@ -158,7 +158,9 @@ def _verified(run: Run) -> list[str]:
     counts = []
     worst = 0.0
     for point, name in REPLACEMENTS.items():
-        found = [one.outcome.numbers[name] for one in run.results if name in one.outcome.numbers]
+        # None is a number that was infinite or NaN: of no use here.
+        measured = (one.outcome.numbers.get(name) for one in run.results)
+        found = [number for number in measured if number is not None]
         if found:
             counts.append(f"the {point} in {len(found)}")
             worst = max(worst, max(found))
