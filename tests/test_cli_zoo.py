@@ -20,7 +20,7 @@ from ti_fx.zoo.chain import STAGES, Outcome
 from ti_fx.zoo.page import render
 from ti_fx.zoo.results import Result, Run, group_of
 from ti_fx.zoo.run import Job, jobs
-from ti_fx.zoo.summary import BEGIN, END, main, markdown, replaced
+from ti_fx.zoo.summary import BEGIN, END, markdown, replaced
 
 Called = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parent.parent
@@ -318,55 +318,6 @@ def test_a_file_of_results_reads_back(tmp_path: Path) -> None:
     render(again)
     with pytest.raises(InputError, match=r"can.t read .*absent\.json: No such file"):
         Run.read(tmp_path / "absent.json")
-
-
-def test_what_is_kept_short_gives_the_same_table_and_reads_back(tmp_path: Path) -> None:
-    refused, numbers = ("CaptureError", "capture: x"), {"replaced": 1.26e-7, "float bytes": 10.0}
-    run = Run.of(
-        [
-            result("a", stage="runtime", blocks=2, sites=2, numbers=numbers, seconds={"build": 1.0}),
-            result("b", stage="count", blocks=1, refused=refused, numbers={"replaced output": None}),
-            result("c", stage="count", blocks=1, refused=("KeyError", "capture: x"), typed=False),
-            result("mamba", stage="build", refused=("CoverageError", "count: none"), blocks=0),
-            result("d", "", refused=("DataError", "build: d: needs the package x")),
-        ]
-    )
-    run.write_short(tmp_path / "short.json")
-    short = Run.read(tmp_path / "short.json")
-    assert markdown(short) == markdown(run)
-    assert [(one.title, one.verdict, one.reason) for one in short.results] == [
-        (one.title, one.verdict, one.reason) for one in run.results
-    ]
-    assert results(tmp_path / "short.json")["a"] == {
-        "name": "a",
-        "attention": "eager",
-        "group": "encoder",
-        "until": "runtime",
-        "stage": "runtime",
-        "verdict": "passed",
-        "blocks": 2,
-        "numbers": {"replaced": 1e-7},
-    }
-    short.write_short(tmp_path / "again.json")
-    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "short.json").read_bytes()
-
-
-def test_the_summary_writes_the_table_and_what_it_shows(tmp_path: Path) -> None:
-    run = Run.of([result("a", stage="runtime", blocks=2, sites=2, numbers={"captured": 0.5})])
-    kept, page = tmp_path / "run.json", tmp_path / "docs" / "page.md"
-    run.write(kept)
-    page.parent.mkdir()
-    page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
-    main([str(kept), str(page)])
-    assert page.read_text() == f"above\n{BEGIN}\n\n{markdown(run)}\n\n{END}\nbelow\n"
-    assert "captured" not in (page.parent / "zoo.json").read_text()
-    for arguments, message in (
-        ([], "give a file that ti-fx zoo --json wrote"),
-        ([str(kept), str(tmp_path / "absent.md")], r"can.t read .*absent\.md: No such file"),
-        ([str(kept), str(kept)], "has no place for the table"),
-    ):
-        with pytest.raises(InputError, match=message):
-            main(arguments)
 
 
 def test_the_page_of_architectures_shows_the_committed_results() -> None:
