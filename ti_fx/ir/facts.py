@@ -1,4 +1,4 @@
-"""What ti_fx records about a whole graph, in ``gm.meta["ti_fx"]``."""
+"""A graph records facts about itself as a whole in ``gm.meta["ti_fx"]``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The invariants of a graph, as a table: a name, a check, and (in tests/test_verify.py) a graph that breaks it."""
+"""A table lists the rules that graphs keep: each has a name, a check, and a test with a graph that breaks it."""
 
 from __future__ import annotations
 

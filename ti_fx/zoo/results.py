@@ -1,4 +1,4 @@
-"""What came of each model, what that counts as, and the file that keeps it."""
+"""A Result says what came of one model and what that counts as; a file keeps the results of a run."""
 
 from __future__ import annotations
 
