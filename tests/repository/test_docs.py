@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
     LlamaConfig,
+    LlamaForCausalLM,
 )
 
 import ti_fx
@@ -106,16 +107,17 @@ def classifier(folder: Path) -> dict[str, Any]:
     (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     kind: Any = BertTokenizer  # untyped in transformers
     tokenizer = kind(str(folder / "vocab.txt"))
-    config = BertConfig(vocab_size=1100, intermediate_size=64, num_labels=3, **SIZES)
-    model = BertForSequenceClassification(config).eval()
+    sizes = {**SIZES, "vocab_size": 1100, "intermediate_size": 64, "num_labels": 3}
+    model: nn.Module = BertForSequenceClassification(BertConfig(**sizes))
     example = tokenizer(["any text", "and another one"], padding=True, return_tensors="pt")
-    return {"model": model, "tokenizer": tokenizer, "example": dict(example)}
+    return {"model": model.eval(), "tokenizer": tokenizer, "example": dict(example)}
 
 
 def language_model(folder: Path) -> dict[str, Any]:
     """What the pages about language models take as given: a model in a folder, its configuration, inputs."""
     config = LlamaConfig(vocab_size=1100, intermediate_size=64, pad_token_id=0, **SIZES)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model: Any = LlamaForCausalLM(config)
+    model.eval()
     model.save_pretrained(folder / "model")
     tokens = torch.arange(2, 12).view(2, 5)
     example = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -170,6 +172,29 @@ def test_the_architecture_describes_every_module() -> None:
     missing = {name for name in modules() - described() if not name.endswith("/__init__.py")}
     assert missing == set(), "give each a row in docs/ARCHITECTURE.md"
     assert described() - modules() == set(), "there is no such file; mend docs/ARCHITECTURE.md"
+
+
+def test_the_walks_name_functions_of_the_files_beside_them() -> None:
+    rows = re.findall(r"^\| \d+ \| [^|]* \| ([^|]*) \| ([^|]*) \|$", read(ARCHITECTURE), re.MULTILINE)
+    assert len(rows) > 30
+    for functions, files in rows:
+        texts = [read(ROOT / name) for name in re.findall(r"`([\w/]+\.py)`", files)]
+        for function in re.findall(r"`([\w.]+)`", functions) if texts else []:
+            name = function.rpartition(".")[2]
+            assert any(re.search(rf"\b(?:def|class) {name}\b", text) for text in texts), (function, files)
+
+
+@pytest.mark.slow  # half a minute: a graph of 32 layers
+def test_a_large_model_is_shown_as_printed(
+    run: Called, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "llama-7b")
+    monkeypatch.chdir(tmp_path)
+    (shown,) = [block for block in blocks(DOCS / "large-models.md", "console") if block.startswith("$ ")]
+    line, _, printed = shown.partition("\n")
+    code, out, _ = run(*shlex.split(line.removeprefix("$ ti-fx ")))
+    assert code == 0
+    assert [row.rstrip() for row in out.splitlines()] == [row.rstrip() for row in printed.splitlines()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
