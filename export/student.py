@@ -21,7 +21,7 @@ from ti_fx.find.packed import (
 )
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, fork
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts, record_facts
 from ti_fx.numerics.encodings import Encoding, get_encoding
 
 
@@ -63,8 +63,7 @@ def with_encoding(gm: GraphModule, encoding: str | None, requantize: bool) -> Gr
             "train with the other one, or pass requantize=True to see what the change costs"
         )
     copy = _requantised(gm, wanted) if differ else fork(gm)
-    state(copy)["encoding"] = encoding
-    state(copy)["encodings"] = dict.fromkeys(found, encoding)
+    record_facts(copy, encoding=encoding, encodings=dict.fromkeys(found, encoding))
     return copy
 
 
@@ -109,7 +108,7 @@ def _requantised(gm: GraphModule, encoding: Encoding) -> GraphModule:
             node.target = function
     if function is not None:
         # a projection that QuantizeActivations skipped is not recorded, and stays as it is
-        recorded = state(gm).get("encodings", {})
+        recorded = facts(gm).encodings
         _quantise_products(copy, function, None if not present and not recorded else set(recorded))
     copy.recompile()
     return copy

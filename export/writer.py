@@ -28,7 +28,7 @@ from ti_fx.export.file import external_data, names
 from ti_fx.export.file.content import FileContent, open_file, resolve_markers
 from ti_fx.export.file.digests import RECORD_KEY, record_of
 from ti_fx.export.file.external_data import SIZE_THRESHOLD
-from ti_fx.export.file.metadata import facts
+from ti_fx.export.file.metadata import metadata_of
 from ti_fx.export.report import ExportReport, StoredTensor
 from ti_fx.export.student import relative_distance, require_packed, same_numerics, with_encoding
 from ti_fx.files import atomic_files, reported
@@ -309,7 +309,7 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
     model.producer_name, model.producer_version = "ti_fx", __version__
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.metadata_props.clear()
-    model.metadata_props.update(facts(gm, student, model, tensors, config))
+    model.metadata_props.update(metadata_of(gm, student, model, tensors, config))
     model.metadata_props[RECORD_KEY] = record_of(model, stored)
 
 

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 import ti_fx
 from ti_fx.errors import CaptureError, InputError, PreconditionError, SelectionError, TiFxError
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 from ti_fx.ir.shapes import evaluate, guard_count, signature
 from ti_fx.passes import Distill, DuplicateTeacher, Intervene
 
@@ -223,7 +223,7 @@ def test_tied_weights_are_one_parameter(gpt2: Tiny) -> None:
     assert [node.target for node in gpt2.graph.graph.find_nodes(op="get_attr")].count(
         "transformer.wte.weight"
     ) == 1
-    assert state(gpt2.graph)["tied"] == {"transformer.wte.weight": ["lm_head.weight"]}
+    assert facts(gpt2.graph).tied == {"transformer.wte.weight": ("lm_head.weight",)}
 
 
 def test_non_persistent_buffers_stay_out_of_the_state_dict(bert: Tiny) -> None:
@@ -281,7 +281,7 @@ def test_recorded_shapes_are_what_the_nodes_give(tiny: Tiny) -> None:
     for node in gm.graph.nodes:
         if node.op != "output":
             assert signature(evaluate(gm, node)) == signature(node.meta["val"]), node
-    assert guard_count(gm) == guards == state(gm)["guards"]
+    assert guard_count(gm) == guards == facts(gm).guards
 
 
 def test_the_report(bert: Tiny) -> None:

@@ -12,7 +12,7 @@ from test_encodings import Model, example, prepared
 import ti_fx
 from ti_fx.errors import ExportError, InputError
 from ti_fx.export import to_onnx
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts, record_facts
 from ti_fx.measure import choose, choose_encoding
 from ti_fx.measure.choose import Measured, _choice, resolve
 from ti_fx.passes import Pack, QuantizeActivations, Strip
@@ -42,9 +42,9 @@ def test_of_two_as_fast_the_one_whose_rows_stand_alone_is_chosen() -> None:
 @pytest.mark.parametrize("prepared_before", [False, True])
 def test_choosing_measures_every_candidate_and_leaves_the_graph(prepared_before: bool) -> None:
     gm = prepared(QuantizeActivations("nbits2")) if prepared_before else ti_fx.capture(Model(), example())
-    before = ti_fx.dump(gm), state(gm).get("encodings")
+    before = ti_fx.dump(gm), facts(gm).encodings
     found = choose_encoding(gm, example(1, 2), candidates=("int8-tensor", "nbits2"), threads=1, rounds=3)
-    assert (ti_fx.dump(gm), state(gm).get("encodings")) == before
+    assert (ti_fx.dump(gm), facts(gm).encodings) == before
     assert [row.encoding for row in found.measured] == ["int8-tensor", "nbits2"]
     assert all(row.milliseconds > 0 and row.on_disk > 0 for row in found.measured)
     assert found.encoding in ("int8-tensor", "nbits2")
@@ -95,7 +95,7 @@ def test_auto_needs_the_example_and_is_no_encoding_of_a_pass_or_file(tmp_path: P
     with pytest.raises(InputError, match="'auto' is measured before training"):
         recipe.prepare(gm)
     gm = ti_fx.capture(Model(), example())
-    del state(gm)["example"]
+    record_facts(gm, example=None)
     with pytest.raises(InputError, match="keeps no example to measure it on"):
         resolve(recipe, gm)
     gm = prepared(QuantizeActivations("float"))

@@ -21,6 +21,7 @@ from ti_fx import Phase, Recipe
 from ti_fx.cli._scores import scores
 from ti_fx.errors import DataError
 from ti_fx.export import Runtime
+from ti_fx.ir.facts import facts
 from ti_fx.passes import Intervene
 from ti_fx.train.data import read_texts
 
@@ -144,7 +145,7 @@ def test_the_encoding_is_measured_before_training(tmp_path: Path, train_command:
     assert "a row depends on its batch" in ran.out  # the table of what was measured
     encoding = Recipe.load(out / "recipe.json").activations.encoding
     assert f"{encoding}: " in ran.out
-    assert ti_fx.load(out).meta["ti_fx"]["encoding"] == encoding
+    assert facts(ti_fx.load(out)).encoding == encoding
 
 
 def test_a_stopped_run_goes_on_with_the_encoding_that_was_chosen(

@@ -18,7 +18,7 @@ from ti_fx.errors import EncodingMismatch, InputError, ParityError, Precondition
 from ti_fx.export import ExportReport, Runtime, check, to_onnx
 from ti_fx.export import inputs as io
 from ti_fx.find.packed import encoding_of
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 from ti_fx.numerics.codes import pack_codes
 from ti_fx.numerics.encodings import ENCODINGS
 from ti_fx.numerics.layouts import LAYOUTS
@@ -215,7 +215,7 @@ MIXED = {"first": "nbits2", "*.weight": "base3", "second": "float", "transposed"
 def test_each_weight_has_its_own_encoding(tmp_path: Path) -> None:
     activations = QuantizeActivations(encodings=MIXED)
     gm = packed(activations)
-    assert state(gm)["encodings"] == {
+    assert facts(gm).encodings == {
         "table.weight": "base3",
         "first.weight": "base3",  # the last that matches counts
         "second.weight": "float",
@@ -269,7 +269,7 @@ def test_readers_of_one_input_with_two_encodings_have_a_quantiser_each(tmp_path:
 def test_another_run_leaves_the_encoding_of_what_it_skips() -> None:
     gm = prepared(QuantizeActivations("int8-token"))
     ti_fx.Pipeline(QuantizeActivations("nbits2", skip=("first",)))(gm)
-    assert state(gm)["encodings"]["first.weight"] == "int8-token"
+    assert facts(gm).encodings["first.weight"] == "int8-token"
     ti_fx.Pipeline(Strip(), Pack())(gm)
     assert encoding_of(gm) == "nbits2, first.weight=int8-token"
 

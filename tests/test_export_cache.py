@@ -41,7 +41,7 @@ from ti_fx.export.cached.causal import require_free, stand_in
 from ti_fx.export.cached.encoder_decoder import EncoderDecoder
 from ti_fx.export.cached.names import keeping_layers
 from ti_fx.export.run.generate import OnnxCausalLM, OnnxSeq2SeqLM
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import record_facts
 from ti_fx.ir.pipeline import Pass
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 
@@ -328,7 +328,7 @@ def test_a_graph_that_holds_its_examples_values_or_length_is_refused(decoder: De
     ids.meta = {**ids.meta, "val": tokens(2, 3)}
     with pytest.raises(CaptureError, match="LlamaForCausalLM fixes the length of input_ids"):
         require_free(gm, decoder.model)
-    state(gm)["baked"] = {"attention_mask": tokens(2, 3)}
+    record_facts(gm, baked={"attention_mask": tokens(2, 3)})
     with pytest.raises(CaptureError, match="decides in Python by the values of attention_mask"):
         require_free(gm, decoder.model)
 

@@ -22,7 +22,7 @@ from ti_fx.export import ExportReport, to_onnx
 from ti_fx.export.file.metadata import tensors_hash, value_of
 from ti_fx.export.file.minimum_runtime import minimum_runtime
 from ti_fx.find.packed import batch_dependent
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import record_facts
 from ti_fx.passes import Pack, QuantizeActivations, Ternarize
 from ti_fx.recipe import Recipe
 
@@ -47,7 +47,7 @@ def metadata(report: ExportReport) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     gm = student("float16", **{"second.weight": "int8-tensor"})
-    state(gm)["recipe"] = Recipe.preset("ti-g").to_dict()  # as Recipe.prepare records it
+    record_facts(gm, recipe=Recipe.preset("ti-g").to_dict())  # as Recipe.prepare records it
     return to_onnx(
         gm,
         tmp_path_factory.mktemp("mixed") / "student.onnx",
@@ -93,7 +93,7 @@ def test_the_same_student_gives_the_same_bytes_wherever_it_is_written(
     (tmp_path / "organisation").mkdir()
     monkeypatch.chdir(tmp_path)
     gm = student("float16", **{"second.weight": "int8-tensor"})
-    state(gm)["recipe"] = Recipe.preset("ti-g").to_dict()
+    record_facts(gm, recipe=Recipe.preset("ti-g").to_dict())
     again = to_onnx(gm, tmp_path / "other-name.onnx", layers_example(), config=config("organisation/name"))
     content = again.path.read_bytes()
     assert content == mixed.path.read_bytes()

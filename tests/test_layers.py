@@ -44,7 +44,7 @@ NAMES_FOR_ALL = {"__version__"}
 
 
 def source_files(root: Path) -> dict[str, Path]:
-    """Map the full name of each module (``ti_fx.passes.deploy.pack``; ``ti_fx.passes`` for its __init__) to its file."""
+    """Map the full name of each module (a package's name for its __init__) to its file."""
     modules = {}
     for folder, prefix in (("ti_fx", "ti_fx"), ("passes", "ti_fx.passes"), ("export", "ti_fx.export")):
         for path in sorted((root / folder).rglob("*.py")):

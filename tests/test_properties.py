@@ -21,6 +21,7 @@ import ti_fx
 from ti_fx.errors import PreconditionError, SelectionError, TiFxError
 from ti_fx.find.attention import POINTS
 from ti_fx.ir.edit import tensor
+from ti_fx.ir.facts import facts
 from ti_fx.ir.pipeline import Pass, Pipeline
 from ti_fx.ir.shapes import guard_count, signature
 from ti_fx.numerics.codes import pack_codes, unpack_codes, unpack_ternary
@@ -370,7 +371,7 @@ def test_edits_of_a_fork_do_not_show_in_the_other(tiny: Tiny) -> None:
     assert ti_fx.dump(gm) == text
     assert list(gm.state_dict()) == state
     assert [name for name, _ in gm.named_modules()] == modules
-    assert gm.meta["ti_fx"]["encoding"] == "int8-tensor"
+    assert facts(gm).encoding == "int8-tensor"
     ti_fx.verify(gm)
 
 

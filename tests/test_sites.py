@@ -22,6 +22,8 @@ import ti_fx
 from ti_fx.find.attention import AttentionSite, layer_outputs
 from ti_fx.find.walk import projection_weight
 from ti_fx.ir.edit import register, tensor
+from ti_fx.ir.facts import facts
+from ti_fx.ir.text import type_text
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -82,7 +84,7 @@ def test_projections_are_the_models_own(tiny: Tiny) -> None:
 
 def shape(node: Node | None) -> tuple[str, ...]:
     assert node is not None
-    text = ti_fx.ir.text.type_text(node.meta["val"], node.graph.owning_module.meta["ti_fx"]["dims"])  # type: ignore[union-attr]
+    text = type_text(node.meta["val"], facts(node.graph.owning_module).sizes.names)  # type: ignore[arg-type]
     return tuple(text.partition("[")[2].rstrip("]").split(", "))
 
 

@@ -16,7 +16,7 @@ from ti_fx import numerics
 from ti_fx.errors import VerificationError
 from ti_fx.ir import roles
 from ti_fx.ir.edit import call, register, tensor
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 from ti_fx.ir.shapes import fake_mode
 from ti_fx.ir.stages import INVARIANTS
 from ti_fx.passes import DuplicateTeacher, Intervene
@@ -267,7 +267,7 @@ def test_two_names_of_one_parameter(bert: Tiny) -> None:
 
 def test_a_retied_weight_that_became_a_tensor_of_its_own(gpt2: Tiny) -> None:
     gm = gpt2.fork()
-    assert state(gm)["tied"] == {"transformer.wte.weight": ["lm_head.weight"]}
+    assert facts(gm).tied == {"transformer.wte.weight": ("lm_head.weight",)}
     table = first(gm, lambda node: node.target == "transformer.wte.weight")
     register(gm, "lm_head.weight", nn.Parameter(tensor(gm, "transformer.wte.weight").detach().clone()))
     head = list(table.users)[-1]

@@ -23,7 +23,7 @@ from ti_fx.errors import RecipeError, did_you_mean
 from ti_fx.files import atomic_write
 from ti_fx.find.attention import POINTS
 from ti_fx.ir import options
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import record_facts
 from ti_fx.ir.pipeline import Pass, Pipeline, Report
 from ti_fx.numerics.encodings import AUTO, ENCODINGS
 from ti_fx.passes import (
@@ -155,7 +155,7 @@ class Recipe:
             teacher: a module to take the teacher's values from; None: the student's own values now.
         """
         report = Pipeline(*self.passes(teacher=teacher))(gm)
-        state(gm)["recipe"] = self.to_dict()
+        record_facts(gm, recipe=self.to_dict())
         return report
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from ti_fx.errors import ExportError
 from ti_fx.find.packed import fake_quantised, packed_weights, weight_encodings
 from ti_fx.ir.edit import aten_name, register, tensor
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.shapes import refresh
 from ti_fx.passes import Pack, QuantizeActivations
@@ -53,9 +53,7 @@ def become(gm: GraphModule, student: GraphModule) -> list[str]:
     for weight in weights.values():
         for target in (weight.codes_name, weight.scale_name):
             register(gm, target, tensor(student, target))
-    recipe = state(student).get("recipe")
-    if recipe is not None:
-        state(gm)["recipe"] = recipe
+    record_facts(gm, recipe=facts(student).recipe)
     return missing
 
 

@@ -47,7 +47,7 @@ from ti_fx.frontend.capture import capture
 from ti_fx.frontend.export_program import Dynamic
 from ti_fx.frontend.patches import forward_of_tensors
 from ti_fx.ir.edit import constant_size, erase_dead_writes, input_names, mode, prune, register
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts, record_sizes
 from ti_fx.ir.shapes import move_to_cpu
 
 SEQUENCE, PAST, TOTAL, SOURCE = "sequence", "past", "total", "source"
@@ -177,7 +177,7 @@ def require_free(gm: GraphModule, model: nn.Module) -> None:
         CaptureError: it does.
     """
     why = "so that a graph with a cache would hold the example's; export it without a cache"
-    baked = sorted(state(gm).get("baked", {}))
+    baked = sorted(facts(gm).baked)
     if baked:
         raise CaptureError(
             f"{type(model).__name__} decides in Python by the values of {', '.join(baked)}, {why}"
@@ -199,24 +199,25 @@ def require_free(gm: GraphModule, model: nn.Module) -> None:
 
 def _name_sizes(gm: GraphModule) -> None:
     """Call the cache's length ``past``, a causal model's mask's, their sum, ``total``, and the encoder's ``source``."""
-    facts = state(gm)
-    names = facts["dims"]
+    names = dict(facts(gm).sizes.names)
     shapes = {str(node.target): node.meta["val"].shape for node in gm.graph.find_nodes(op="placeholder")}
     meanings = [
         ("decoder_input_ids", 1, SEQUENCE),
         (CROSS_KEY.format(0), 2, SOURCE),
         (PAST_KEY.format(0), 2, PAST),
     ]
+    sums: dict[str, tuple[str, ...]] = {}
     if PAST_KEY.format(0) in shapes and CROSS_KEY.format(0) not in shapes:
         meanings.append(("attention_mask", 1, TOTAL))
-        facts["sums"] = {TOTAL: (PAST, SEQUENCE)}
+        sums = {TOTAL: (PAST, SEQUENCE)}
     for name, index, meaning in meanings:
         if name in shapes and str(shapes[name][index]) in names:
             names[str(shapes[name][index])] = meaning
-    if PAST_KEY.format(0) in shapes:
-        facts["cases"] = ({PAST: 0}, {SEQUENCE: 1}, {PAST: 0, SEQUENCE: 1})
+    has_past = PAST_KEY.format(0) in shapes
+    cases: tuple[dict[str, int], ...] = ({PAST: 0}, {SEQUENCE: 1}, {PAST: 0, SEQUENCE: 1}) if has_past else ()
     least = {PAST: 0, TOTAL: 1}
-    facts["smallest"] = {symbol: least[name] for symbol, name in names.items() if name in least}
+    smallest = {symbol: least[name] for symbol, name in names.items() if name in least}
+    record_sizes(gm, names=names, sums=sums, cases=cases, smallest=smallest)
 
 
 def _compare_states(gm: GraphModule, model: nn.Module, inputs: dict[str, Tensor]) -> None:

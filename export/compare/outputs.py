@@ -17,7 +17,7 @@ from ti_fx.export.compare.nodes import compare_nodes
 from ti_fx.export.report import OutputDifference
 from ti_fx.export.run.session import Runtime
 from ti_fx.ir.edit import aten_name, constant_size, mode
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 
 # Float: two correct float32 implementations, sums in another order; relative to the largest value above 1.
 FLOAT_TOLERANCE = 1e-4
@@ -104,7 +104,7 @@ def _permuted_outputs(
     gm: GraphModule, values: Mapping[str, Tensor], order: Tensor
 ) -> dict[str, Tensor] | None:
     """Return outputs with the batch in another order; None where rows are not one for each of it (its codebooks)."""
-    symbols = {symbol for symbol, name in state(gm).get("dims", {}).items() if name == io.BATCH}
+    symbols = {symbol for symbol, name in facts(gm).sizes.names.items() if name == io.BATCH}
     _, leaves = io.flat_outputs(gm)
     result = {}
     for name, value in values.items():

@@ -46,7 +46,7 @@ from ti_fx.export.file.minimum_runtime import minimum_runtime
 from ti_fx.export.student import same_numerics
 from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights
 from ti_fx.ir.edit import aten_name, tensor
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 
 BATCH_DEPENDENT = "ti_fx.batch_dependent"
 KEPT = "ti_fx.kept"
@@ -63,7 +63,7 @@ _RESHAPED = ("view", "reshape", "to", "unsqueeze", "squeeze", "clone", "contiguo
 _WRITERS = ("torch", "transformers", "onnx", "onnxruntime")
 
 
-def facts(
+def metadata_of(
     gm: GraphModule,
     student: GraphModule,
     model: ir.Model,
@@ -95,7 +95,7 @@ def facts(
     }
     if not same_numerics(student, gm):
         found[content.REQUANTIZED_KEY] = encoding_of(gm)
-    recipe = state(gm).get("recipe")
+    recipe = facts(gm).recipe
     if recipe is not None:
         found[RECIPE] = recipe if isinstance(recipe, str) else json.dumps(recipe)
         found[RECIPE_HASH] = hashlib.sha256(found[RECIPE].encode()).hexdigest()

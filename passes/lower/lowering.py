@@ -31,7 +31,7 @@ from ti_fx import numerics
 from ti_fx.errors import ExportError
 from ti_fx.find.packed import PackedWeight, as_packed, packed_weights
 from ti_fx.ir.edit import aten_name, constant_size, fork, supersede, tensor
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 from ti_fx.numerics.codes import CODES_PER_BYTE
 from ti_fx.numerics.layouts import UINT2
 from ti_fx.passes.lower import operators
@@ -185,7 +185,7 @@ def _write_fixed_sizes(gm: GraphModule) -> None:
 
     (``max(0, 1 - past - sequence)`` is 0 for every past and sequence.)
     """
-    least = state(gm).get("smallest", {})
+    least = facts(gm).sizes.smallest
     for node in list(gm.graph.nodes):
         value = node.meta.get("val")
         if (

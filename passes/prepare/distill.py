@@ -13,9 +13,10 @@ from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.find.attention import AttentionSite, block_outputs, find_attention, streams
 from ti_fx.ir import roles
 from ti_fx.ir.edit import ancestors, aten_name, call, erase
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import record_facts
 from ti_fx.ir.outputs import named_leaves
 from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import CAPTURED, PREPARED
 from ti_fx.numerics import losses
 
 TERMS = ("logits", "layer_outputs", "scores", "attention_outputs")
@@ -48,6 +49,9 @@ class Distill(Pass):
         mask_padding: leave padding tokens out of the means; needs an attention mask among the inputs. Each stack is
             masked by its own; one without a mask among the inputs is not masked.
     """
+
+    takes = (CAPTURED, PREPARED)
+    gives = PREPARED
 
     logits: float | None = None
     layer_outputs: float = 1.0
@@ -107,7 +111,7 @@ class Distill(Pass):
             weights.append(weight)
         total = call(output, losses.weighted, (list(each.values()), weights), "loss", "loss")
         output.args = ({"loss": total, "losses": each, "outputs": outputs},)
-        state(gm)["task"] = self.task
+        record_facts(gm, task=self.task)
 
     def ensures(self, gm: GraphModule) -> None:
         """The output is a dict with a scalar loss."""
@@ -168,7 +172,7 @@ def remove(gm: GraphModule) -> None:
     for node in reversed(list(gm.graph.nodes)):
         if roles.role(node) == "loss":
             erase(node)
-    state(gm).pop("task", None)
+    record_facts(gm, task=None)
 
 
 def _logits(gm: GraphModule) -> list[Node]:

@@ -16,9 +16,10 @@ from ti_fx.find.walk import MATMUL, projection_weight, reads_ternary
 from ti_fx.find.weights import projections, skipped
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, call, erase
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.inserted import is_ours
 from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import CAPTURED, PREPARED
 from ti_fx.numerics.encodings import ENCODINGS, Encoding, get_encoding
 
 _FAKE_QUANTS = frozenset(encoding.fake_quant for encoding in ENCODINGS.values() if encoding.fake_quant)
@@ -49,6 +50,9 @@ class QuantizeActivations(Pass):
         skip: globs over the projections' parameter names or module paths.
     """
 
+    takes = (CAPTURED, PREPARED)
+    gives = PREPARED
+
     encoding: str = "int8-tensor"
     attention: bool = False
     skip: tuple[str, ...] = ()
@@ -63,7 +67,7 @@ class QuantizeActivations(Pass):
             get_encoding(name)
         if not any(node.target is numerics.ternary for node in gm.graph.nodes):
             raise PreconditionError("quantize-activations needs ternary weights; run ternarize first")
-        several = self.encodings or len(set(state(gm).get("encodings", {}).values())) > 1
+        several = self.encodings or len(set(facts(gm).encodings.values())) > 1
         if several and any(node.target is numerics.detach for node in gm.graph.nodes):
             raise PreconditionError(
                 "quantize-activations can't set several encodings under an intervention; run it before intervene"
@@ -89,10 +93,8 @@ class QuantizeActivations(Pass):
         for reader, position, function in reads:
             if function is not None and _quantiser(reader, position) is None:
                 _insert(twins, reader, position, function)
-        facts = state(gm)
         recorded = {name: encoding.name for name, encoding in wanted.items()}
-        # a new dict: forks share the old one
-        facts["encoding"], facts["encodings"] = self.encoding, {**facts.get("encodings", {}), **recorded}
+        record_facts(gm, encoding=self.encoding, encodings={**facts(gm).encodings, **recorded})
 
     def ensures(self, gm: GraphModule) -> None:
         """Every selected read goes through its encoding's quantiser, and only through it."""

@@ -6,6 +6,7 @@ from torch.fx import GraphModule
 
 from ti_fx import numerics
 from ti_fx.ir import roles
+from ti_fx.ir.facts import facts
 from ti_fx.ir.pipeline import Pass
 from ti_fx.passes import (
     DecomposeAttention,
@@ -51,7 +52,7 @@ def _has_run(gm: GraphModule, kind: type[Pass]) -> bool:
     if kind is Ternarize:
         return any(node.target is numerics.ternary for node in nodes)
     if kind is QuantizeActivations:
-        return "encoding" in gm.meta.get("ti_fx", {})
+        return facts(gm).encoding is not None
     if kind is Distill:
         return any(roles.role(node) == "loss" for node in nodes)
     return kind is Strip and not any(roles.role(node) in ("teacher", "loss") for node in nodes)

@@ -167,9 +167,9 @@ def _run_passes(
 
 
 def _facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> dict[str, Any]:
-    from ti_fx import capture_report
     from ti_fx.analysis import stored_weights
     from ti_fx.cli._structure import quantised_activations, structure
+    from ti_fx.ir.facts import facts
     from ti_fx.passes import QuantizeActivations, Ternarize
 
     ternarize = recipe.ternarize if recipe else Ternarize()
@@ -178,7 +178,7 @@ def _facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> dict[str, 
     return {
         "model": loaded.name,
         "note": loaded.note,
-        "inputs": capture_report(gm).dims if "capture" in gm.meta.get("ti_fx", {}) else {},
+        "inputs": {} if (captured := facts(gm).capture) is None else captured.dims,
         "nodes": len(gm.graph.nodes),
         **structure(gm),
         "weights": [asdict(row) for row in weights],

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import numerics
 from ti_fx.ir.edit import aten_name
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 from ti_fx.numerics.encodings import Encoding, encoding_of_numerics, get_encoding
 
 ATTENTION = "attention"
@@ -76,9 +76,9 @@ def weight_encodings(gm: GraphModule) -> dict[str, Encoding]:
     What a product computes is what its nodes say; of encodings of the same numerics, it is the one that
     ``QuantizeActivations`` recorded.
     """
-    recorded: dict[str, str] = state(gm).get("encodings", {})
+    recorded = facts(gm).encodings
     used = (name for node in gm.graph.nodes if (name := fake_quantised(node)) is not None)
-    default = state(gm).get("encoding") or next(used, "float")
+    default = facts(gm).encoding or next(used, "float")
     found = {
         weight.parameter: get_encoding(recorded.get(weight.parameter, default))
         for weight in packed_weights(gm)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -24,50 +23,13 @@ from ti_fx.frontend.patches import traceable
 from ti_fx.frontend.trace import Followed, Traced, export, follow, is_about_values
 from ti_fx.ir.checks import check_message
 from ti_fx.ir.edit import aten_name, constant_size, mode
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import CaptureReport, facts, record_facts, record_sizes
 from ti_fx.ir.shapes import guard_count, refresh
 from ti_fx.passes.normalise import to_plain
 from ti_fx.passes.normalise.canonicalize import Canonicalize
 
 # Keywords that ask for a cache, which a training graph has not. XLNet's exists in evaluation alone.
 CACHES = ("use_cache", "use_mems")
-
-
-@dataclass(frozen=True)
-class CaptureReport:
-    """What capture found out.
-
-    Attributes:
-        dims: per input, each dimension's name if it is dynamic, else its size.
-        static: why a dimension is not dynamic, by ``input.dimension``.
-        constants: keyword arguments that are not tensors and are baked into the graph.
-        attention: the attention implementation used for the trace (None: not a transformers model).
-        nodes: nodes in the graph.
-        parameters: number of parameter elements the graph reads.
-        checked: largest relative difference from the source model, in ``eval`` and ``train`` mode.
-        unchecked: what could not be compared with the source model, and why; None if everything was.
-        followed: what the model decides by values, which the graph has as on the example.
-    """
-
-    dims: dict[str, tuple[str | int, ...]]
-    static: dict[str, str]
-    constants: dict[str, Any]
-    attention: str | None
-    nodes: int
-    parameters: int
-    checked: dict[str, float] = field(default_factory=dict)
-    unchecked: str | None = None
-    followed: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        rows = [f"{name}: [{', '.join(map(str, sizes))}]" for name, sizes in self.dims.items()] + [
-            f"{where} is static: {why}" for where, why in self.static.items()
-        ]
-        rows += self.followed
-        checked = ", ".join(f"{name} {value:.1e}" for name, value in self.checked.items())
-        compared = self.unchecked or f"relative difference: {checked}"
-        rows.append(f"{self.nodes} nodes, {self.parameters:,} parameters; {compared}")
-        return "\n".join(rows)
 
 
 class _Captured(NamedTuple):
@@ -83,8 +45,8 @@ class _Captured(NamedTuple):
 
 def capture_report(gm: GraphModule) -> CaptureReport:
     """Return the report of the capture that made ``gm``: dynamic dimensions, and why any is not."""
-    report = state(gm).get("capture")
-    if not isinstance(report, CaptureReport):
+    report = facts(gm).capture
+    if report is None:
         raise InputError("this graph has no capture report; make it with ti_fx.capture(model, example)")
     return report
 
@@ -124,7 +86,7 @@ def capture(
         for index, size in enumerate(sizes):
             if isinstance(size, int):
                 static.setdefault(f"{name}.{index}", f"the model (or dynamic={dynamic!r}) fixes it at {size}")
-    state(gm)["capture"] = CaptureReport(
+    report = CaptureReport(
         dims=dims,
         static=static,
         constants={name: value for name, value in constants.items() if name not in CACHES},
@@ -135,7 +97,7 @@ def capture(
         unchecked=found.unchecked,
         followed=found.followed,
     )
-    state(gm)["example"] = tensors
+    record_facts(gm, capture=report, example=tensors)
     gm.train(model.training)
     return gm
 
@@ -197,9 +159,9 @@ def _traced(
         known = set(gm.graph.nodes)
         Canonicalize().apply(gm)
         refresh(gm, [node for node in gm.graph.nodes if node not in known])
-        state(gm)["dims"] = names
+        record_sizes(gm, names=names)
         _name_sizes(gm, names)
-        state(gm)["guards"] = guard_count(gm)
+        record_facts(gm, guards=guard_count(gm))
         checked: dict[str, float] = {}
         unchecked: str | None
         if any(value.is_meta for value in tensors.values()):
