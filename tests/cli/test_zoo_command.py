@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT, ZOO_RESULTS
 
 from ti_fx.errors import InputError
 from ti_fx.zoo.chain import STAGES, Outcome
@@ -23,7 +24,6 @@ from ti_fx.zoo.run import Job, jobs
 from ti_fx.zoo.summary import BEGIN, END, markdown, replaced
 
 Called = Callable[..., tuple[int, str, str]]
-ROOT = Path(__file__).parent.parent
 MODELS = """
 import os
 import time
@@ -321,7 +321,7 @@ def test_a_file_of_results_reads_back(tmp_path: Path) -> None:
 
 
 def test_the_readme_shows_the_committed_results() -> None:
-    kept = ROOT / "docs" / "zoo.json"
+    kept = ZOO_RESULTS
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = markdown(Run.read(kept))
     assert replaced(readme, table) == readme, "run: python -m ti_fx.zoo.summary docs/zoo.json README.md"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from exported_models import Layers, layers_example, packed
 from models import text_example
-from test_export_onnx import Layers, layers_example, packed
 from torch.fx import GraphModule
 from transformers import BertConfig
 

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from encoded_model import ROWS, Model, example, packed, prepared
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -25,48 +26,9 @@ from ti_fx.numerics.layouts import LAYOUTS
 from ti_fx.passes import DuplicateTeacher, Intervene, Pack, QuantizeActivations, Strip, Ternarize
 from ti_fx.recipe import Recipe
 
-ROWS, WIDTH, INNER = 1100, 160, 256  # a width of one whole block of 128 and a part of one
 BLOCKS = {"nbits2": 128, "nbits2-64": 64, "nbits2-32": 32}
+
 SAME_NUMERICS = ("int8-tensor", "portable", "base3")
-
-
-class Model(nn.Module):
-    """A table, layers of both orientations with large biases, and a head tied to the table."""
-
-    def __init__(self, width: int = WIDTH) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Embedding(ROWS, width)
-        self.first, self.second = nn.Linear(width, INNER), nn.Linear(INNER, width, bias=False)
-        self.transposed = nn.Parameter(
-            torch.randn(width, width) * 0.1
-        )  # (inputs, outputs), as GPT-2 stores it
-        self.offset = nn.Parameter(torch.randn(width) * 3)
-        self.norm = nn.LayerNorm(width)
-        nn.init.normal_(self.first.bias, std=2.0)
-
-    def forward(self, ids: Tensor) -> dict[str, Tensor]:
-        hidden = self.table(ids)
-        hidden = hidden + self.second(nn.functional.gelu(self.first(hidden)))
-        size = hidden.shape
-        hidden = torch.addmm(self.offset, hidden.reshape(-1, size[-1]), self.transposed).view(size)
-        return {"logits": nn.functional.linear(self.norm(hidden), self.table.weight)}
-
-
-def example(batch: int = 3, length: int = 5) -> dict[str, Tensor]:
-    return {"ids": torch.randint(0, ROWS, (batch, length), generator=torch.Generator().manual_seed(1))}
-
-
-def prepared(activations: QuantizeActivations, model: nn.Module | None = None) -> GraphModule:
-    gm = ti_fx.capture(model or Model(), example())
-    ti_fx.Pipeline(Ternarize(head=True), activations)(gm)
-    return gm
-
-
-def packed(activations: QuantizeActivations, model: nn.Module | None = None) -> GraphModule:
-    gm = prepared(activations, model)
-    ti_fx.Pipeline(Strip(), Pack())(gm)
-    return gm
 
 
 class Files(dict[str, tuple[GraphModule, ExportReport]]):
@@ -282,7 +244,7 @@ def test_what_no_encoding_can_be_given_is_refused() -> None:
 
 
 def test_several_encodings_are_set_before_an_intervention() -> None:
-    from test_export_onnx import bert, bert_example
+    from exported_models import bert, bert_example
 
     gm = ti_fx.capture(bert(), bert_example())
     mixed = QuantizeActivations(encodings={"*.key": "nbits2"})
@@ -317,7 +279,7 @@ def test_rows_that_end_within_a_byte(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nbits2", pytest.param("portable", marks=pytest.mark.slow)])
 def test_attention_is_quantised_in_every_encoding(name: str, tmp_path: Path) -> None:
     """The map's last dimension is dynamic, and of nbits2 shorter than a block."""
-    from test_export_onnx import bert, bert_example
+    from exported_models import bert, bert_example
 
     gm = ti_fx.capture(bert(), bert_example())
     ti_fx.Pipeline(Ternarize(), QuantizeActivations(name, attention=True), Strip(), Pack())(gm)

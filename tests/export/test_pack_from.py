@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
+from exported_models import Layers, layers_example
 from models import llama_model, text_example
-from test_export_onnx import Layers, layers_example
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import LlamaForCausalLM

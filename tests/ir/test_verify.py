@@ -18,7 +18,7 @@ from ti_fx.ir import roles
 from ti_fx.ir.edit import call, register, tensor
 from ti_fx.ir.facts import facts
 from ti_fx.ir.shapes import fake_mode
-from ti_fx.ir.stages import INVARIANTS
+from ti_fx.ir.stages import PREPARED
 from ti_fx.passes import DuplicateTeacher, Intervene
 
 aten = torch.ops.aten
@@ -57,6 +57,7 @@ def refused(gm: GraphModule, invariant: str, *says: str) -> None:
 
 
 LINT = "lint"
+PLAIN = "operators alone, and checks of decisions"
 ORDER = "topological order"
 ROLE = "one role per node"
 TEACHER_READS = "teacher values are read at intervened points only"
@@ -72,10 +73,17 @@ GUARDS = "no guard added"
 
 
 def test_every_row_has_a_test_and_every_test_a_row() -> None:
-    assert [invariant.name for invariant in INVARIANTS] == [
-            ORDER, LINT, ROLE, TEACHER_READS, INTERVENTIONS, TWINS, FROZEN, DROPOUT, QUANTISED, TIED, LOSSES, META,
-            GUARDS,
+    """Those of the other stages are in test_stages.py."""
+    assert [invariant.name for invariant in PREPARED.invariants] == [
+            ORDER, LINT, PLAIN, ROLE, TEACHER_READS, INTERVENTIONS, TWINS, FROZEN, DROPOUT, QUANTISED, TIED, LOSSES,
+            META, GUARDS,
     ]  # fmt: skip
+
+
+def test_an_assertion_of_the_exporter(gm: GraphModule) -> None:
+    node = first_call(gm, aten.layer_norm.default)
+    call(node, torch.ops.aten._assert_async.default, (node.args[0],))
+    refused(gm, PLAIN, "assertion of torch.export")
 
 
 def test_lint(gm: GraphModule) -> None:

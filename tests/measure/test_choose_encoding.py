@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_encodings import Model, example, prepared
+from encoded_model import Model, example, prepared
 
 import ti_fx
 from ti_fx.errors import ExportError, InputError

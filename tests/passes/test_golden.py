@@ -25,13 +25,15 @@ from ti_fx.passes import (
     Ternarize,
 )
 
-PLUGIN = Path(__file__).with_name("golden_text.py")
+PLUGIN = Path(__file__).parents[1] / "support" / "golden_text.py"
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
     """A folder with our golden fixture and one golden test."""
-    (tmp_path / "conftest.py").write_text(PLUGIN.read_text())
+    (tmp_path / "support").mkdir()
+    (tmp_path / "support" / "golden_text.py").write_text(PLUGIN.read_text())
+    (tmp_path / "conftest.py").write_text("pytest_plugins = ['support.golden_text']\n")
     (tmp_path / "test_one.py").write_text("def test_one(golden):\n    golden('one', 'hello')\n")
     return tmp_path
 

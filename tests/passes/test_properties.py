@@ -249,13 +249,14 @@ def prepared_texts() -> str:
 
 def test_a_dump_is_the_same_in_every_run() -> None:
     """In a new process, where sets have another order, and in this one, where much has been made before."""
-    tests = Path(__file__).parent
+    here = Path(__file__).parent
+    places = (here, here.parent / "support", here.parents[1])
     ran = subprocess.run(
         [sys.executable, "-c", "from test_properties import prepared_texts; print(prepared_texts(), end='')"],
         env={
             **os.environ,
             "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2",
-            "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
+            "PYTHONPATH": os.pathsep.join(map(str, places)),
         },
         capture_output=True,
         text=True,

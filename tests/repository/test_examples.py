@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 LINES = 100
 SCORES = re.compile(
     r"^test accuracy: ([\d.]+) in full precision, ([\d.]+) with ternary weights", re.MULTILINE

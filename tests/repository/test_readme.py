@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from models import VOCABULARY, bert_model
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from ti_fx import Recipe
+from ti_fx.recipe import Phase
 from ti_fx.train import TernaryTrainer
 
 LENGTH = 8
+TERMS = ("logits", "layer_outputs", "scores", "attention_outputs")
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+PLAIN = Recipe("plain", schedule=(Phase("quantise"),))
 
 
 def rows(count: int = 48, *, padded: bool = True, labels: bool = True) -> Any:
@@ -103,3 +108,46 @@ class At(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         if self.end is not None:
             self.end(state.global_step)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    logits: Any = prediction.predictions
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter and buffer, also of those that a checkpoint leaves out."""
+    return {
+        name: value.detach().clone() for name, value in [*model.named_parameters(), *model.named_buffers()]
+    }
+
+
+class Notes(TrainerCallback):
+    """What the optimiser saw before and after each step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.untrained: list[set[str]] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self.states: list[int] = []
+        self.ages: list[set[int]] = []
+        self.optimizers: set[int] = set()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        optimizer = options["optimizer"]
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.optimizers.add(id(optimizer))
+        self.states.append(len(optimizer.state))
+        named = {name: value for name, value in options["model"].named_parameters() if value.requires_grad}
+        self.untrained.append({name for name, value in named.items() if value.grad is None})
+        self.gradients.append(
+            {name: value.grad.clone() for name, value in named.items() if value.grad is not None}
+        )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        self.ages.append({int(one["step"]) for one in options["optimizer"].state.values()})
+
+
+def cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+    return F.cross_entropy(logits, labels)

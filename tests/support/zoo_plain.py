@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import zoo_attention as variants
+import zoo_blocks as towers
 import zoo_parts as parts
 from torch import Tensor, nn
 from zoo_parts import HEADS, SIZE, Attention, Classifier, Features, LanguageModel, PostNorm, PreNorm
@@ -189,7 +190,7 @@ def sandwich() -> Zoo:
 @blocks(2)
 def rms_norm() -> Zoo:
     """Root mean square norms written by hand, as in Llama."""
-    return _text(lambda: variants.with_rms_norms(Classifier(PreNorm(Attention()), PreNorm(Attention()))))
+    return _text(lambda: towers.with_rms_norms(Classifier(PreNorm(Attention()), PreNorm(Attention()))))
 
 
 # ---- what is added to or done with the scores
@@ -429,28 +430,28 @@ def shared_layers() -> Zoo:
 
 @blocks(2)
 def windowed() -> Zoo:
-    return _features(lambda: Features(*(variants.Windowed(shift=0) for _ in range(2))), 8, 8)
+    return _features(lambda: Features(*(towers.Windowed(shift=0) for _ in range(2))), 8, 8)
 
 
 @blocks(2)
 def shifted_windows() -> Zoo:
-    return _features(lambda: Features(variants.Windowed(shift=0), variants.Windowed(shift=2)), 8, 8)
+    return _features(lambda: Features(towers.Windowed(shift=0), towers.Windowed(shift=2)), 8, 8)
 
 
 @blocks(1)
 def learned_queries() -> Zoo:
-    return _features(lambda: variants.LearnedQueries(projected=False))
+    return _features(lambda: towers.LearnedQueries(projected=False))
 
 
 @blocks(1)
 def learned_queries_projected() -> Zoo:
-    return _features(lambda: variants.LearnedQueries(projected=True))
+    return _features(lambda: towers.LearnedQueries(projected=True))
 
 
 @blocks(3)
 def perceiver() -> Zoo:
     """Learned latents read the input, then each other, then the input again."""
-    return _features(variants.Perceiver)
+    return _features(towers.Perceiver)
 
 
 @blocks(2)
@@ -459,34 +460,34 @@ def cross_attention_stack() -> Zoo:
         {"features": parts.features(batch, length), "memory": parts.features(batch + 10, length + 3)[:batch]}
         for batch, length in ((2, 5), (3, 7))
     ]
-    return parts.drawn(variants.CrossStack), both[0], both[1]
+    return parts.drawn(towers.CrossStack), both[0], both[1]
 
 
 @blocks(2)
 def returns_maps() -> Zoo:
     """Every block's map is an output, too."""
-    return _features(variants.ReturnsMaps)
+    return _features(towers.ReturnsMaps)
 
 
 @blocks(2)
 def experts() -> Zoo:
     """A top-k softmax router over dense experts in the place of the feed-forward."""
-    return _text(lambda: Classifier(*(variants.with_experts(PreNorm(Attention())) for _ in range(2))))
+    return _text(lambda: Classifier(*(towers.with_experts(PreNorm(Attention())) for _ in range(2))))
 
 
 @blocks(2)
 def softmax_pooling() -> Zoo:
     """A softmax over learned token weights pools the sequence: no product of two projections."""
-    return _features(variants.SoftmaxPooling)
+    return _features(towers.SoftmaxPooling)
 
 
 @blocks(0)
 def linear_attention() -> Zoo:
     """elu(q) + 1 and elu(k) + 1 without softmax: there is no map."""
-    return _two(variants.LinearAttention)
+    return _two(towers.LinearAttention)
 
 
 @blocks(0)
 def mixer() -> Zoo:
     """Token mixing by a linear layer over positions: no attention."""
-    return _features(lambda: Features(variants.Mixer(), variants.Mixer()), 6, 6)
+    return _features(lambda: Features(towers.Mixer(), towers.Mixer()), 6, 6)

@@ -304,7 +304,7 @@ def test_an_error_between_two_saves_costs_only_the_steps_since(
 CHILD = """
 import os, signal, sys, warnings
 from pathlib import Path
-from test_train_resume import made
+from test_resume import made
 from tiny_training import At
 
 folder, step, place, compile = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -329,7 +329,9 @@ def killed(folder: Path, step: int, place: str, compile: str = "off") -> None:
     found = os.environ.get("PYTHONPATH", "")
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(here), str(here.parent), found])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(here), str(here.parent / "support"), str(here.parents[1]), found])
+        ),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     command = [sys.executable, "-c", CHILD, str(folder), str(step), place, compile]

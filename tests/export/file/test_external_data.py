@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from test_export_onnx import Layers, layers_example, packed
+from exported_models import Layers, layers_example, packed
 from torch.fx import GraphModule
 
 from ti_fx.errors import ExportError, InputError, ParityError, TiFxError

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from test_export_onnx import Layers, layers_example
+from exported_models import Layers, layers_example
 from torch.fx import GraphModule
 from transformers import BertConfig
 

@@ -1,15 +1,12 @@
-"""Every gradient and loss of the prepared graph equals an independent eager implementation (tests/reference.py)."""
+"""Every gradient and loss of the prepared graph equals an independent eager implementation (reference.py)."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import reference
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -32,21 +29,6 @@ ENCODINGS = [
     ("float", False),
 ]
 POINTS = ["none", "output", "context", "map"]
-
-
-def _reference() -> ModuleType:
-    """Import tests/reference.py (tests are no package: --import-mode=importlib)."""
-    path = Path(__file__).with_name("reference.py")
-    specification = importlib.util.spec_from_file_location("ti_fx_tests_reference", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-reference = _reference()
 
 
 def bert(seed: int, dropout: float) -> BertForSequenceClassification:
