@@ -90,7 +90,7 @@ class GraphFacts:
         opset: of a graph that is being lowered, the ONNX opset of the file.
     """
 
-    stage: str = "exported"
+    stage: str = "captured"
     sizes: Sizes = Sizes()
     guards: int | None = None
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
