@@ -28,6 +28,10 @@ demo: system-tools .venv/.installed ## teach a real model a real task, make it t
 test: system-tools .venv/.installed ## run the tests that take seconds
 	$(test_environment) $(bin)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
+.PHONY: quick
+quick: system-tools .venv/.installed ## the fast tests, under a minute, for the edit loop
+	$(test_environment) $(bin)/python -m pytest -n $(WORKERS) --dist loadfile -m quick $(ARGS)
+
 .PHONY: test-full
 test-full: system-tools .venv/.installed ## run every test
 	$(test_environment) $(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

@@ -185,6 +185,7 @@ def test_statistics_are_in_float32_under_autocast(function: Callable[[Tensor], T
     assert torch.equal(under, function(value))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("function", [numerics.ternary, lambda w: numerics.ternary(w, "row"), *FAKE_QUANTS])
 def test_compiled_equals_eager(function: Callable[[Tensor], Tensor]) -> None:
     compiled = torch.compile(function, dynamic=True, fullgraph=True, backend="aot_eager")
