@@ -1,4 +1,4 @@
-"""What can be said about an .onnx file without running it: of one that ti_fx wrote, what it is and where it is from."""
+"""Describes an .onnx file without running it: of one that ti_fx wrote, what it is and where it is from."""
 
 from __future__ import annotations
 

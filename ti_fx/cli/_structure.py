@@ -1,4 +1,4 @@
-"""A model's stacks, layers and blocks, as JSON values and as text."""
+"""Tells a model's stacks, layers and blocks, as JSON values and as text."""
 
 from __future__ import annotations
 

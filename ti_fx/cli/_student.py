@@ -1,4 +1,4 @@
-"""A packed student to export or to check: from a checkpoint, or from a plain model that is never trained."""
+"""Makes the packed student to export or to check: of a checkpoint, or of a plain model that is never trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ti-fx bench``: exported files against the original model, on this machine."""
+"""The command ``ti-fx bench`` times exported files, and the model that they came from, on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,8 +16,8 @@ from ti_fx.errors import InputError
 if TYPE_CHECKING:
     from ti_fx.measure.bench import Bench
 
-_EXAMPLES = """[bold]Examples[/bold]
-
+EXAMPLES = """\b
+Examples:
   ti-fx bench student.onnx --against ./my-classifier --threads 1
   ti-fx bench student.onnx other.onnx --batch 1 --batch 8 --length 128 --length 512
   ti-fx bench llama.onnx --against ./my-llama --batch 1 --length 256
@@ -58,7 +57,12 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Runs of each at each size; the median counts.", min=1)] = 7,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
 ) -> None:
-    """Time exported files in ONNX Runtime, in turn, with what they take to load, of memory and on disk."""
+    """Time exported files in ONNX Runtime, beside the original model.
+
+    The files run in turn; told, too, is what each takes to load, of memory and on disk.
+    """
+    from tempfile import TemporaryDirectory
+
     from ti_fx.measure.bench import bench as measure
 
     for option, sizes in (("--batch", batch), ("--length", length)):
@@ -145,6 +149,3 @@ def _show(found: Bench) -> None:
         rows,
         title,
     )
-
-
-bench.__doc__ = f"{bench.__doc__}\n\n{_EXAMPLES}"

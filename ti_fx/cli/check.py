@@ -1,4 +1,4 @@
-"""``ti-fx check``: an exported file against the checkpoint that it came from."""
+"""The command ``ti-fx check`` compares an exported file with the checkpoint that it came from."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import of_file
 from ti_fx.errors import InputError
 
-_EXAMPLES = """[bold]Examples[/bold]
-
+EXAMPLES = """\b
+Examples:
   ti-fx check student.onnx runs/ti-g
   ti-fx check untrained.onnx ./my-bert --ternarize
 
@@ -43,7 +43,10 @@ def check(
         float | None, typer.Option(help="Don't run a file that would take more, as for export.", metavar="MB")
     ] = None,
 ) -> None:
-    """Check an exported file: stored weights, each node, and the outputs of ONNX Runtime beside PyTorch's."""
+    """Compare an exported file with the checkpoint that it came from.
+
+    Compared are the stored weights, each node, and the outputs of ONNX Runtime with PyTorch's.
+    """
     from ti_fx import export
     from ti_fx.cli._student import Part, packed_student
     from ti_fx.export.cached.names import CROSS_KEY, cached_layers
@@ -84,6 +87,3 @@ def check(
     output.say(f"allowed: {report.tolerance}")
     output.say(f"{report.tensors} stored tensors are equal byte for byte")
     output.say(str(report.nodes))
-
-
-check.__doc__ = f"{check.__doc__}\n\n{_EXAMPLES}"

@@ -1,4 +1,4 @@
-"""``ti-fx inspect``: what is in a model, what would become ternary, and what each pass does to its graph."""
+"""The command ``ti-fx inspect`` shows a model's blocks, what would become ternary, and what each pass changes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ti_fx.recipe import Recipe
     from ti_fx.view import Step
 
-_EXAMPLES = """[bold]Examples[/bold]
-
+EXAMPLES = """\b
+Examples:
   ti-fx inspect ./my-bert
   ti-fx inspect google/vit-base-patch16-224
   ti-fx inspect ./a-large-model --meta
@@ -99,7 +99,10 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
 ) -> None:
-    """Show what is in a model: stacks, layers and their blocks, what would become ternary and why not the rest."""
+    """Show what is in a model and what would become ternary.
+
+    Shown are its stacks, layers and their blocks, each weight's fate, and why the rest is kept.
+    """
     file = Path(model)
     if file.suffix == ".onnx" and not file.is_dir():
         _inspect_onnx(file, as_json)
@@ -143,9 +146,6 @@ def inspect(
             _print_answer(answer)
         for path in written:
             output.say(f"wrote {path}")
-
-
-inspect.__doc__ = f"{inspect.__doc__}\n\n{_EXAMPLES}"
 
 
 def _run_passes(
