@@ -25,7 +25,8 @@ def demo(
     """Teach a real model a real task and make its weights ternary.
 
     Fine-tunes all-MiniLM-L6-v2 on question types, trains TernaryBERT and TI-G (Teacher Intervention) from it, exports
-    both, runs them in ONNX Runtime, and writes results.json, report.html and student.onnx. Takes about 20 minutes on 2 cores, under 2 the second time.
+    both, runs them in ONNX Runtime, and writes results.json, report.html and student.onnx. Takes about 20 minutes
+    on 2 cores, under 2 the second time.
     """
     from ti_fx.demo.run import run
     from ti_fx.demo.students import StudentSettings
