@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import find_attention, find_feed_forward, fork
 from ti_fx.cli import _output as output
+from ti_fx.cli._missing import run_after_missing
 from ti_fx.find.walk import CAST, SHAPE, projection_weight
 from ti_fx.ir.edit import aten_name
 from ti_fx.ir.pipeline import Pipeline
@@ -63,13 +64,11 @@ def quantised_activations(
     gm: GraphModule, ternarize: Ternarize, activations: QuantizeActivations
 ) -> dict[str, Any]:
     """Return what the passes would quantise: the encoding, how many values, and the projections that read them."""
-    from ti_fx.cli._ordering import needed_before
-
     if not any(fate.granularity is not None for fate in ternarize.fates(gm).values()):
         return {"encoding": activations.encoding, "values": 0, "projections": []}
     copy = fork(gm)
     Pipeline(ternarize)(copy)
-    Pipeline(*needed_before(copy, activations), activations)(copy)
+    run_after_missing(activations, lambda one: Pipeline(one)(copy))
     found = [node for node in copy.graph.nodes if node.target in _FAKE_QUANTS]
     readers = dict.fromkeys(
         str(weight.target)

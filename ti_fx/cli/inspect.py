@@ -109,12 +109,12 @@ def inspect(
         return
     from ti_fx import find_attention, fork
     from ti_fx.cli._loading import load_graph
-    from ti_fx.cli._ordering import parsed
     from ti_fx.cli._recipe import chosen_recipe
     from ti_fx.ir import text
+    from ti_fx.ir.pipeline import Pass
 
     chosen = None if recipe is None else chosen_recipe(recipe)
-    asked = [parsed(written) for written in diff or ()]
+    asked = [Pass.parse(written) for written in diff or ()]
     loaded = load_graph(model, meta)
     gm = loaded.graph
     captured = fork(gm)
@@ -152,18 +152,40 @@ def _run_passes(
     gm: GraphModule, recipe: Recipe | None, asked: list[Pass], layer: int, stack: int
 ) -> tuple[list[Step], int]:
     """Run the recipe's passes, then those asked for, each after what it needs; return also where those begin."""
-    from ti_fx.cli._ordering import needed_before
+    from ti_fx.cli._missing import run_after_missing
     from ti_fx.view import follow
 
-    steps = (
-        follow(gm, *recipe.passes(), recipe.phases()[0].intervene, layer=layer, stack=stack) if recipe else []
-    )
+    def run(one: Pass) -> Step:
+        (step,) = follow(gm, one, layer=layer, stack=stack)
+        return step
+
+    steps = [run(one) for one in (*recipe.passes(), recipe.phases()[0].intervene)] if recipe else []
     first: int | None = None
     for one in asked:
-        steps += follow(gm, *needed_before(gm, one), layer=layer, stack=stack)
-        first = len(steps) if first is None else first
-        steps += follow(gm, one, layer=layer, stack=stack)
+        ran = run_after_missing(one, run)
+        if not steps and not ran[-1].report.changed and _changes_prepared(gm, one):
+            ran = [run(other) for other in (*_preparation(), one)]
+        steps += ran
+        first = len(steps) - 1 if first is None else first
     return steps, first or 0
+
+
+def _preparation() -> tuple[Pass, ...]:
+    from ti_fx.recipe import Recipe
+
+    return Recipe("default").passes()
+
+
+def _changes_prepared(gm: GraphModule, one: Pass) -> bool:
+    """Return whether a pass that changes nothing of ``gm``, such as strip, would change it once it is prepared."""
+    from ti_fx import fork
+    from ti_fx.errors import PreconditionError
+    from ti_fx.ir.pipeline import Pipeline
+
+    try:
+        return Pipeline(*_preparation(), one)(fork(gm)).passes[-1].changed
+    except PreconditionError:  # it can't be prepared any more
+        return False
 
 
 def _facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from textwrap import indent
 
@@ -13,6 +13,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ti_fx.errors import PostconditionError
 from ti_fx.ir import options, roles, text
 from ti_fx.ir.edit import prune, sort, tensor
+from ti_fx.ir.registered import WithRegistered
 from ti_fx.ir.shapes import refresh, signature
 from ti_fx.ir.stages import verify
 
@@ -59,10 +60,16 @@ class Pass(PassBase):
         """Return the pass that ``str(pass)`` wrote: ``intervene{at=map layers=0,1}``.
 
         Raises:
-            RecipeError: no such pass or option, or a value of the wrong type; near names are listed.
+            RecipeError: no such pass or option, or a value of the wrong type; near names are listed. A distribution
+                registers a pass that can't be imported or a name that is taken.
         """
-        parsed: Pass = options.parse(written, {kind.name(): kind for kind in _subclasses(Pass)})
+        parsed: Pass = options.parse(written, Pass.known())
         return parsed
+
+    @staticmethod
+    def known() -> Mapping[str, type[Pass]]:
+        """Return every pass by its name: those imported so far, and those that installed distributions register."""
+        return WithRegistered({kind.name(): kind for kind in _subclasses(Pass)}, Pass)
 
     def __str__(self) -> str:
         return options.write(self.name(), self)
