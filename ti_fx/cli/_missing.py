@@ -22,12 +22,15 @@ def run_after_missing(one: Pass, run: Callable[[Pass], Ran]) -> list[Ran]:
         PreconditionError: no pass is named as missing, or running it did not help.
     """
     ran: list[Ran] = []
-    have_run: set[str] = set()
-    while True:
+    to_run, named = [one], set[str]()
+    while to_run:
         try:
-            return [*ran, run(one)]
+            ran.append(run(to_run[-1]))
         except PreconditionError as error:
-            if error.missing is None or error.missing in have_run:
+            if error.missing is None or error.missing in named:
                 raise
-            have_run.add(error.missing)
-            ran += run_after_missing(Pass.parse(error.missing), run)
+            named.add(error.missing)
+            to_run.append(Pass.parse(error.missing))
+        else:
+            to_run.pop()
+    return ran

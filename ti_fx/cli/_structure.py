@@ -64,8 +64,9 @@ def quantised_activations(
     gm: GraphModule, ternarize: Ternarize, activations: QuantizeActivations
 ) -> dict[str, Any]:
     """Return what the passes would quantise: the encoding, how many values, and the projections that read them."""
+    chosen = {"encoding": activations.encoding, "encodings": dict(activations.encodings)}
     if not any(fate.granularity is not None for fate in ternarize.fates(gm).values()):
-        return {"encoding": activations.encoding, "values": 0, "projections": []}
+        return {**chosen, "values": 0, "projections": []}
     copy = fork(gm)
     Pipeline(ternarize)(copy)
     run_after_missing(activations, lambda one: Pipeline(one)(copy))
@@ -76,7 +77,7 @@ def quantised_activations(
         for reader in node.users
         if (weight := projection_weight(reader)) is not None
     )
-    return {"encoding": activations.encoding, "values": len(found), "projections": list(readers)}
+    return {**chosen, "values": len(found), "projections": list(readers)}
 
 
 def print_structure(facts: dict[str, Any]) -> None:
@@ -101,9 +102,13 @@ def print_structure(facts: dict[str, Any]) -> None:
 
 
 def print_activations(facts: dict[str, Any]) -> None:
-    """Print how many values would be quantised."""
+    """Print how many values would be quantised, and in which encodings."""
+    encodings = [
+        facts["encoding"],
+        *(f"{glob}={encoding}" for glob, encoding in facts["encodings"].items()),
+    ]
     output.say(
-        f"Activations: {facts['values']:,} values would be quantised ({facts['encoding']}), those that "
+        f"Activations: {facts['values']:,} values would be quantised ({', '.join(encodings)}), those that "
         f"{len(facts['projections']):,} ternary projections read"
     )
 

@@ -69,9 +69,10 @@ def bench(
         if sizes is not None and min(sizes) < 1:
             raise InputError(f"{option} is {min(sizes)}; give 1 or more")
     labels = {str(path): path for path in files}
+    remarks: list[str] = []
     with TemporaryDirectory() if against is not None else nullcontext("") as folder:
         if against is not None:
-            labels |= _originals(against, files[0], Path(folder))
+            labels |= _originals(against, files[0], Path(folder), remarks)
         found = measure(
             labels,
             batches=batch or (1, 8),
@@ -80,13 +81,15 @@ def bench(
             rounds=rounds,
         )
     if as_json:
-        print(json.dumps(asdict(found), indent=1))
+        print(json.dumps({**asdict(found), "remarks": remarks}, indent=1))
     else:
+        for remark in remarks:
+            output.say(remark)
         _show(found)
 
 
-def _originals(source: str, file: Path, folder: Path) -> dict[str, Path]:
-    """Export the original model as the file is, with or without a cache, and quantise that."""
+def _originals(source: str, file: Path, folder: Path, remarks: list[str]) -> dict[str, Path]:
+    """Export the original model as the file is, with or without a cache, and quantise that; add what to say of it."""
     from ti_fx.cli._loading import load_source
     from ti_fx.export.cached.causal import is_encoder_decoder
     from ti_fx.export.cached.names import CROSS_KEY, cached_layers
@@ -97,6 +100,8 @@ def _originals(source: str, file: Path, folder: Path) -> dict[str, Path]:
     has_cache = cached_layers([value.name for value in of_file.get_inputs()]) > 0
     is_encoder = CROSS_KEY.format(0) in [value.name for value in of_file.get_outputs()]
     found = load_source(source)
+    if found.note:
+        remarks.append(f"{found.name}: {found.note}")
     model: Any = found.model.float()
     if is_encoder_decoder(model) and (has_cache or is_encoder):
         raise InputError(
@@ -111,7 +116,7 @@ def _originals(source: str, file: Path, folder: Path) -> dict[str, Path]:
         try:
             model.set_attn_implementation("sdpa")
         except ValueError as error:
-            output.say(f"fp32 with the model's own attention: {error}")
+            remarks.append(f"fp32 with the model's own attention: {error}")
     paths = {FP32: folder / "fp32.onnx", INT8: folder / "int8.onnx"}
     write = baselines.export_fp32_with_cache if has_cache else baselines.export_fp32
     write(model, paths[FP32], found.example)

@@ -83,7 +83,7 @@ def choose(
         print(json.dumps(asdict(choice), indent=1))
         return
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-    output.say(f"{found.name}, on {shapes}")
+    output.say(f"{found.name}, on {shapes}" + (f" ({found.note})" if found.note else ""))
     output.say(str(choice))
 
 

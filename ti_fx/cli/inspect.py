@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from enum import StrEnum
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ti_fx.analysis import StoredWeight
     from ti_fx.cli._loading import Loaded
+    from ti_fx.frontend.capture import CaptureReport
     from ti_fx.ir.pipeline import Pass
     from ti_fx.recipe import Recipe
     from ti_fx.view import Step
@@ -47,6 +49,21 @@ class Question(StrEnum):
     trained = "trained"
 
 
+def _list_passes(wanted: bool) -> None:
+    """Print every pass with the first line of its docstring and the module that it comes from."""
+    if not wanted:
+        return
+    from ti_fx.ir.pipeline import Pass
+    from ti_fx.recipe import Recipe  # noqa: F401  (every pass of a recipe is imported with it)
+
+    rows = [
+        (name, cleandoc(kind.__doc__ or "").partition("\n")[0], kind.__module__)
+        for name, kind in sorted(Pass.known().items())
+    ]
+    output.table(("pass", "what it does", "module"), rows)
+    raise typer.Exit
+
+
 def inspect(
     model: Annotated[
         str,
@@ -72,6 +89,15 @@ def inspect(
             metavar="PASS",
         ),
     ] = None,
+    passes: Annotated[
+        bool,
+        typer.Option(
+            "--passes",
+            help="List the passes that --diff takes, those of other distributions included, and stop.",
+            is_eager=True,
+            callback=_list_passes,
+        ),
+    ] = False,
     dump: Annotated[bool, typer.Option("--dump", help="Print the graph, a node a line.")] = False,
     ask: Annotated[Question | None, typer.Option(help="Answer a question about the graph.")] = None,
     svg: Annotated[
@@ -197,10 +223,12 @@ def _facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> dict[str, 
     ternarize = recipe.ternarize if recipe else Ternarize()
     activations = recipe.activations if recipe else QuantizeActivations()
     weights = stored_weights(gm, ternarize)
+    found = capture_report(gm) if "capture" in gm.meta.get("ti_fx", {}) else None
     return {
         "model": loaded.name,
         "note": loaded.note,
-        "inputs": capture_report(gm).dims if "capture" in gm.meta.get("ti_fx", {}) else {},
+        "inputs": found.dims if found else {},
+        "remarks": _remarks(found) if found else [],
         "nodes": len(gm.graph.nodes),
         **structure(gm),
         "weights": [asdict(row) for row in weights],
@@ -208,6 +236,12 @@ def _facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> dict[str, 
         "bytes_after": sum(row.bytes_after for row in weights),
         "activations": quantised_activations(gm, ternarize, activations),
     }
+
+
+def _remarks(report: CaptureReport) -> list[str]:
+    """Return what capture says beside the inputs' sizes: what the graph has fixed, and what could not be compared."""
+    fixed = [f"{where} is static: {why}" for where, why in report.static.items()]
+    return [*fixed, *report.followed, *([report.unchecked] if report.unchecked else [])]
 
 
 def _print_facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> None:
@@ -218,6 +252,8 @@ def _print_facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> None
     output.say(loaded.name + (f" ({loaded.note})" if loaded.note else ""))
     for name, sizes in facts["inputs"].items():
         output.say(f"  {name}: [{', '.join(map(str, sizes))}]")
+    for remark in facts["remarks"]:
+        output.say(f"  {remark}")
     output.say("")
     print_structure(facts)
     _print_weights(stored_weights(gm, recipe.ternarize if recipe else None))
@@ -264,6 +300,8 @@ def _print_diffs(before: list[Step], shown: list[Step]) -> None:
     for step in shown:
         report = step.report
         output.say(f"{step.name}: {report.added} added, {report.removed} removed, {report.rewired} rewired")
+        if report.explanation:
+            output.say(report.explanation)
         output.diff_text(text.diff(step.before, step.after))
 
 
