@@ -64,7 +64,7 @@ class Distill(Pass):
     def requires(self, gm: GraphModule) -> None:
         """A teacher, and what the chosen terms compare."""
         if not any(roles.is_teacher(node) for node in gm.graph.nodes):
-            raise PreconditionError("distill needs a teacher; run duplicate-teacher first")
+            raise PreconditionError("distill needs a teacher", missing="duplicate-teacher")
         if self.logits and not _logits(gm):
             raise PreconditionError("distill{logits} needs an output called logits; set logits=0")
         sites = find_attention(gm)
@@ -77,8 +77,8 @@ class Distill(Pass):
             for site in sites:
                 if site.scores is None:
                     raise PreconditionError(
-                        f"distill can't see the scores of {site.where} (%{site.context.name}); "
-                        "run decompose-attention first"
+                        f"distill can't see the scores of {site.where} (%{site.context.name})",
+                        missing="decompose-attention",
                     )
         if self.mask_padding and not any(_masks(gm, sites).values()):
             raise PreconditionError("distill{mask_padding=true} finds no attention mask among the inputs")

@@ -62,7 +62,7 @@ class Intervene(Pass):
         if self.at is not None and self.at not in POINTS:
             raise SelectionError(f"intervene can't act at {self.at!r}{did_you_mean(self.at, POINTS)}")
         if not any(roles.is_teacher(node) for node in gm.graph.nodes):
-            raise PreconditionError("intervene needs a teacher to read from; run duplicate-teacher first")
+            raise PreconditionError("intervene needs a teacher to read from", missing="duplicate-teacher")
         sites = self.select(gm)
         if not sites:
             raise SelectionError(
@@ -76,7 +76,8 @@ class Intervene(Pass):
         for site in sites if self.at is not None else ():
             if site.map is None:
                 raise PreconditionError(
-                    f"attention is one fused node in {site.where} (%{site.context.name}); run decompose-attention first"
+                    f"attention is one fused node in {site.where} (%{site.context.name})",
+                    missing="decompose-attention",
                 )
             if self.at is not None and site.at(self.at) is None:
                 raise PreconditionError(

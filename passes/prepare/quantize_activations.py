@@ -66,7 +66,7 @@ class QuantizeActivations(Pass):
         for name in (self.encoding, *self.encodings.values()):
             get_encoding(name)
         if not any(node.target is numerics.ternary for node in gm.graph.nodes):
-            raise PreconditionError("quantize-activations needs ternary weights; run ternarize first")
+            raise PreconditionError("quantize-activations needs ternary weights", missing="ternarize")
         several = self.encodings or len(set(facts(gm).encodings.values())) > 1
         if several and any(node.target is numerics.detach for node in gm.graph.nodes):
             raise PreconditionError(
@@ -76,8 +76,8 @@ class QuantizeActivations(Pass):
             for site in find_attention(gm):
                 if site.map is None:
                     raise PreconditionError(
-                        f"quantize-activations can't see the map of {site.where} (%{site.context.name}); "
-                        "run decompose-attention first"
+                        f"quantize-activations can't see the map of {site.where} (%{site.context.name})",
+                        missing="decompose-attention",
                     )
 
     def apply(self, gm: GraphModule) -> None:

@@ -127,6 +127,8 @@ def test_weights_that_are_read_one_at_a_time_give_the_same_file(tmp_path: Path) 
     ran = ti_fx_command("check", outs[0], tmp_path / "bert", *options)
     assert ran.code == 0, ran.err
     assert "stored tensors alone were compared" in ran.out
+    assert "not compared at any size: the weights take about" in ran.out
+    assert "None" not in ran.out
 
 
 def test_reading_weights_one_at_a_time_needs_a_plain_model_in_a_folder(tmp_path: Path, factory: str) -> None:

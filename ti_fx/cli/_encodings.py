@@ -1,4 +1,4 @@
-"""What ``--encoding`` may be: a name for all weights, and names for some of them."""
+"""Reads what ``--encoding`` says: a name for all weights, and names for some of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be said about an .onnx file without running it: of one that ti_fx wrote, what it is and where it is from."""
+"""Describes an .onnx file without running it: of one that ti_fx wrote, what it is and where it is from."""
 
 from __future__ import annotations
 
@@ -163,9 +163,10 @@ def _summary(own: Mapping[str, Any], producer: str) -> Iterator[str]:
     from ti_fx.recipe import Recipe
 
     source = own["source"]
-    name = " ".join(filter(None, (source.get("class"), source.get("name"))))
+    name = " ".join(filter(None, (source.get("class"), source.get("name")))) or "an unknown model"
     versions = ", ".join(f"{key} {value}" for key, value in own["versions"].items() if key != "ti_fx")
-    yield f"a ternary student of {name or 'an unknown model'}, written by {producer} with {versions}"
+    origin = (f" by {producer}" if producer else "") + (f" with {versions}" if versions else "")
+    yield f"a ternary student of {name}" + (f", written{origin}" if origin else "")
     changed = own["requantized_from"]
     yield f"encoding {own['encoding']}" + (f", requantised from {changed} after training" if changed else "")
     if own["batch_dependent"] is not None:
@@ -175,13 +176,15 @@ def _summary(own: Mapping[str, Any], producer: str) -> Iterator[str]:
         yield f"tensors that are not ternary: {kept}"
     for dimension, size in own["largest"].items():
         yield f"{dimension} is at most {size}"
-    yield f"needs ONNX Runtime {own['minimum_onnxruntime']} or newer"
+    if own["minimum_onnxruntime"]:
+        yield f"needs ONNX Runtime {own['minimum_onnxruntime']} or newer"
     if own["tensors_sha256"]:
         yield f"SHA-256 of the packed graph's tensors {own['tensors_sha256']}"
     if own["recipe"] is None:
         yield "no recipe: its passes were run one by one"
     else:
-        yield f"SHA-256 of the recipe {own['recipe_sha256']}"
+        if own["recipe_sha256"]:
+            yield f"SHA-256 of the recipe {own['recipe_sha256']}"
         yield str(Recipe.from_dict(own["recipe"], "the file's recipe"))
 
 

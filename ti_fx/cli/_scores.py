@@ -1,4 +1,4 @@
-"""Accuracy and macro-F1 of a classifier, as scikit-learn defines them; that package is not needed to train."""
+"""Computes a classifier's accuracy and macro-F1 as scikit-learn does, which is not needed to train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ti-fx train``: a fine-tuned text classifier becomes a ternary student, with Teacher Intervention."""
+"""The command ``ti-fx train`` trains a ternary student of a fine-tuned text classifier, with Teacher Intervention."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from ti_fx.recipe import Recipe
     from ti_fx.train.data import LabelledTexts
 
-_EXAMPLES = """[bold]Example[/bold]
-
+EXAMPLES = """\b
+Example:
   ti-fx train ./my-classifier --recipe ti-g --data train.csv --eval valid.csv --out runs/ti-g
   ti-fx export runs/ti-g --out student.onnx
 
 train.csv has a header with a text and a label column; a label is one of the model's names or ids. Stopped half-way?
 The same command with --resume goes on from the newest checkpoint."""
 
-EPOCHS = 3  # as published (FACTS: AdamW, linear decay, warm-up over a tenth, 3 epochs)
+EPOCHS = 3  # as published: AdamW, linear decay, warm-up over a tenth, 3 epochs
 WARM_UP = 0.1
 MAX_LENGTH = 128
 WEIGHT_DECAY = 0.01
@@ -105,7 +105,10 @@ def train(
         str | None, typer.Option(help="Left out: label, labels or class.", metavar="NAME")
     ] = None,
 ) -> None:
-    """Train a ternary student of a text classifier; the classifier itself is the teacher."""
+    """Train a ternary student of a text classifier.
+
+    The classifier itself is the teacher.
+    """
     if not 0 < learning_rate < math.inf:
         raise InputError(f"--learning-rate is {learning_rate}; give a positive number, such as 2e-5")
     from ti_fx.cli._recipe import chosen_recipe
@@ -130,9 +133,6 @@ def train(
     run.check_steps()
     _check_writable(out)
     run.train(teacher, tokenizer, out, resume)
-
-
-train.__doc__ = f"{train.__doc__}\n\n{_EXAMPLES}"
 
 
 def _with_encodings(recipe: Recipe, encodings: Encodings) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,6 +17,7 @@ from ti_fx.files import atomic_write
 from ti_fx.ir import options, roles, text
 from ti_fx.ir.edit import prune, sort, tensor
 from ti_fx.ir.facts import record_facts
+from ti_fx.ir.registered import WithRegistered
 from ti_fx.ir.shapes import refresh, signature
 from ti_fx.ir.stages import STAGES, Progress, Stage, stage_of, verify
 
@@ -66,10 +67,16 @@ class Pass(PassBase):
         """Return the pass that ``str(pass)`` wrote: ``intervene{at=map layers=0,1}``.
 
         Raises:
-            RecipeError: no such pass or option, or a value of the wrong type; near names are listed.
+            RecipeError: no such pass or option, or a value of the wrong type; near names are listed. A distribution
+                registers a pass that can't be imported or a name that is taken.
         """
-        parsed: Pass = options.parse(written, {kind.name(): kind for kind in _subclasses(Pass)})
+        parsed: Pass = options.parse(written, Pass.known())
         return parsed
+
+    @staticmethod
+    def known() -> Mapping[str, type[Pass]]:
+        """Return every pass by its name: those imported so far, and those that installed distributions register."""
+        return WithRegistered({kind.name(): kind for kind in _subclasses(Pass)}, Pass)
 
     def __str__(self) -> str:
         return options.write(self.name(), self)
@@ -236,9 +243,12 @@ def _require_stage(one: Pass, gm: GraphModule) -> None:
         names = " or ".join(taken.name for taken in one.takes)
         order = list(STAGES.values())
         is_late = order.index(stage) > max(order.index(taken) for taken in one.takes)
-        advice = "capture the model again" if is_late else one.takes[0].made_by
+        first = one.takes[0]
+        advice = "capture the model again" if is_late else first.advice
         raise PreconditionError(
-            f"{one.name()} takes a graph that is {names}, and this one is {stage}; {advice}"
+            f"{one.name()} takes a graph that is {names}, and this one is {stage}"
+            + (f"; {advice}" if advice else ""),
+            missing=None if is_late else first.missing,
         )
 
 
