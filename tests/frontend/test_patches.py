@@ -31,10 +31,10 @@ FAST_PATH = torch.backends.mha.get_fastpath_enabled
 IN_A_CONFIGURATION = "transformers.configuration_utils.PreTrainedConfig."
 
 
-class DecidingMixtral(MixtralModel):
+class DecidingMixtral(MixtralModel):  # type: ignore[no-untyped-call]
     """Experts, attention masks, and Python that reads a value: a capture needs every row of the table."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         if (input_ids > 90).all():
             input_ids = input_ids - 1
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -43,7 +43,7 @@ class DecidingMixtral(MixtralModel):
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     torch.manual_seed(0)
-    made = DecidingMixtral(
+    return DecidingMixtral(
         MixtralConfig(
             vocab_size=100,
             hidden_size=16,
@@ -54,7 +54,6 @@ def model() -> PreTrainedModel:
             num_local_experts=2,
         )
     )
-    return made.eval()
 
 
 def example() -> dict[str, Tensor]:
@@ -72,10 +71,7 @@ def owner_of(row: Internal, model: PreTrainedModel) -> tuple[Any, str]:
 
 def seen_by_all(model: PreTrainedModel) -> dict[str, Any]:
     """Return everything outside a graph that a capture may change, by name."""
-    found: dict[str, Any] = {
-        row.name: getattr(*owner_of(row, model), "missing")  # type: ignore[call-overload]
-        for row in INTERNALS
-    }
+    found: dict[str, Any] = {row.name: getattr(*owner_of(row, model), "missing") for row in INTERNALS}
     for module in (random, numpy.random):
         found |= {
             f"{module.__name__}.{name}": value for name, value in vars(module).items() if callable(value)
