@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ti_fx import __version__
-from ti_fx.errors import ExportError, InputError
+from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.export import arguments, compare
 from ti_fx.export import inputs as io
 from ti_fx.export.file import external_data, names
@@ -254,8 +254,8 @@ def _export(student: GraphModule, inputs: Mapping[str, Tensor], opset: int) -> i
                 verbose=False,
             )
     except Exception as error:  # torch.onnx wraps whatever went wrong in errors of several modules
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"torch.onnx can't export the graph: {reason[0]}") from error
+        reason = first_line(error.__cause__ or error)
+        raise ExportError(f"torch.onnx can't export the graph: {reason}") from error
     assert program is not None
     assert program.exported_program is not None
     _register_constants(program.model.graph)

@@ -28,6 +28,10 @@ class RandomnessError(CaptureError):
     """The model decides something by Python's or NumPy's random numbers, which a trace would freeze."""
 
 
+class VersionError(CaptureError):
+    """An internal of an installed library is not what ti_fx knows, so what it replaces there would not fit."""
+
+
 class PreconditionError(TiFxError):
     """A pass was run on a graph that is not ready for it; the message names what is missing.
 

@@ -19,7 +19,7 @@ import yaml
 from torch import nn
 from torch.fx import GraphModule
 
-from ti_fx.errors import RecipeError, did_you_mean
+from ti_fx.errors import RecipeError, did_you_mean, first_line
 from ti_fx.files import atomic_write
 from ti_fx.find.attention import POINTS
 from ti_fx.ir import options
@@ -242,8 +242,8 @@ class Recipe:
         except OSError as error:
             raise RecipeError(f"can't read recipe {path}: {error.strerror or error}") from None
         except (ValueError, yaml.YAMLError) as error:
-            first = str(error).splitlines()[0]
-            raise RecipeError(f"recipe {path} is not {'YAML' if is_yaml else 'JSON'}: {first}") from None
+            kind = "YAML" if is_yaml else "JSON"
+            raise RecipeError(f"recipe {path} is not {kind}: {first_line(error)}") from None
         return Recipe.from_dict(values, where=str(path))
 
     def __str__(self) -> str:

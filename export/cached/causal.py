@@ -44,8 +44,8 @@ from ti_fx.export.cached.names import (
 from ti_fx.export.inputs import other_sizes, resized
 from ti_fx.export.student import require_packed
 from ti_fx.frontend.capture import capture
-from ti_fx.frontend.export_program import Dynamic
-from ti_fx.frontend.patches import forward_of_tensors
+from ti_fx.frontend.dynamic_sizes import Dynamic
+from ti_fx.frontend.model_for_trace import forward_of_tensors
 from ti_fx.ir.edit import constant_size, erase_dead_writes, input_names, mode, prune, register
 from ti_fx.ir.facts import facts, record_sizes
 from ti_fx.ir.shapes import move_to_cpu

@@ -15,7 +15,7 @@ import typer
 
 from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import HELP, METAVAR, Encodings, chosen_encodings
-from ti_fx.errors import CheckpointError, InputError
+from ti_fx.errors import CheckpointError, InputError, first_line
 from ti_fx.numerics.encodings import AUTO
 
 if TYPE_CHECKING:
@@ -309,9 +309,9 @@ def _classifier(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         )
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     except Exception as error:  # transformers, safetensors and the hub raise errors without a common base
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = first_line(error).rstrip(".")
         raise InputError(
-            f"can't load a text classifier and its tokenizer from {source}: {lines[0].rstrip('.')}; give a folder that "
+            f"can't load a text classifier and its tokenizer from {source}: {reason}; give a folder that "
             "save_pretrained wrote, or a name on the hub"
         ) from error
     if loaded["missing_keys"]:

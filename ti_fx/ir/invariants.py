@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ti_fx import numerics
+from ti_fx.errors import first_line
 from ti_fx.ir import leaves, roles
 from ti_fx.ir.checks import is_assertion
 from ti_fx.ir.edit import aten_name, stored
@@ -33,7 +34,7 @@ def _lint(gm: GraphModule) -> Iterator[str]:
     try:
         gm.graph.lint()
     except RuntimeError as error:
-        yield str(error).splitlines()[0]
+        yield first_line(error)
 
 
 def _order(gm: GraphModule) -> Iterator[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from ti_fx.errors import CoverageError, TiFxError
+from ti_fx.errors import CoverageError, TiFxError, first_line
 from ti_fx.example_inputs.makers import run
 from ti_fx.export import Runtime, to_onnx
 from ti_fx.export.compare.outputs import NOISE_CAP, nudged_outputs
@@ -414,5 +414,4 @@ def _source_line(node: Node | None) -> str:
 
 
 def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:500] if lines else type(error).__name__
+    return first_line(error)[:500]
