@@ -109,8 +109,8 @@ def _megabytes(student: GraphModule) -> float:
     total = 0.0
     for name, weight in weights.items():
         quantiser = quantisers[weight.parameter]
-        blocks = quantiser is not None and quantiser.block
-        each = 0.25 if name in tables or blocks else 1.0 if quantiser else 8.0
+        blocks, integers = (quantiser.block, quantiser.codes) if quantiser else (0, None)
+        each = 0.25 if name in tables or blocks else 1.0 if integers else 8.0
         total += (0.25 + each) * torch.Size(weight.shape).numel()
     stored = {str(node.target) for node in student.graph.find_nodes(op="get_attr")} - weights.keys()
     for value in (tensor(student, name) for name in stored):

@@ -260,6 +260,8 @@ def match_product(node: Node) -> Product | None:
         return None
     if not transposed and weight.scale.meta["val"].dim():
         return None  # one scale per input can't leave the sum
+    if quantiser.codes is None and not quantiser.block:
+        return None  # no operator of ONNX multiplies what it gives but as floats
     if quantiser.per_token and constant_size(activation.meta["val"].shape[-1]) is None:
         return None
     flat = activation.args[0]

@@ -22,7 +22,7 @@ class Quantiser:
         step: the most that one step of it is, for each value of a tensor that it gave: float64 of the shape ``()``, or
             ``(..., 1)``, one a token. Two correct implementations may differ by it.
         codes: gives codes, scale and zero point in ONNX, for a product of integers; None where the product's operator
-            quantises by itself.
+            quantises by itself, and where only floats can be multiplied.
         value: gives the fake-quantised value in ONNX, where no product of integers reads it, ``value(x)``, or
             ``value(x, block)`` of one with blocks; None dequantises the codes.
         opset: the first ONNX opset that can express it.
