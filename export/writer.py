@@ -30,10 +30,11 @@ from ti_fx.export.file.digests import RECORD_KEY, record_of
 from ti_fx.export.file.external_data import SIZE_THRESHOLD
 from ti_fx.export.file.metadata import metadata_of
 from ti_fx.export.report import ExportReport, StoredTensor
-from ti_fx.export.student import relative_distance, require_packed, same_numerics, with_encoding
+from ti_fx.export.student import require_packed, same_numerics, with_encoding
 from ti_fx.files import atomic_files, reported
 from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights, weight_encodings
 from ti_fx.ir.edit import mode, tensor
+from ti_fx.numerics.closeness import relative
 from ti_fx.numerics.encodings import NEWEST_OPSET
 from ti_fx.numerics.layouts import LAYOUTS
 from ti_fx.passes.lower.lowering import lower
@@ -178,7 +179,7 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
     cost = None
     if not same_numerics(student, gm):
         trained = io.run_graph(gm, inputs)
-        cost = {name: relative_distance(value, trained[name]) for name, value in outputs.items()}
+        cost = {name: relative(value, trained[name]) for name, value in outputs.items()}
     model = _export(student, inputs, opset)
     _describe(model, gm, student, opset, options.config)
     beside = places.enter_context(atomic_files(path))
@@ -192,7 +193,7 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
             path=path,
             bytes=sum(file.stat().st_size for file in beside.iterdir()),
             opset=opset,
-            encoding=encoding_of(student),
+            encoding=str(encoding_of(student)),
             tensors=_stored(content),
             ternary_weights=sum(torch.Size(shape).numel() for shape in shapes.values()),
             parity=report,

@@ -197,7 +197,8 @@ def test_damaged_metadata_is_one_line(mixed: Path, tmp_path: Path) -> None:
         ("ti_fx.versions", "3", "metadata ti_fx.versions is damaged"),
         ("ti_fx.largest", '{"sequence": []}', "metadata ti_fx.largest is damaged"),
         ("ti_fx.batch_dependent", '"all"', "metadata ti_fx.batch_dependent is damaged"),
-        ("ti_fx.encoding", "float, fc", "'float, fc' names no encodings"),
+        ("ti_fx.weight_encodings", "float, fc", "metadata ti_fx.weight_encodings is damaged"),
+        ("ti_fx.weight_encodings", '{"fc": 3}', "metadata ti_fx.weight_encodings is damaged"),
     ):
         model = onnx.load(mixed)
         next(entry for entry in model.metadata_props if entry.key == key).value = text

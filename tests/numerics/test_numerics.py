@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ti_fx import numerics
-from ti_fx.numerics.encodings import ENCODINGS
+from ti_fx.numerics.quantisers import QUANTISERS
 
 GRANULARITIES: tuple[numerics.Granularity, ...] = ("tensor", "row")
-FAKE_QUANTS = [encoding.fake_quant for encoding in ENCODINGS.values() if encoding.fake_quant is not None]
+FAKE_QUANTS = [quantiser.function for quantiser in QUANTISERS.values()]
 Array = NDArray[numpy.float32]
 
 

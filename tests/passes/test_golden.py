@@ -21,6 +21,7 @@ from ti_fx.passes import (
     Intervene,
     Pack,
     QuantizeActivations,
+    Requantize,
     Strip,
     Ternarize,
 )
@@ -81,6 +82,9 @@ GOLDEN: dict[str, tuple[tuple[Pass, ...], Pass]] = {
     "intervene_output": ((DuplicateTeacher(),), Intervene(at="output")),
     "strip": ((DuplicateTeacher(), Ternarize(), Distill(), Intervene(at="output")), Strip()),
     "pack": ((Ternarize(),), Pack()),
+    "requantize": ((Ternarize(), QuantizeActivations(), Pack()), Requantize("int8-token")),
+    "requantize_to_float": ((Ternarize(), QuantizeActivations(), Pack()), Requantize("float")),
+    "requantize_from_float": ((Ternarize(), Pack()), Requantize("int8-token")),
 }
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ti_fx.cli import _output as output
-from ti_fx.cli._encodings import of_file
 from ti_fx.cli._structure import starred
 from ti_fx.errors import InputError
 
@@ -66,9 +65,10 @@ def _own_facts(written: Mapping[str, str]) -> dict[str, Any] | None:
         if metadata.BATCH_DEPENDENT in written
         else None
     )
+    trained = content.requantized_in(written)
     return {
-        "encoding": written[content.ENCODING_KEY],
-        "requantized_from": written.get(content.REQUANTIZED_KEY),
+        "encoding": str(content.encoding_in(written)),
+        "requantized_from": None if trained is None else str(trained),
         "batch_invariant": None if dependent is None else not dependent,
         "batch_dependent": dependent,
         "kept": metadata.value_of(written, metadata.KEPT, {}),
@@ -117,11 +117,10 @@ def _packed(metadata: Mapping[str, str]) -> list[Any]:
         raise InputError(f"the file's metadata {content.TENSORS_KEY} is damaged; export it again") from None
 
 
-def _encoding(metadata: Mapping[str, str], weight: str) -> str | None:
+def _encoding(metadata: Mapping[str, str], weight: str) -> str:
     from ti_fx.export.file import content
 
-    encodings = of_file(metadata[content.ENCODING_KEY])
-    return encodings.others.get(weight, encodings.name)
+    return content.encoding_in(metadata).of(weight)
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from ti_fx.cli import _output as output
 from ti_fx.cli._missing import run_after_missing
 from ti_fx.find.walk import CAST, SHAPE, projection_weight
 from ti_fx.ir.edit import aten_name
+from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pipeline
-from ti_fx.numerics import encodings
 
 if TYPE_CHECKING:
     from ti_fx.passes import QuantizeActivations, Ternarize
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _ATTENTION = ("query", "key", "value", "scores", "map", "context", "output", "residual")
 _FEED_FORWARD = ("up", "gate", "down", "hidden", "residual")
 _PROJECTIONS = ("query", "key", "value", "output", "up", "gate", "down")
-_FAKE_QUANTS = {encoding.fake_quant for encoding in encodings.ENCODINGS.values() if encoding.fake_quant}
 
 
 def structure(gm: GraphModule) -> dict[str, Any]:
@@ -70,7 +69,7 @@ def quantised_activations(
     copy = fork(gm)
     Pipeline(ternarize)(copy)
     run_after_missing(activations, lambda one: Pipeline(one)(copy))
-    found = [node for node in copy.graph.nodes if node.target in _FAKE_QUANTS]
+    found = [node for node in copy.graph.nodes if quantiser_of(node)]
     readers = dict.fromkeys(
         str(weight.target)
         for node in found

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ti_fx.cli import _output as output
-from ti_fx.cli._encodings import of_file
+from ti_fx.cli._encodings import Encodings
 from ti_fx.errors import InputError
 
 EXAMPLES = """\b
@@ -54,7 +54,7 @@ def check(
     from ti_fx.numerics.encodings import Kept
 
     content = open_file(file)
-    encodings = of_file(content.requantized_from or content.encoding)
+    trained = content.requantized_from or content.encoding
     kept: Kept = "float16" if "float16" in value_of(content.metadata, KEPT, {}) else "float32"
     cross = CROSS_KEY.format(0)
     part: Part = "decoder" if cross in content.inputs else "encoder" if cross in content.outputs else ""
@@ -63,7 +63,7 @@ def check(
         checkpoint,
         model=source,
         ternarize=ternarize,
-        encodings=encodings,
+        encodings=Encodings(trained.name, dict(trained.others)),
         kept=kept,
         cache=has_cache,
         logits_to_keep=int(has_cache and not part and content.outputs["logits"][1] == 1),

@@ -179,10 +179,10 @@ class _Run:
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
         from ti_fx.cli._progress import TrainingProgress
-        from ti_fx.cli._scores import scores
         from ti_fx.files import atomic_write
         from ti_fx.train import TernaryTrainer
         from ti_fx.train.data import TokenisedTexts
+        from ti_fx.train.scores import scores_of
 
         output.say(str(self.recipe))
         output.say(f"{len(self.training):,} training rows, {self.steps:,} steps")
@@ -197,7 +197,7 @@ class _Run:
             train_dataset=TokenisedTexts(self.training, tokenizer, self.max_length),
             eval_dataset=held_out,
             processing_class=tokenizer,
-            compute_metrics=scores,
+            compute_metrics=scores_of,
             compile=self.compile,
         )
         if trainer.choice is not None:

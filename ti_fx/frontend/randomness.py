@@ -14,6 +14,7 @@ from ti_fx.errors import RandomnessError
 from ti_fx.frontend.constant_mode import ConstantMode, all_tensors
 from ti_fx.frontend.model_for_trace import unchanged_buffers
 from ti_fx.frontend.source_lines import caller, drawing_line
+from ti_fx.numerics.closeness import same
 
 _RANDOM_FUNCTIONS = ("randint", "choice", "choices", "sample", "shuffle", "gauss", "randrange")
 _NUMPY_FUNCTIONS = (
@@ -106,8 +107,5 @@ def decides_at_random(
         if not found:
             return None
     left, right = outputs
-    same = len(left) == len(right) and all(
-        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in zip(left, right, strict=True)
-    )
-    return None if same else found[0]
+    alike = len(left) == len(right) and all(map(same, left, right))
+    return None if alike else found[0]

@@ -58,7 +58,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
 
 def test_a_file_says_what_it_is(mixed: ExportReport) -> None:
     found = metadata(mixed)
-    assert found["ti_fx.encoding"] == "int8-token, second.weight=int8-tensor"
+    assert found["ti_fx.encoding"] == "int8-token"
+    assert json.loads(found["ti_fx.weight_encodings"]) == {"second.weight": "int8-tensor"}
     assert json.loads(found["ti_fx.kept"]) == {"float16": 6}  # biases, norm and head
     assert json.loads(found["ti_fx.source"]) == {"class": "Layers", "name": "organisation/name"}
     assert json.loads(found["ti_fx.versions"])["onnxruntime"] == onnxruntime.__version__
