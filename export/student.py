@@ -1,4 +1,4 @@
-"""The graph that is exported: packed, alone, and with the encodings it was trained with, or another one on request."""
+"""A student that is exported is packed, stands alone, and has the encodings it was trained with, or one on request."""
 
 from __future__ import annotations
 

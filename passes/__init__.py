@@ -1,4 +1,4 @@
-"""Every rewrite of a graph, one a file, in four folders in the order of the pipeline."""
+"""Passes rewrite a graph: each has a file, in four folders in the order of the pipeline."""
 
 if __name__ != "ti_fx.passes":
     raise ImportError(f"import ti_fx.passes, not {__name__}: this would make a second copy of every pass")

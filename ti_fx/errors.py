@@ -1,4 +1,4 @@
-"""Every error that ti_fx raises on purpose.
+"""Every error that ti_fx raises on purpose is a class of this file.
 
 A message is one line that says what is wrong, where, and what to do next. ``exit_code`` is what the command line
 returns: 2 for bad input, 1 for a check that failed.

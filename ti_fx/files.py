@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new one, never half of either."""
+"""Files are written so that a reader sees the old content or the new one, never half of either."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipe: everything needed to rebuild the same training graphs from the same model, as JSON or YAML.
+"""A Recipe holds everything needed to rebuild the same training graphs from the same model, as JSON or YAML.
 
 Schedules of the presets are the published ones (arXiv 2302.11812, section 4 and its code): with s = 60 intervention
 steps, TI-G intervenes at the output until s/6, at the context until s/3 and at the map to the end; then plain

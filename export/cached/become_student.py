@@ -1,4 +1,4 @@
-"""A captured graph of a model becomes its packed student: codes, scales, quantisers, tensors kept in full precision."""
+"""A newly captured graph gets the packed student's codes, scales, quantisers and full-precision tensors."""
 
 from __future__ import annotations
 

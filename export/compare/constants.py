@@ -1,4 +1,4 @@
-"""The file's unpacked constants (biases, norms, masks, tables in full precision) against the graph's, exactly."""
+"""An export compares the file's unpacked constants with the graph's, bit by bit: biases, norms, masks, tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime against PyTorch: the same packed student, at other sizes, padded, and with the batch permuted."""
+"""An export compares ONNX Runtime's outputs with PyTorch's, at other sizes, padded, and with the batch permuted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed tensors in the finished ONNX graph: markers become INT2 initialisers, and a table says what is where."""
+"""An exported file stores its packed tensors as initialisers, and a table in its metadata says which is which."""
 
 from __future__ import annotations
 

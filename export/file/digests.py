@@ -1,4 +1,4 @@
-"""A record of the file as it was written, in its metadata: whatever was changed since is found, and its node named.
+"""An exported file holds a digest of each node, by which a later change is found and its node named.
 
 Comparing numbers can't find an epsilon in its last bit, or a mask's constant beyond the sizes that were run. The record
 holds a digest for each node of the packed graph that the file has, of its operators, their attributes, the values they

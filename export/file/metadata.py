@@ -1,4 +1,4 @@
-"""What a file says of itself, in its metadata, so that it is understood without the graph it came from.
+"""An exported file says in its metadata what it is, so that it is understood without the graph it came from.
 
 =============================== =====================================================================================
 ti_fx.encoding                  the encoding of the weights, by name: ``int8-token``
@@ -157,7 +157,8 @@ def value_of(metadata: Mapping[str, str], key: str, default: Any) -> Any:
     """Return a JSON value of the metadata, the default where the file has none.
 
     Raises:
-        InputError: it is no JSON, or none of the default's kind without lists and dicts in it; None takes any.
+        InputError: the text is not JSON, its kind is not the default's, or a list or dict in it holds another. A
+            default of None takes any JSON.
     """
     if key not in metadata:
         return default

@@ -1,4 +1,4 @@
-"""Run an exported file in ONNX Runtime: the session options that suit it, and inputs checked in one line."""
+"""``Runtime`` runs an exported file in ONNX Runtime, with options that suit it, and refuses unfit inputs."""
 
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ class Weights:
         gm: the graph that is being lowered; stored bytes and tables become its buffers.
         opset: of the file.
         integers: the weights that an integer product reads, and whether each is ``(outputs, inputs)``.
-        blocks: the same of products by blocks; they can read weights whose inputs are a multiple of 4.
+        blocks: the weights that a block product reads, and the same of each; such a product reads packed only a
+            weight whose number of inputs is a multiple of 4.
 
     Raises:
         ExportError: a packed weight is not float32.

@@ -1,4 +1,4 @@
-"""What asserts in an exported program: torch.export's own assertions go, checks of decisions stay."""
+"""This step removes torch.export's own assertions and keeps the checks of what the model decided by values."""
 
 from __future__ import annotations
 

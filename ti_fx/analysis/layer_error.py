@@ -1,4 +1,4 @@
-"""How far the student is from its full-precision teacher, block by block, on one batch."""
+"""``layer_errors`` measures on one batch how far each block of the student is from its full-precision teacher."""
 
 from __future__ import annotations
 

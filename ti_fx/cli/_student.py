@@ -57,10 +57,10 @@ def packed_student(
     """
     from ti_fx.ir.pipeline import Pipeline
     from ti_fx.passes import Pack
-    from ti_fx.train.checkpoint import EXAMPLE, FACTS, load, read_tensors
+    from ti_fx.train.checkpoint import DESCRIPTION, EXAMPLE, load, read_tensors
 
     folder = Path(source)
-    is_checkpoint = (folder / FACTS).is_file()
+    is_checkpoint = (folder / DESCRIPTION).is_file()
     if ternarize and is_checkpoint:
         raise InputError(f"{source} is a checkpoint, so it is ternary already; leave out --ternarize")
     if ternarize and model is not None:

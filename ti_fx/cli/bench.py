@@ -22,7 +22,7 @@ Examples:
   ti-fx bench student.onnx other.onnx --batch 1 --batch 8 --length 128 --length 512
   ti-fx bench llama.onnx --against ./my-llama --batch 1 --length 256
 
-Of a file with a cache one token is run, after --length tokens."""
+For a file with a cache, it times one more token after --length tokens."""
 
 FP32, INT8 = "fp32", "ORT int8"
 

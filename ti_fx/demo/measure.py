@@ -1,4 +1,4 @@
-"""Accuracy, agreement and latency, measured anew at every run of the demo."""
+"""The demo measures accuracy, agreement and latency anew at every run."""
 
 from __future__ import annotations
 

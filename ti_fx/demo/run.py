@@ -1,4 +1,4 @@
-"""The demo: fine-tune a teacher, train two ternary students, export, run in ONNX Runtime, report."""
+"""The demo fine-tunes a teacher, trains two ternary students, exports and runs them, and reports."""
 
 from __future__ import annotations
 

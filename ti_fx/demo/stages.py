@@ -1,4 +1,4 @@
-"""Stages of the demo, kept by the hash of everything that goes into them, code included."""
+"""The demo keeps what a stage made by the hash of everything that went into it, code included."""
 
 from __future__ import annotations
 

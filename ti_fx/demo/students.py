@@ -1,4 +1,4 @@
-"""The demo's students: TernaryBERT and TI-G from the same teacher, for the same number of steps, with the same seed."""
+"""The demo trains TernaryBERT and TI-G from one teacher, for the same number of steps, with the same seed."""
 
 from __future__ import annotations
 

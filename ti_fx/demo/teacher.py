@@ -1,4 +1,4 @@
-"""The demo's full-precision teacher: a pre-trained encoder fine-tuned on the question types.
+"""The demo fine-tunes a pre-trained encoder on the question types, in full precision, as the teacher.
 
 The loop is transformers' Trainer. The settings were chosen by accuracy on the validation split alone, where
 differences under a point are chance: it has 537 questions.

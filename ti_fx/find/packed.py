@@ -1,4 +1,4 @@
-"""The packed weights of a graph, who reads them, and by which encoding each computes."""
+"""A packed graph's weights are found here, with who reads each and by which encoding that computes."""
 
 from __future__ import annotations
 

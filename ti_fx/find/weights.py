@@ -1,4 +1,4 @@
-"""What a pass acts on: projections, word embeddings and heads by data flow, narrowed by globs over parameter names."""
+"""Weights are sorted into projections, word embeddings and heads by data flow; globs over names narrow the choice."""
 
 from __future__ import annotations
 

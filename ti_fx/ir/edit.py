@@ -1,4 +1,4 @@
-"""Small edits of an fx graph that torch.fx leaves to its users: names that can be reused, order, sharing, pruning."""
+"""These functions edit a graph where torch.fx leaves that to its users: they insert, name, sort, fork and prune."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes insert into the student: activation quantisers and detaches."""
+"""Passes insert activation quantisers and detaches into the student, which are recognised here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options as text: a frozen dataclass's fields, written so that they parse back. Used by passes, recipes and the CLI.
+"""A frozen dataclass's fields are options, written as text that parses back: for passes, recipes, the command line.
 
 ``name{key=value key=value}``, default values left out; None is ``none``, tuples are ``1,2``, mappings ``a:1,b:2``, odd
 text is quoted.

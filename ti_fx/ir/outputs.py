@@ -1,4 +1,4 @@
-"""Rebuild a model's output structure inside the graph, from torch.export's flat outputs and their TreeSpec."""
+"""A graph returns the model's own output structure, rebuilt from torch.export's flat outputs and their TreeSpec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass, Pipeline and Report: ordered rewrites of one graph, each checked before and after."""
+"""A Pipeline runs passes over one graph in order and checks the graph after each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one ``node.meta`` key of ti_fx and its accessors.
+"""Each node records its role and what passes did to it under one key of ``node.meta``.
 
 Every node has a role:
 

@@ -1,4 +1,4 @@
-"""A graph as text, one node a line, and the difference of two graphs.
+"""A graph is written as text, one node a line, and two graphs as their difference.
 
 ``%name = op(args)  type  @module  #role``: no ids, devices or timings, so that equal graphs have equal text.
 """

@@ -1,4 +1,4 @@
-"""What a student is compared with: ONNX Runtime on the original model, in fp32 and with its own dynamic int8."""
+"""A student is compared with the original model in ONNX Runtime, in fp32 and with its own dynamic int8."""
 
 from __future__ import annotations
 

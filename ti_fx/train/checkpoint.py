@@ -1,4 +1,4 @@
-"""Checkpoints: the student's latent weights under the source names, and what rebuilds and verifies the graphs.
+"""A checkpoint keeps the student's latent weights under the source names, and what rebuilds and verifies the graphs.
 
 A folder holds ``model.safetensors`` (so ``from_pretrained`` loads the latent weights), the source's config and
 tokenizer, ``example.safetensors`` (the inputs that the graph was captured with), what Trainer saves to resume,
@@ -34,7 +34,7 @@ from ti_fx.passes import Strip
 from ti_fx.recipe import Recipe
 from ti_fx.train.model import TernaryModel, digest
 
-FACTS = "ti_fx.json"
+DESCRIPTION = "ti_fx.json"
 WEIGHTS = "model.safetensors"
 EXAMPLE = "example.safetensors"
 TRAINER_STATE = "trainer_state.json"
@@ -82,7 +82,7 @@ def save(
         "phases": model.phase_digests(),
         "weights": {name: digest(value) for name, value in plain.items()},
     }
-    atomic_write(target / FACTS, json.dumps(facts, indent=1) + "\n")
+    atomic_write(target / DESCRIPTION, json.dumps(facts, indent=1) + "\n")
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -154,7 +154,7 @@ def finished_files(target: Path) -> Iterator[Path]:
             old.mkdir()
             yield new
             _sync(new)
-            names = sorted((path.name for path in new.iterdir()), key=lambda name: name != FACTS)
+            names = sorted((path.name for path in new.iterdir()), key=lambda name: name != DESCRIPTION)
             for name in names:
                 if (target / name).exists():
                     os.replace(target / name, old / name)
@@ -164,7 +164,7 @@ def finished_files(target: Path) -> Iterator[Path]:
     except BaseException:
         for path in placed:
             path.unlink()
-        for path in sorted(old.glob("*"), key=lambda path: path.name == FACTS):
+        for path in sorted(old.glob("*"), key=lambda path: path.name == DESCRIPTION):
             os.replace(path, target / path.name)
         raise
     finally:
@@ -186,12 +186,12 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder or file is missing, unfinished or damaged.
     """
-    path = Path(folder) / FACTS
+    path = Path(folder) / DESCRIPTION
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} is no finished ti_fx checkpoint: {FACTS} is missing; give a checkpoint-N folder"
+            f"{folder} is no finished ti_fx checkpoint: {DESCRIPTION} is missing; give a checkpoint-N folder"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"can't read {path}: {first_line(error)}; use another checkpoint") from None
@@ -344,7 +344,7 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
     try:
         recipe = Recipe.from_dict(facts["recipe"])
     except RecipeError as error:
-        raise CheckpointError(f"{Path(checkpoint) / FACTS}: {error}; use another checkpoint") from None
+        raise CheckpointError(f"{Path(checkpoint) / DESCRIPTION}: {error}; use another checkpoint") from None
     device = next((parameter.device for parameter in source.parameters()), torch.device("cpu"))
     _fits(source, weights, checkpoint)
     gm = capture(source, {name: value.to(device) for name, value in example.items()})
@@ -404,7 +404,7 @@ def last_finished(folder: str | Path) -> Path | None:
     found = [
         (int(path.name.removeprefix("checkpoint-")), path)
         for path in Path(folder).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and (path / FACTS).is_file()
+        if path.name.removeprefix("checkpoint-").isdigit() and (path / DESCRIPTION).is_file()
     ]
     return max(found)[1] if found else None
 

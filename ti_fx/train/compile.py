@@ -1,4 +1,4 @@
-"""Compiling one phase's graph: what it cost, no guard that a size may break, and the same code again after a resume."""
+"""A Runner compiles one phase's graph, counts what that cost, and compiles to the same code again after a resume."""
 
 from __future__ import annotations
 

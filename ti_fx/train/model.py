@@ -1,4 +1,4 @@
-"""The module that is trained: every tensor once, under the source model's names, and one graph per phase."""
+"""TernaryModel is the module that is trained: it owns every tensor once, and has one graph per phase."""
 
 from __future__ import annotations
 

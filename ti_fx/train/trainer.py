@@ -1,4 +1,4 @@
-"""TernaryTrainer: transformers.Trainer with phases, losses by name, the two-step restart and verified checkpoints."""
+"""TernaryTrainer adds phases, losses by name, restarts and verified checkpoints to transformers.Trainer."""
 
 from __future__ import annotations
 

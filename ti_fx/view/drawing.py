@@ -1,4 +1,4 @@
-"""One layer as a picture, drawn by Graphviz: what is student, teacher, shared and loss, and what a pass changed."""
+"""Graphviz draws one layer: what is student, teacher, shared and loss, and what a pass changed."""
 
 from __future__ import annotations
 

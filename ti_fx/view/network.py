@@ -1,4 +1,4 @@
-"""The graph as a networkx.DiGraph, for questions and for other tools."""
+"""``to_networkx`` returns the graph as a networkx.DiGraph, for questions and for other tools."""
 
 from __future__ import annotations
 

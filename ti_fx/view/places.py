@@ -1,4 +1,4 @@
-"""Where in the model each node belongs: its stack, its layer, and the part of that layer.
+"""Each node has a place in the model: its stack, its layer, and the part of that layer.
 
 The residual stream is the ruler. Each block ends at a node of the stream (``X_0 .. X_L`` and the values after each
 attention block), and a node belongs to the block that everything it feeds belongs to.

@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML page: tables, charts, graphs before and after each pass, dumps.
+"""A report is one self-contained HTML page: tables, charts, graphs before and after each pass, dumps.
 
 write_report(Report("What came out", (Table(...), LineChart(...), GraphSteps(...))), "report.html")
 """

@@ -1,4 +1,4 @@
-"""The whole chain on one model, stage by stage, with what was measured at each and the reason where it ends."""
+"""``run_chain`` takes one model through every stage, and keeps what was measured and why it ended where it did."""
 
 from __future__ import annotations
 

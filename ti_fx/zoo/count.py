@@ -1,4 +1,4 @@
-"""Attention blocks counted while a model runs, from the tensors that its operators take and give.
+"""Attention blocks are counted while a model runs, from the tensors that its operators take and give.
 
 An attention block is a softmax of the product of two activations whose result multiplies a third. Nothing is known of
 modules or architectures: a dispatch mode sees every operator of a forward, whatever wrote it.

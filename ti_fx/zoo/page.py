@@ -1,4 +1,4 @@
-"""Results as one self-contained HTML page: bars by stage, a table to sort and search, and what is left out."""
+"""Results are shown as one self-contained page: bars by stage, a table to sort and search, what is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Known tensors put at a site's context and output, in the graph and, by forward hooks, in the original module."""
+"""Known tensors replace a site's context and output, in the graph and, by forward hooks, in the original module."""
 
 from __future__ import annotations
 
