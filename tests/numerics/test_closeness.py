@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ti_fx.numerics import closeness
+from ti_fx.numerics.closeness import by_vector, relative
 
 INFINITY, NAN = float("inf"), float("nan")
 NUMBERS = st.floats(-1e6, 1e6, width=32)
@@ -119,3 +120,16 @@ def test_p99_leaves_the_largest_hundredth_out(count: int, random: Any) -> None:
 def test_any_type_has_a_gap(dtype: torch.dtype) -> None:
     found, expected = torch.tensor([1, 0, 1]).to(dtype), torch.tensor([1, 1, 0]).to(dtype)
     assert closeness.gap(found, expected).tolist() == [0, 1, 1]
+
+
+def test_rows_without_numbers_in_both_say_nothing() -> None:
+    expected = torch.tensor([[3.0, 4.0], [float("nan"), float("nan")], [1.0, float("inf")]])
+    found = torch.tensor([[3.0, 4.5], [float("nan"), float("nan")], [1.0, float("inf")]])
+    torch.testing.assert_close(by_vector(found, expected), torch.tensor([0.1, 0.0], dtype=torch.float64))
+    assert 0.09 < relative(found, expected) < 0.1
+
+
+def test_a_row_without_numbers_in_one_of_them_is_infinitely_far() -> None:
+    numbers, none = torch.ones(1, 2), torch.full((1, 2), float("nan"))
+    assert by_vector(none, numbers).isinf().all()
+    assert by_vector(numbers, none).isinf().all()

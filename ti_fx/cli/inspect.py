@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ti_fx.analysis import StoredWeight
     from ti_fx.cli._loading import Loaded
-    from ti_fx.frontend.capture import CaptureReport
+    from ti_fx.ir.facts import CaptureReport
     from ti_fx.ir.pipeline import Pass
     from ti_fx.recipe import Recipe
     from ti_fx.view import Step

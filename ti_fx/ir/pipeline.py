@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from textwrap import indent
 from typing import ClassVar
 
 from torch.fx import GraphModule, Node
@@ -43,6 +44,10 @@ class Pass(PassBase):
     def apply(self, gm: GraphModule) -> None:
         """Edit ``gm`` in place."""
         raise NotImplementedError
+
+    def explain(self, gm: GraphModule) -> str:
+        """Return what a report should say of the graph beside counts: what the pass decided, and why."""
+        return ""
 
     def ensures(self, gm: GraphModule) -> None:
         """Raise PostconditionError unless the pass did what it promises."""
@@ -94,7 +99,8 @@ class PassReport:
 
     Attributes:
         name: the pass as text. added, removed, rewired: numbers of nodes. parameters: elements that the graph reads
-        afterwards. milliseconds: wall time, checks included. changed: whether the dump is another.
+        afterwards. milliseconds: wall time, checks included. explanation: what the pass decided and why, most often
+        nothing. changed: whether the dump is another.
     """
 
     name: str
@@ -103,6 +109,7 @@ class PassReport:
     rewired: int
     parameters: int
     milliseconds: float
+    explanation: str = ""
 
     @property
     def changed(self) -> bool:
@@ -125,6 +132,7 @@ class Report:
         rows = [
             f"{index}. {row.name}: {row.added} added, {row.removed} removed, {row.rewired} rewired; "
             f"{row.parameters:,} parameters; {row.milliseconds:.0f} ms"
+            + indent(f"\n{row.explanation}" if row.explanation else "", "   ")
             for index, row in enumerate(self.passes, 1)
         ]
         return "\n".join(rows)
@@ -172,7 +180,8 @@ class Pipeline:
                 error.add_note(self._note(one, position, gm, before))
                 raise
             elapsed = 1000 * (time.perf_counter() - start)
-            rows.append(_measure(str(one), gm, before, after, elapsed))
+            explanation = one.explain(gm) if isinstance(one, Pass) else ""
+            rows.append(_measure(str(one), gm, before, after, elapsed, explanation))
             before = after
             self._write(position, name_of(one), after)
         if self.stage is not None:
@@ -284,6 +293,7 @@ def _measure(
     before: dict[str, str],
     after: dict[str, str],
     milliseconds: float,
+    explanation: str,
 ) -> PassReport:
     shared = before.keys() & after.keys()
     return PassReport(
@@ -293,4 +303,5 @@ def _measure(
         rewired=sum(before[node] != after[node] for node in shared),
         parameters=sum(parameter.numel() for parameter in gm.parameters()),
         milliseconds=milliseconds,
+        explanation=explanation,
     )

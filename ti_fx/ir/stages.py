@@ -1,6 +1,14 @@
 """The stages that a graph goes through, each with the table of invariants that it keeps there.
 
-=========  ==========================================  ========================
+=========  ==========================================  ===============================
+exported   what torch.export returned                  passes/normalise takes it
+captured   a plain trainable graph: the student alone  passes/prepare take it
+prepared   student, teacher, losses, interventions     passes/prepare and deploy take it
+packed     the student alone, its weights as codes     passes/lower take it
+lowered    what ONNX can say                           the exporter takes it
+=========  ==========================================  ===============================
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
