@@ -34,6 +34,7 @@ import ti_fx
 from ti_fx.export import to_onnx, with_cache
 from ti_fx.export.compare.nodes import cut_at_nodes
 from ti_fx.export.file.metadata import MINIMUM_RUNTIME
+from ti_fx.numerics.closeness import relative
 from ti_fx.passes import DecomposeAttention, Pack, QuantizeActivations, Ternarize
 
 TOLERANCE = 1e-5
@@ -221,10 +222,7 @@ def worst(found: list[np.ndarray], expected: Result) -> float:
     distances = [0.0]
     for value, wanted in zip(found, expected, strict=True):
         assert isinstance(wanted, np.ndarray)
-        same = (value == wanted) | ((value != value) & (wanted != wanted))
-        gap = np.where(same, 0.0, value.astype(np.float64) - wanted.astype(np.float64))
-        size = np.linalg.norm(wanted[np.isfinite(wanted)].astype(np.float64))
-        distances.append(float(np.linalg.norm(gap) / max(size, np.finfo(np.float32).tiny)))
+        distances.append(relative(torch.from_numpy(value), torch.from_numpy(wanted)))
     return max(distances)
 
 

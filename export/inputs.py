@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.export import arguments
-from ti_fx.ir.edit import constant_size, erase_dead, fork, mode
-from ti_fx.ir.facts import state
+from ti_fx.ir.edit import call, constant_size, erase_dead, fork, mode
+from ti_fx.ir.facts import facts
 from ti_fx.ir.outputs import is_container, named_leaves
 from ti_fx.ir.shapes import fake_mode
 
@@ -49,7 +49,7 @@ def bind(gm: GraphModule, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[
 
 def dimensions(gm: GraphModule) -> dict[str, dict[int, str]]:
     """Return the dynamic dimensions of each input by name, as capture named them (``batch``, ``sequence``)."""
-    known = state(gm).get("dims", {})
+    known = facts(gm).sizes.names
     found: dict[str, dict[int, str]] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         name = str(node.target)
@@ -119,8 +119,8 @@ def other_sizes(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[dict[str,
         longer[name] = allowed[0]
         others = [candidate for candidate in allowed if candidate not in (size, allowed[0])]
         shorter[name] = min(others, key=lambda candidate: abs(candidate - size / 2), default=allowed[-1])
-    found = [longer, shorter, *({**longer, **case} for case in state(gm).get("cases", ()))]
-    for name, parts in state(gm).get("sums", {}).items():  # a mask covers the cache and what is new
+    found = [longer, shorter, *({**longer, **case} for case in facts(gm).sizes.cases)]
+    for name, parts in facts(gm).sizes.sums.items():  # a mask covers the cache and what is new
         for wanted in found:
             wanted[name] = sum(wanted[part] for part in parts)
     return found
@@ -129,7 +129,7 @@ def other_sizes(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[dict[str,
 def _fits(gm: GraphModule, wanted: Mapping[str, int]) -> bool:
     """Whether the equalities that the trace asked of the sizes hold (a length that is a multiple of a window's)."""
     environment = fake_mode(gm).shape_env
-    symbols = {symbol: wanted[name] for symbol, name in state(gm).get("dims", {}).items() if name in wanted}
+    symbols = {symbol: wanted[name] for symbol, name in facts(gm).sizes.names.items() if name in wanted}
     guards = [guard.expr for guard in environment.guards] if environment is not None else []
     known = [(symbol, symbols.get(str(symbol))) for guard in guards for symbol in guard.free_symbols]
     values = {symbol: value for symbol, value in known if value is not None}
@@ -181,8 +181,7 @@ def flat_outputs(gm: GraphModule) -> tuple[GraphModule, dict[str, Node]]:
         raise ExportError("the graph returns no tensor, so there is nothing to export")
     for name, node in leaves.items():
         if node.op == "placeholder":  # or the exporter gives the input the output's name
-            with flat.graph.inserting_before(output):
-                leaves[name] = flat.graph.call_function(torch.ops.aten.clone.default, (node,))
+            leaves[name] = call(output, torch.ops.aten.clone.default, (node,))
             leaves[name].meta = dict(node.meta)
     output.args = (tuple(leaves.values()),)
     erase_dead(node for node in flat.graph.nodes if is_container(node))

@@ -21,19 +21,20 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ti_fx import __version__
-from ti_fx.errors import ExportError, InputError
+from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.export import arguments, compare
 from ti_fx.export import inputs as io
 from ti_fx.export.file import external_data, names
 from ti_fx.export.file.content import FileContent, open_file, resolve_markers
 from ti_fx.export.file.digests import RECORD_KEY, record_of
 from ti_fx.export.file.external_data import SIZE_THRESHOLD
-from ti_fx.export.file.metadata import facts
+from ti_fx.export.file.metadata import metadata_of
 from ti_fx.export.report import ExportReport, StoredTensor
-from ti_fx.export.student import relative_distance, require_packed, same_numerics, with_encoding
+from ti_fx.export.student import require_packed, same_numerics, with_encoding
 from ti_fx.files import atomic_files, reported
 from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights, weight_encodings
 from ti_fx.ir.edit import mode, tensor
+from ti_fx.numerics.closeness import relative
 from ti_fx.numerics.encodings import NEWEST_OPSET
 from ti_fx.numerics.layouts import LAYOUTS
 from ti_fx.passes.lower.lowering import lower
@@ -178,7 +179,7 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
     cost = None
     if not same_numerics(student, gm):
         trained = io.run_graph(gm, inputs)
-        cost = {name: relative_distance(value, trained[name]) for name, value in outputs.items()}
+        cost = {name: relative(value, trained[name]) for name, value in outputs.items()}
     model = _export(student, inputs, opset)
     _describe(model, gm, student, opset, options.config)
     beside = places.enter_context(atomic_files(path))
@@ -192,7 +193,7 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
             path=path,
             bytes=sum(file.stat().st_size for file in beside.iterdir()),
             opset=opset,
-            encoding=encoding_of(student),
+            encoding=str(encoding_of(student)),
             tensors=_stored(content),
             ternary_weights=sum(torch.Size(shape).numel() for shape in shapes.values()),
             parity=report,
@@ -254,8 +255,8 @@ def _export(student: GraphModule, inputs: Mapping[str, Tensor], opset: int) -> i
                 verbose=False,
             )
     except Exception as error:  # torch.onnx wraps whatever went wrong in errors of several modules
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"torch.onnx can't export the graph: {reason[0]}") from error
+        reason = first_line(error.__cause__ or error)
+        raise ExportError(f"torch.onnx can't export the graph: {reason}") from error
     assert program is not None
     assert program.exported_program is not None
     _register_constants(program.model.graph)
@@ -309,7 +310,7 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
     model.producer_name, model.producer_version = "ti_fx", __version__
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.metadata_props.clear()
-    model.metadata_props.update(facts(gm, student, model, tensors, config))
+    model.metadata_props.update(metadata_of(gm, student, model, tensors, config))
     model.metadata_props[RECORD_KEY] = record_of(model, stored)
 
 

@@ -4,6 +4,7 @@ if __name__ != "ti_fx.passes":
     raise ImportError(f"import ti_fx.passes, not {__name__}: this would make a second copy of every pass")
 
 from ti_fx.passes.deploy.pack import Pack
+from ti_fx.passes.deploy.requantize import Requantize
 from ti_fx.passes.deploy.strip import Strip
 from ti_fx.passes.normalise.canonicalize import Canonicalize
 from ti_fx.passes.prepare.decompose_attention import DecomposeAttention
@@ -21,6 +22,7 @@ __all__ = [
     "Intervene",
     "Pack",
     "QuantizeActivations",
+    "Requantize",
     "Strip",
     "Ternarize",
 ]

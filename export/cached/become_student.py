@@ -8,9 +8,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ti_fx.errors import ExportError
-from ti_fx.find.packed import fake_quantised, packed_weights, weight_encodings
+from ti_fx.find.packed import packed_weights, weight_encodings
 from ti_fx.ir.edit import aten_name, register, tensor
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts, record_facts
+from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.shapes import refresh
 from ti_fx.passes import Pack, QuantizeActivations
@@ -53,9 +54,7 @@ def become(gm: GraphModule, student: GraphModule) -> list[str]:
     for weight in weights.values():
         for target in (weight.codes_name, weight.scale_name):
             register(gm, target, tensor(student, target))
-    recipe = state(student).get("recipe")
-    if recipe is not None:
-        state(gm)["recipe"] = recipe
+    record_facts(gm, recipe=facts(student).recipe)
     return missing
 
 
@@ -69,9 +68,9 @@ def _quantisers(student: GraphModule, weights: Collection[str]) -> QuantizeActiv
     encodings = {name: one.name for name, one in weight_encodings(student).items() if name in weights}
     attention = any(
         aten_name(reader) in ("matmul", "bmm")
-        and all(fake_quantised(source) for source in reader.all_input_nodes)
+        and all(quantiser_of(source) for source in reader.all_input_nodes)
         for node in student.graph.nodes
-        if fake_quantised(node)
+        if quantiser_of(node)
         for reader in node.users
     )
     most = next(iter(encodings.values()), "float")

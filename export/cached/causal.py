@@ -44,11 +44,12 @@ from ti_fx.export.cached.names import (
 from ti_fx.export.inputs import other_sizes, resized
 from ti_fx.export.student import require_packed
 from ti_fx.frontend.capture import capture
-from ti_fx.frontend.export_program import Dynamic
-from ti_fx.frontend.patches import forward_of_tensors
+from ti_fx.frontend.dynamic_sizes import Dynamic
+from ti_fx.frontend.model_for_trace import forward_of_tensors
 from ti_fx.ir.edit import constant_size, erase_dead_writes, input_names, mode, prune, register
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts, record_sizes
 from ti_fx.ir.shapes import move_to_cpu
+from ti_fx.numerics.closeness import largest
 
 SEQUENCE, PAST, TOTAL, SOURCE = "sequence", "past", "total", "source"
 PAST_AXES = (0, 2)  # of keys and values: batch and tokens
@@ -177,7 +178,7 @@ def require_free(gm: GraphModule, model: nn.Module) -> None:
         CaptureError: it does.
     """
     why = "so that a graph with a cache would hold the example's; export it without a cache"
-    baked = sorted(state(gm).get("baked", {}))
+    baked = sorted(facts(gm).baked)
     if baked:
         raise CaptureError(
             f"{type(model).__name__} decides in Python by the values of {', '.join(baked)}, {why}"
@@ -199,24 +200,25 @@ def require_free(gm: GraphModule, model: nn.Module) -> None:
 
 def _name_sizes(gm: GraphModule) -> None:
     """Call the cache's length ``past``, a causal model's mask's, their sum, ``total``, and the encoder's ``source``."""
-    facts = state(gm)
-    names = facts["dims"]
+    names = dict(facts(gm).sizes.names)
     shapes = {str(node.target): node.meta["val"].shape for node in gm.graph.find_nodes(op="placeholder")}
     meanings = [
         ("decoder_input_ids", 1, SEQUENCE),
         (CROSS_KEY.format(0), 2, SOURCE),
         (PAST_KEY.format(0), 2, PAST),
     ]
+    sums: dict[str, tuple[str, ...]] = {}
     if PAST_KEY.format(0) in shapes and CROSS_KEY.format(0) not in shapes:
         meanings.append(("attention_mask", 1, TOTAL))
-        facts["sums"] = {TOTAL: (PAST, SEQUENCE)}
+        sums = {TOTAL: (PAST, SEQUENCE)}
     for name, index, meaning in meanings:
         if name in shapes and str(shapes[name][index]) in names:
             names[str(shapes[name][index])] = meaning
-    if PAST_KEY.format(0) in shapes:
-        facts["cases"] = ({PAST: 0}, {SEQUENCE: 1}, {PAST: 0, SEQUENCE: 1})
+    has_past = PAST_KEY.format(0) in shapes
+    cases: tuple[dict[str, int], ...] = ({PAST: 0}, {SEQUENCE: 1}, {PAST: 0, SEQUENCE: 1}) if has_past else ()
     least = {PAST: 0, TOTAL: 1}
-    facts["smallest"] = {symbol: least[name] for symbol, name in names.items() if name in least}
+    smallest = {symbol: least[name] for symbol, name in names.items() if name in least}
+    record_sizes(gm, names=names, sums=sums, cases=cases, smallest=smallest)
 
 
 def _compare_states(gm: GraphModule, model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -299,19 +301,14 @@ def stand_ins(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _gap(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, relative to the largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
 def _require_same(model: nn.Module, found: Tensor, expected: Tensor) -> None:
     """Refuse a model that gives a token other logits after a cache than without one.
 
     Raises:
         InputError: it does.
     """
-    gap = _gap(found, expected)
-    if not gap <= SAME:
+    gap = largest(found, expected)
+    if gap > SAME:
         raise InputError(
             f"{type(model).__name__} gives a token other logits after a cache than without one (relative {gap:.1e}, "
             "in a batch with padding): more is kept than keys and values, or the mask is read otherwise; "
@@ -328,7 +325,7 @@ def _require_windows(model: nn.Module, ids: Tensor, mask: Tensor, expected: Tens
     before = run_with_cache(model, input_ids=ids[:, :-1], attention_mask=mask[:, :-1])
     cache = before["past_key_values"]
     last = run_with_cache(model, input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
-    if not _gap(last["logits"][:, -1], expected) <= SAME:
+    if largest(last["logits"][:, -1], expected) > SAME:
         raise InputError(
             f"the configuration of {type(model).__name__} has a sliding window that its attention lacks, so that its "
             "generate forgets tokens which the student attends to; set sliding_window to None there"

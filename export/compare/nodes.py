@@ -25,10 +25,11 @@ from ti_fx.errors import ParityError
 from ti_fx.export import inputs as io
 from ti_fx.export.report import NodeReport
 from ti_fx.export.run.session import session_of
-from ti_fx.find.packed import as_packed, fake_quantised
+from ti_fx.find.packed import as_packed
 from ti_fx.ir.edit import aten_name, mode, tensor, written_arguments
+from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.text import where
-from ti_fx.numerics.encodings import ENCODINGS
+from ti_fx.numerics import closeness
 
 # A float node: two correct implementations of one operation on the same values, relative L2.
 NODE_TOLERANCE = 1e-5
@@ -119,7 +120,7 @@ class _Recorder(Interpreter):
         self._kept = {
             node
             for node in gm.graph.nodes
-            if node in named or fake_quantised(node) or any(aten_name(user) in _ORDERS for user in node.users)
+            if node in named or quantiser_of(node) or any(aten_name(user) in _ORDERS for user in node.users)
         }
         self._seen: dict[Node, Tensor] = {}
         self._written: list[Tensor] = []  # kept, so that no other tensor gets their memory
@@ -188,14 +189,14 @@ def _compared(
                 f"{where(node)} is the first node that differs: {got.dtype}{list(got.shape)} in ONNX Runtime, "
                 f"{expected.dtype}{list(expected.shape)} in PyTorch"
             )
-        gap = _gap(*_chosen(node, values, got, expected))
+        gap = closeness.gap(*_chosen(node, values, got, expected))
         if not expected.is_floating_point():  # indices, masks
             if gap.any():
                 raise ParityError(
                     f"{where(node)} is the first node that differs: {int((gap > 0).sum())} of {gap.numel()} values"
                 )
             continue
-        distance = _relative(gap, expected)
+        distance = closeness.norm_beside(gap, expected)
         step = _product_step(gm, node, values)
         if step is None or distance <= NODE_TOLERANCE:
             if not distance <= NODE_TOLERANCE:
@@ -233,24 +234,6 @@ def _chosen(
     return got.sort(dim).values, expected.sort(dim).values
 
 
-def _gap(found: Tensor, expected: Tensor) -> Tensor:
-    """Return the absolute difference; equal infinities and NaNs are none, and a NaN in one alone is infinite."""
-    same = (
-        (found == expected) | (found.isnan() & expected.isnan())
-        if found.is_floating_point()
-        else found == expected
-    )
-    gap = (found.double() - expected.double()).abs().nan_to_num(float("inf"), float("inf"))
-    return gap.masked_fill(same, 0.0)
-
-
-def _relative(gap: Tensor, expected: Tensor) -> float:
-    if not gap.numel() or not gap.any():
-        return 0.0
-    size = expected.double().masked_fill(~expected.isfinite(), 0).norm()
-    return float(gap.norm() / size.clamp(min=torch.finfo(torch.float32).tiny))
-
-
 def _place(gap: Tensor) -> list[int]:
     return [int(index) for index in torch.unravel_index(gap.argmax(), gap.shape)]
 
@@ -267,15 +250,15 @@ def _product_step(gm: GraphModule, node: Node, values: Mapping[Node, Tensor]) ->
         rows = values[node].shape[:-1]
         return step if step is None or not step.dim() else step.reshape(*rows, 1)
     for argument in node.all_input_nodes:
-        encoding = fake_quantised(argument)
-        if encoding is None:
+        quantiser = quantiser_of(argument)
+        if quantiser is None:
             continue
-        size, result = values[argument].abs(), values[node]
-        by_row = ENCODINGS[encoding].batch_invariant and size.shape[:-1] == result.shape[:-1]
-        largest = size.amax(-1, keepdim=True) if by_row else size.max()
+        step = quantiser.step(values[argument])
+        if step.shape[:-1] != values[node].shape[:-1]:
+            step = step.max()  # its rows are not the product's
         weights = [as_packed(_untransposed(other)) for other in node.all_input_nodes]
         scales = [tensor(gm, weight.scale_name) for weight in weights if weight is not None]
-        return largest.double() / 127 * max((float(scale.abs().max()) for scale in scales), default=1.0)
+        return step * max((float(scale.abs().max()) for scale in scales), default=1.0)
     return None
 
 

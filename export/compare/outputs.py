@@ -17,7 +17,8 @@ from ti_fx.export.compare.nodes import compare_nodes
 from ti_fx.export.report import OutputDifference
 from ti_fx.export.run.session import Runtime
 from ti_fx.ir.edit import aten_name, constant_size, mode
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
+from ti_fx.numerics.closeness import gap, p99
 
 # Float: two correct float32 implementations, sums in another order; relative to the largest value above 1.
 FLOAT_TOLERANCE = 1e-4
@@ -72,7 +73,7 @@ def compare_outputs(
             allowed = _allowed(value, None if noise is None else noise[name])
             row = _difference(name, case, torch.from_numpy(found[name]), value, allowed)
             rows.append(row)
-            if not (row.maximum if exact else row.p99) <= row.allowed:  # NaN fails, too
+            if (row.maximum if exact else row.p99) > row.allowed:  # a NaN in one alone is infinite
                 compare_nodes(
                     path, student, inputs
                 )  # names the node, if it is one that differs at these sizes
@@ -104,7 +105,7 @@ def _permuted_outputs(
     gm: GraphModule, values: Mapping[str, Tensor], order: Tensor
 ) -> dict[str, Tensor] | None:
     """Return outputs with the batch in another order; None where rows are not one for each of it (its codebooks)."""
-    symbols = {symbol for symbol, name in state(gm).get("dims", {}).items() if name == io.BATCH}
+    symbols = {symbol for symbol, name in facts(gm).sizes.names.items() if name == io.BATCH}
     _, leaves = io.flat_outputs(gm)
     result = {}
     for name, value in values.items():
@@ -146,19 +147,8 @@ def nudged_outputs(gm: GraphModule, inputs: Mapping[str, Tensor], seed: int = 0)
 def _rounding_noise(
     gm: GraphModule, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    return {
-        name: _p99((value.double() - expected[name].double()).abs().nan_to_num(0.0, 0.0))
-        for name, value in nudged_outputs(gm, inputs).items()
-    }
-
-
-def _p99(difference: Tensor) -> float:
-    # torch.quantile takes no more than 16 million elements
-    return (
-        float(difference.flatten().kthvalue(max(1, round(0.99 * difference.numel()))).values)
-        if difference.numel()
-        else 0.0
-    )
+    found = {name: gap(value, expected[name]) for name, value in nudged_outputs(gm, inputs).items()}
+    return {name: p99(value.masked_fill(value.isinf(), 0.0)) for name, value in found.items()}
 
 
 def _allowed(expected: Tensor, noise: float | None) -> float:
@@ -197,11 +187,7 @@ def _difference(name: str, case: str, found: Tensor, expected: Tensor, allowed: 
             f"output {name!r} is {found.dtype}{list(found.shape)} in ONNX Runtime and "
             f"{expected.dtype}{list(expected.shape)} in PyTorch, at {case}"
         )
-    difference = (found.double() - expected.double()).abs()
-    # Equal infinities and equal NaNs are no difference.
-    same = (found == expected) | (found.isnan() & expected.isnan())
-    difference = torch.where(same, torch.zeros_like(difference), difference)
+    difference = gap(found, expected)
     maximum = float(difference.max()) if difference.numel() else 0.0
     mean = float(difference.mean()) if difference.numel() else 0.0
-    p99 = float("nan") if maximum != maximum else _p99(difference)
-    return OutputDifference(name, case, maximum, p99, mean, _span(expected), allowed)
+    return OutputDifference(name, case, maximum, p99(difference), mean, _span(expected), allowed)

@@ -20,10 +20,9 @@ from ti_fx.export.file.content import FileContent, compare_tensors, open_file
 from ti_fx.export.file.digests import compare_record
 from ti_fx.export.report import ParityReport
 from ti_fx.export.student import as_written, require_packed
-from ti_fx.find.packed import encoding_of, is_quantised, packed_weights, weight_encodings
+from ti_fx.find.packed import encoding_of, is_quantised, packed_weights, weight_quantisers
 from ti_fx.ir.edit import tensor
 from ti_fx.ir.inputs import require_inputs
-from ti_fx.passes.lower.lowering import ACTIVATIONS
 from ti_fx.passes.lower.storage import looked_up
 
 
@@ -54,7 +53,7 @@ def check(
     student = as_written(gm, content.encoding, content.requantized_from)
     if student is None:
         raise EncodingMismatch(
-            f"{path} has encoding {content.encoding!r}, and the graph {encoding_of(gm)!r}; "
+            f"{path} has encoding '{content.encoding}', and the graph '{encoding_of(gm)}'; "
             "check it with the graph it came from"
         )
     return all_of(path, student, example, content, ram_megabytes)
@@ -105,15 +104,13 @@ def _megabytes(student: GraphModule) -> float:
     Those read two bits by blocks and from tables, a byte in other products of quantised activations, else floats twice.
     """
     tables = {table.codes_name for node in student.graph.nodes if (table := looked_up(node)) is not None}
-    encodings, weights = (
-        weight_encodings(student),
-        {weight.codes_name: weight for weight in packed_weights(student)},
-    )
+    quantisers = weight_quantisers(student)
+    weights = {weight.codes_name: weight for weight in packed_weights(student)}
     total = 0.0
     for name, weight in weights.items():
-        fake_quant = encodings[weight.parameter].fake_quant
-        blocks = any(entry.block for entry in ACTIVATIONS if entry.fake_quant is fake_quant)
-        each = 0.25 if name in tables or blocks else 1.0 if fake_quant else 8.0
+        quantiser = quantisers[weight.parameter]
+        blocks, integers = (quantiser.block, quantiser.codes) if quantiser else (0, None)
+        each = 0.25 if name in tables or blocks else 1.0 if integers else 8.0
         total += (0.25 + each) * torch.Size(weight.shape).numel()
     stored = {str(node.target) for node in student.graph.find_nodes(op="get_attr")} - weights.keys()
     for value in (tensor(student, name) for name in stored):

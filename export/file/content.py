@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from ti_fx.export.file import external_data
 from ti_fx.find.packed import packed_weights
 from ti_fx.ir.edit import tensor
 from ti_fx.ir.text import where
+from ti_fx.numerics.encodings import WeightEncodings
 from ti_fx.numerics.layouts import INT2, LAYOUTS, Layout
 from ti_fx.passes.lower.operators import MARKER_DOMAIN
 
-ENCODING_KEY = "ti_fx.encoding"
-REQUANTIZED_KEY = "ti_fx.requantized_from"
+ENCODING_KEY, WEIGHTS_KEY = "ti_fx.encoding", "ti_fx.weight_encodings"
+REQUANTIZED_KEY, REQUANTIZED_WEIGHTS_KEY = "ti_fx.requantized_from", "ti_fx.weights_requantized_from"
 TENSORS_KEY = "ti_fx.tensors"
 
 
@@ -63,6 +64,51 @@ def from_json(text: str) -> list[PackedTensor]:
             target, initializer = (entry, entry) if isinstance(entry, str) else entry
             found.append(PackedTensor(target, initializer, kind))
     return found
+
+
+def encoding_entries(encoding: WeightEncodings) -> dict[str, str]:
+    """Return the metadata that says by what encodings a file's weights are stored and compute."""
+    return _entries(encoding, ENCODING_KEY, WEIGHTS_KEY)
+
+
+def requantized_entries(trained: WeightEncodings) -> dict[str, str]:
+    """Return the metadata that says with what other encodings the weights were trained."""
+    return _entries(trained, REQUANTIZED_KEY, REQUANTIZED_WEIGHTS_KEY)
+
+
+def _entries(encoding: WeightEncodings, key: str, weights_key: str) -> dict[str, str]:
+    others = {weights_key: json.dumps(dict(encoding.others))} if encoding.others else {}
+    return {key: encoding.name, **others}
+
+
+def encoding_in(metadata: Mapping[str, str]) -> WeightEncodings:
+    """Return the encodings of a file's weights; raises KeyError if ti_fx did not write it.
+
+    Raises:
+        InputError: what the metadata says of single weights is damaged.
+    """
+    return WeightEncodings(metadata[ENCODING_KEY], _others(metadata, WEIGHTS_KEY))
+
+
+def requantized_in(metadata: Mapping[str, str]) -> WeightEncodings | None:
+    """Return the encodings that a file's weights were trained with, None where they are the file's own.
+
+    Raises:
+        InputError: what the metadata says of single weights is damaged.
+    """
+    if REQUANTIZED_KEY not in metadata:
+        return None
+    return WeightEncodings(metadata[REQUANTIZED_KEY], _others(metadata, REQUANTIZED_WEIGHTS_KEY))
+
+
+def _others(metadata: Mapping[str, str], key: str) -> dict[str, str]:
+    try:
+        value = json.loads(metadata.get(key, "{}"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
+        raise InputError(f"the file's metadata {key} is damaged; export it again")
+    return value
 
 
 def resolve_markers(model: ir.Model, gm: GraphModule) -> list[PackedTensor]:
@@ -137,8 +183,8 @@ class FileContent:
     """An exported file, read but not run.
 
     Attributes:
-        encoding: its encoding.
-        requantized_from: the encoding it was trained with, where that is another one.
+        encoding: the encodings of its weights.
+        requantized_from: those it was trained with, where they are others.
         tensors: where the packed tensors are.
         inputs: the shape of each input by name: numbers, and names of dynamic axes.
         outputs: the same of each output.
@@ -149,8 +195,8 @@ class FileContent:
         model: all of it.
     """
 
-    encoding: str
-    requantized_from: str | None
+    encoding: WeightEncodings
+    requantized_from: WeightEncodings | None
     tensors: tuple[PackedTensor, ...]
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
@@ -212,8 +258,8 @@ def content_of(model: onnx.ModelProto, folder: Path, data: external_data.DataFil
     """Return a model's content; raises KeyError, ValueError or TypeError if ti_fx did not write it."""
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     return FileContent(
-        encoding=metadata[ENCODING_KEY],
-        requantized_from=metadata.get(REQUANTIZED_KEY),
+        encoding=encoding_in(metadata),
+        requantized_from=requantized_in(metadata),
         tensors=tuple(from_json(metadata[TENSORS_KEY])),
         inputs=_shapes(model.graph.input),
         outputs=_shapes(model.graph.output),

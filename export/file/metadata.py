@@ -1,24 +1,26 @@
 """An exported file says in its metadata what it is, so that it is understood without the graph it came from.
 
-========================  =====================================================================================
-ti_fx.encoding            of the weights, and after it each weight of another one: ``int8-token, fc=nbits2``
-ti_fx.requantized_from    the encoding it was trained with, where that is another one
-ti_fx.batch_dependent     JSON list of the weights whose activation has one range for the whole batch, so that a
-                          row's result depends on what else is in it; ``attention`` is the products of attention
-ti_fx.tensors             JSON: the names of the packed tensors by layout
-ti_fx.kept                JSON: the floating types of the tensors that are not packed, and how many there are of each
-ti_fx.tensors_sha256      of all tensors of the packed graph
-ti_fx.recipe              JSON: the recipe that the student was trained by
-ti_fx.recipe_sha256       of that text
-ti_fx.source              JSON: the model's class, and its name on the hub where its configuration has one
-ti_fx.largest             JSON: the largest size that the model takes of a dynamic dimension
-ti_fx.rows                JSON: how many rows the table has that an input of ids looks up, by the input's name
-ti_fx.opset               the ONNX opset
-ti_fx.minimum_onnxruntime the oldest ONNX Runtime that computes what this one does
-ti_fx.versions            JSON: what wrote it
-ti_fx.record              JSON: a digest of each node's operators and of each other part of the file, by which
-                          ``check`` finds what was changed afterwards (``ti_fx.export.file.digests``)
-========================  =====================================================================================
+=============================== =====================================================================================
+ti_fx.encoding                  the encoding of the weights, by name: ``int8-token``
+ti_fx.weight_encodings          JSON, where some weights have another: their encodings by their names
+ti_fx.requantized_from          the encoding it was trained with, where that is another one
+ti_fx.weights_requantized_from  JSON, where some weights were trained with another than that
+ti_fx.batch_dependent           JSON list of the weights whose activation has one range for the whole batch, so that a
+                                row's result depends on what else is in it; ``attention`` is the products of attention
+ti_fx.tensors                   JSON: the names of the packed tensors by layout
+ti_fx.kept                      JSON: the floating types of the tensors that are not packed, and how many of each
+ti_fx.tensors_sha256            of all tensors of the packed graph
+ti_fx.recipe                    JSON: the recipe that the student was trained by
+ti_fx.recipe_sha256             of that text
+ti_fx.source                    JSON: the model's class, and its name on the hub where its configuration has one
+ti_fx.largest                   JSON: the largest size that the model takes of a dynamic dimension
+ti_fx.rows                      JSON: how many rows the table has that an input of ids looks up, by the input's name
+ti_fx.opset                     the ONNX opset
+ti_fx.minimum_onnxruntime       the oldest ONNX Runtime that computes what this one does
+ti_fx.versions                  JSON: what wrote it
+ti_fx.record                    JSON: a digest of each node's operators and of each other part of the file, by which
+                                ``check`` finds what was changed afterwards (``ti_fx.export.file.digests``)
+=============================== =====================================================================================
 
 Nothing of the machine is among them: no path, no time, no name of a user.
 """
@@ -46,7 +48,7 @@ from ti_fx.export.file.minimum_runtime import minimum_runtime
 from ti_fx.export.student import same_numerics
 from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights
 from ti_fx.ir.edit import aten_name, tensor
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 
 BATCH_DEPENDENT = "ti_fx.batch_dependent"
 KEPT = "ti_fx.kept"
@@ -63,7 +65,7 @@ _RESHAPED = ("view", "reshape", "to", "unsqueeze", "squeeze", "clone", "contiguo
 _WRITERS = ("torch", "transformers", "onnx", "onnxruntime")
 
 
-def facts(
+def metadata_of(
     gm: GraphModule,
     student: GraphModule,
     model: ir.Model,
@@ -81,7 +83,7 @@ def facts(
     """
     largest = {name: size for name, (_, size) in io.limits(gm).items() if size is not None}
     found = {
-        content.ENCODING_KEY: encoding_of(student),
+        **content.encoding_entries(encoding_of(student)),
         content.TENSORS_KEY: content.to_json(tensors),
         TENSORS_HASH: tensors_hash(student),
         BATCH_DEPENDENT: json.dumps(batch_dependent(student)),
@@ -94,8 +96,8 @@ def facts(
         VERSIONS: json.dumps({"ti_fx": __version__, **{name: version(name) for name in _WRITERS}}),
     }
     if not same_numerics(student, gm):
-        found[content.REQUANTIZED_KEY] = encoding_of(gm)
-    recipe = state(gm).get("recipe")
+        found |= content.requantized_entries(encoding_of(gm))
+    recipe = facts(gm).recipe
     if recipe is not None:
         found[RECIPE] = recipe if isinstance(recipe, str) else json.dumps(recipe)
         found[RECIPE_HASH] = hashlib.sha256(found[RECIPE].encode()).hexdigest()

@@ -12,8 +12,9 @@ from ti_fx import numerics
 from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.ir import roles
 from ti_fx.ir.edit import call, erase, get_attr, prune, register, supersede, tensor
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import PACKED, PREPARED
 from ti_fx.numerics import encodings
 
 
@@ -33,6 +34,9 @@ class Pack(Pass):
             heads). float16 rounds them, here as in the file; one with values beyond its range stays as it is. None is
             what the student's encoding wants: float16 for ``base3``, whose point is size, float32 for all others.
     """
+
+    takes = (PREPARED, PACKED)
+    gives = PACKED
 
     kept: encodings.Kept | None = None
 
@@ -71,10 +75,10 @@ def require_ternary(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
         if roles.role(node) in ("teacher", "loss"):
             raise PreconditionError(
-                f"pack needs the student alone, and %{node.name} is {roles.role(node)}; run strip first"
+                f"pack needs the student alone, and %{node.name} is {roles.role(node)}", missing="strip"
             )
     if not any(node.target in (numerics.ternary, numerics.unpack_ternary) for node in gm.graph.nodes):
-        raise PreconditionError("pack finds no ternary weight; run ternarize first")
+        raise PreconditionError("pack finds no ternary weight", missing="ternarize")
 
 
 def pack_weight(gm: GraphModule, node: Node, weight: Tensor) -> None:
@@ -98,7 +102,7 @@ def pack_weight(gm: GraphModule, node: Node, weight: Tensor) -> None:
 
 
 def _kept(gm: GraphModule) -> encodings.Kept:
-    name = state(gm).get("encoding")
+    name = facts(gm).encoding
     return "float32" if name is None else encodings.get_encoding(name).kept
 
 

@@ -11,6 +11,7 @@ from ti_fx.find.attention import find_attention
 from ti_fx.ir import roles
 from ti_fx.ir.edit import erase, erase_dead, prune
 from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import CAPTURED, PACKED, PREPARED
 from ti_fx.passes.prepare import distill, intervene
 
 
@@ -25,6 +26,8 @@ class Strip(Pass):
 
     1. losses   2. interventions and detaches   3. teacher nodes   4. nodes nobody reads any more   5. unread tensors
     """
+
+    takes = (CAPTURED, PREPARED, PACKED)
 
     def apply(self, gm: GraphModule) -> None:
         """Remove what only training needs."""

@@ -16,7 +16,6 @@ before:  %x_q = int8_block_128(%x)                 after:  %h = block_linear(%x,
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,54 +26,20 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument, map_aggregate
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from ti_fx import numerics
 from ti_fx.errors import ExportError
 from ti_fx.find.packed import PackedWeight, as_packed, packed_weights
 from ti_fx.ir.edit import aten_name, constant_size, fork, supersede, tensor
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
+from ti_fx.ir.inserted import quantiser_of
 from ti_fx.numerics.codes import CODES_PER_BYTE
 from ti_fx.numerics.layouts import UINT2
+from ti_fx.numerics.onnx_nodes import dequantise
+from ti_fx.numerics.quantiser import Quantiser
 from ti_fx.passes.lower import operators
 from ti_fx.passes.lower.complex_pairs import write_pairs
 from ti_fx.passes.lower.fusion import FUSED_OPSET, fuse
 from ti_fx.passes.lower.numbers import write_numbers
 from ti_fx.passes.lower.storage import Weights, insert, looked_up
-
-
-@dataclass(frozen=True)
-class ActivationLowering:
-    """The ONNX side of one activation fake-quantiser.
-
-    Attributes:
-        fake_quant: the function in the graph.
-        quantise: gives codes, scale and zero point for an integer product; None: the product's operator quantises.
-        value: gives the fake-quantised float value where no integer product reads it; None: dequantise the codes.
-        per_token: whether the scale has one entry per token.
-        opset: the first opset that can express it.
-        block: neighbours of a token that share a scale within MatMulNBits; 0: another product.
-    """
-
-    fake_quant: Callable[[Tensor], Tensor]
-    quantise: Callable[[Tensor], operators.Quantised] | None
-    value: Callable[..., Tensor] | None
-    per_token: bool
-    opset: int
-    block: int = 0
-
-
-def _blocks(fake_quant: Callable[[Tensor], Tensor], block: int) -> ActivationLowering:
-    return ActivationLowering(fake_quant, None, operators.fake_quant_block, False, 18, block)
-
-
-ACTIVATIONS: tuple[ActivationLowering, ...] = (
-    ActivationLowering(numerics.int8_tensor, operators.quantise_tensor, None, False, 18),
-    ActivationLowering(numerics.int8_token, operators.quantise_token, operators.fake_quant_token, True, 21),
-    ActivationLowering(numerics.int8_reference, operators.quantise_reference, None, False, 18),
-    _blocks(numerics.int8_block_128, 128),
-    _blocks(numerics.int8_block_64, 64),
-    _blocks(numerics.int8_block_32, 32),
-)
-
 
 Quantised = dict[tuple[Any, Any], tuple[Node, ...]]  # by value and quantiser: codes, scale, zero point
 
@@ -85,9 +50,9 @@ class Product:
 
     Attributes:
         node: whose value the product is.
-        fake_quant: the quantiser.
+        fake_quant: the quantiser's node.
         flat: the view that is quantised, where the product reads what it was flattened from; else None.
-        lowering: its ONNX side.
+        quantiser: its numerics.
         weight: ``(outputs, inputs)`` if ``transposed``, else ``(inputs, outputs)``.
         transposed: see there.
         bias: ``(outputs,)`` or None.
@@ -96,7 +61,7 @@ class Product:
     node: Node
     fake_quant: Node
     flat: Node | None
-    lowering: ActivationLowering
+    quantiser: Quantiser
     weight: PackedWeight
     transposed: bool
     bias: Node | None
@@ -130,7 +95,7 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
     write_pairs(copy.graph)
     products = [found for node in copy.graph.nodes if (found := match_product(node)) is not None]
     integers, blocks = (
-        {one.weight.codes_name: one.transposed for one in products if bool(one.lowering.block) == by_blocks}
+        {one.weight.codes_name: one.transposed for one in products if bool(one.quantiser.block) == by_blocks}
         for by_blocks in (False, True)
     )
     weights = Weights(copy, opset, integers, blocks)
@@ -139,14 +104,14 @@ def lower(gm: GraphModule, opset: int) -> GraphModule:
         if table is not None:
             weights.look_up(node, table)
     for product in products:
-        if product.lowering.block:
+        if product.quantiser.block:
             _block_product(product, weights)
-    quantised = _integer_products([one for one in products if not one.lowering.block], weights, opset)
+    quantised = _integer_products([one for one in products if not one.quantiser.block], weights, opset)
     copy.graph.eliminate_dead_code()
     for node in list(copy.graph.nodes):
-        lowering = activation_lowering(node)
-        if lowering is not None and node.users:
-            _dequantise(node, lowering, quantised.get((node.args[0], node.target)))
+        quantiser = quantiser_of(node)
+        if quantiser is not None and node.users:
+            _dequantise(node, quantiser, quantised.get((node.args[0], node.target)))
     for weight in list(packed_weights(copy)):
         if weight.node.users:
             weights.in_float(weight)
@@ -185,7 +150,7 @@ def _write_fixed_sizes(gm: GraphModule) -> None:
 
     (``max(0, 1 - past - sequence)`` is 0 for every past and sequence.)
     """
-    least = state(gm).get("smallest", {})
+    least = facts(gm).sizes.smallest
     for node in list(gm.graph.nodes):
         value = node.meta.get("val")
         if (
@@ -228,7 +193,7 @@ def _block_product(product: Product, weights: Weights) -> None:
         return
     shape = weight.shape if product.transposed else weight.shape[::-1]
     outputs, inputs = shape
-    block = product.lowering.block
+    block = product.quantiser.block
     whole = None if inputs % block else (outputs, inputs // block, block // CODES_PER_BYTE)
     codes, scale = weights.stored(node, weight, whole), weights.scale(node, weight)
     arguments = (product.activation, codes, scale, product.bias, shape, block)
@@ -239,43 +204,36 @@ def _integer_products(products: list[Product], weights: Weights, opset: int) -> 
     """Apply the fused rule; return the codes, scale and zero point of each quantised value, which its readers share."""
     quantised: Quantised = {}
     for product in products:
-        source, lowering = product.fake_quant, product.lowering
-        if opset < lowering.opset:
+        source, quantiser = product.fake_quant, product.quantiser
+        if opset < quantiser.opset:
             raise ExportError(
-                f"%{source.name} needs opset {lowering.opset} or newer, and opset={opset} was asked for"
+                f"%{source.name} needs opset {quantiser.opset} or newer, and opset={opset} was asked for"
             )
         value = product.activation, source.target
         if value not in quantised:
-            quantised[value] = _quantise(source, product.activation, lowering)
+            quantised[value] = _quantise(source, product.activation, quantiser)
         codes = weights.codes(product.weight, transposed=product.transposed)
         scale = weights.scale(product.node, product.weight)
         if weights.scale_shape(product.weight):
             scale = insert(product.node, torch.ops.aten.reshape.default, scale, [-1])
-        arguments = (codes, scale, product.bias, lowering.per_token)
+        arguments = (codes, scale, product.bias, quantiser.per_token)
         supersede(product.node, insert(product.node, operators.integer_linear, *quantised[value], *arguments))
     return quantised
 
 
-def _quantise(fake_quant: Node, value: Node, lowering: ActivationLowering) -> tuple[Node, ...]:
-    assert lowering.quantise is not None
-    whole = insert(fake_quant, lowering.quantise, value)
+def _quantise(fake_quant: Node, value: Node, quantiser: Quantiser) -> tuple[Node, ...]:
+    assert quantiser.codes is not None
+    whole = insert(fake_quant, quantiser.codes, value)
     return tuple(insert(fake_quant, operator.getitem, whole, index) for index in range(3))
 
 
-def _dequantise(fake_quant: Node, lowering: ActivationLowering, parts: tuple[Node, ...] | None) -> None:
-    if lowering.value is not None:
-        options = (lowering.block,) if lowering.block else ()
-        supersede(fake_quant, insert(fake_quant, lowering.value, fake_quant.args[0], *options))
+def _dequantise(fake_quant: Node, quantiser: Quantiser, parts: tuple[Node, ...] | None) -> None:
+    if quantiser.value is not None:
+        options = (quantiser.block,) if quantiser.block else ()
+        supersede(fake_quant, insert(fake_quant, quantiser.value, fake_quant.args[0], *options))
     else:
-        parts = parts or _quantise(fake_quant, fake_quant.args[0], lowering)  # type: ignore[arg-type]
-        supersede(fake_quant, insert(fake_quant, operators.dequantise, *parts))
-
-
-def activation_lowering(argument: Any) -> ActivationLowering | None:
-    """Return how a fake-quant node is lowered, None for any other argument."""
-    if not isinstance(argument, Node) or argument.op != "call_function":
-        return None
-    return next((entry for entry in ACTIVATIONS if entry.fake_quant is argument.target), None)
+        parts = parts or _quantise(fake_quant, fake_quant.args[0], quantiser)  # type: ignore[arg-type]
+        supersede(fake_quant, insert(fake_quant, dequantise, *parts))
 
 
 def match_product(node: Node) -> Product | None:
@@ -295,20 +253,22 @@ def match_product(node: Node) -> Product | None:
     transposed = name == "linear"
     if not transposed and isinstance(stored, Node) and aten_name(stored) == "t":
         transposed, stored = True, stored.args[0]
-    weight, lowering = as_packed(stored), activation_lowering(activation)
-    if weight is None or lowering is None or len(weight.shape) != 2:
+    weight, quantiser = as_packed(stored), quantiser_of(activation)
+    if weight is None or quantiser is None or len(weight.shape) != 2:
         return None
     if bias is not None and (not isinstance(bias, Node) or bias.meta["val"].dim() != 1):
         return None
     if not transposed and weight.scale.meta["val"].dim():
         return None  # one scale per input can't leave the sum
-    if lowering.per_token and constant_size(activation.meta["val"].shape[-1]) is None:
+    if quantiser.codes is None and not quantiser.block:
+        return None  # no operator of ONNX multiplies what it gives but as floats
+    if quantiser.per_token and constant_size(activation.meta["val"].shape[-1]) is None:
         return None
     flat = activation.args[0]
     view = _restored(node, flat)
     if view is None:
-        return Product(node, activation, None, lowering, weight, transposed, bias)
-    return Product(view, activation, flat, lowering, weight, transposed, bias)
+        return Product(node, activation, None, quantiser, weight, transposed, bias)
+    return Product(view, activation, flat, quantiser, weight, transposed, bias)
 
 
 def _restored(product: Node, flat: Any) -> Node | None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
-from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, call, constant_size, erase, supersede
 from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import CAPTURED, EXPORTED, PREPARED
 
 aten = torch.ops.aten
 
@@ -49,6 +49,8 @@ class Canonicalize(Pass):
 
     Values differ by rounding only: sums in another order.
     """
+
+    takes = (EXPORTED, CAPTURED, PREPARED)
 
     def apply(self, gm: GraphModule) -> None:
         """Rewrite each; a node that no rule matches is left."""
@@ -322,7 +324,5 @@ def _shape(node: Node) -> Sequence[Any]:
 
 
 def _call(before: Node, function: Any, *args: Any) -> Node:
-    """Insert a call of the same role."""
-    role = roles.role(before)
-    assert role is not None
-    return call(before, function, args, f"{before.name}_{function._schema.name.partition('::')[2]}", role)
+    """Insert a call that is named after the node that it serves and what it does."""
+    return call(before, function, args, f"{before.name}_{function._schema.name.partition('::')[2]}")

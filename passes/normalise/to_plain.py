@@ -31,7 +31,7 @@ from ti_fx.ir.edit import (
     tensor,
     written_arguments,
 )
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import record_facts
 from ti_fx.ir.inputs import validate_inputs
 from ti_fx.passes.normalise.drop_assertions import drop_assertions
 from ti_fx.passes.normalise.stochastic_depth import replace_drop_paths
@@ -107,7 +107,7 @@ def _take_baked(gm: GraphModule, baked: Mapping[str, Tensor]) -> None:
         with gm.graph.inserting_before(first):
             node = gm.graph.placeholder(name)
         node.meta["val"] = fake.from_tensor(value, static_shapes=True)
-    state(gm)["baked"] = dict(baked)
+    record_facts(gm, baked=dict(baked))
 
 
 def _inline_subgraphs(gm: GraphModule) -> None:
@@ -214,7 +214,7 @@ def _share_model_tensors(gm: GraphModule, model: nn.Module) -> None:
     for name, value in everything:
         if first[id(value)] != name:
             tied.setdefault(first[id(value)], []).append(name)
-    state(gm)["tied"] = tied
+    record_facts(gm, tied={name: tuple(others) for name, others in tied.items()})
     for node in gm.graph.find_nodes(op="get_attr"):
         own = by_name.get(node.target)
         if own is not None:

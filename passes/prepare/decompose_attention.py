@@ -12,8 +12,9 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.errors import PostconditionError
 from ti_fx.ir import leaves, roles
-from ti_fx.ir.edit import call, erase, register
+from ti_fx.ir.edit import call, call_module, erase, register
 from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import CAPTURED, PREPARED
 
 aten = torch.ops.aten
 
@@ -34,6 +35,9 @@ class DecomposeAttention(Pass):
 
     Other systems: torch's ``_scaled_dot_product_attention_math``, ONNX's function body of Attention.
     """
+
+    takes = (CAPTURED, PREPARED)
+    gives = PREPARED
 
     def apply(self, gm: GraphModule) -> None:
         """Rewrite every fused attention node, of student and teacher."""
@@ -109,8 +113,4 @@ def _dropout(gm: GraphModule, node: Node, probability: float, value: Node) -> No
     leaf = nn.Dropout(probability)
     leaf.train(gm.training)
     register(gm, target, leaf)
-    with gm.graph.inserting_before(node):
-        made = gm.graph.create_node("call_module", target, (value,), name=f"{node.name}_dropped")
-    made.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-    roles.set_role(made, "student")
-    return made
+    return call_module(node, target, (value,), f"{node.name}_dropped")

@@ -13,9 +13,10 @@ from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.find.attention import AttentionSite, block_outputs, find_attention, streams
 from ti_fx.ir import roles
 from ti_fx.ir.edit import ancestors, aten_name, call, erase
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import record_facts
 from ti_fx.ir.outputs import named_leaves
 from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import CAPTURED, PREPARED
 from ti_fx.numerics import losses
 
 TERMS = ("logits", "layer_outputs", "scores", "attention_outputs")
@@ -49,6 +50,9 @@ class Distill(Pass):
             masked by its own; one without a mask among the inputs is not masked.
     """
 
+    takes = (CAPTURED, PREPARED)
+    gives = PREPARED
+
     logits: float | None = None
     layer_outputs: float = 1.0
     scores: float = 1.0
@@ -60,7 +64,7 @@ class Distill(Pass):
     def requires(self, gm: GraphModule) -> None:
         """A teacher, and what the chosen terms compare."""
         if not any(roles.is_teacher(node) for node in gm.graph.nodes):
-            raise PreconditionError("distill needs a teacher; run duplicate-teacher first")
+            raise PreconditionError("distill needs a teacher", missing="duplicate-teacher")
         if self.logits and not _logits(gm):
             raise PreconditionError("distill{logits} needs an output called logits; set logits=0")
         sites = find_attention(gm)
@@ -73,8 +77,8 @@ class Distill(Pass):
             for site in sites:
                 if site.scores is None:
                     raise PreconditionError(
-                        f"distill can't see the scores of {site.where} (%{site.context.name}); "
-                        "run decompose-attention first"
+                        f"distill can't see the scores of {site.where} (%{site.context.name})",
+                        missing="decompose-attention",
                     )
         if self.mask_padding and not any(_masks(gm, sites).values()):
             raise PreconditionError("distill{mask_padding=true} finds no attention mask among the inputs")
@@ -107,7 +111,7 @@ class Distill(Pass):
             weights.append(weight)
         total = call(output, losses.weighted, (list(each.values()), weights), "loss", "loss")
         output.args = ({"loss": total, "losses": each, "outputs": outputs},)
-        state(gm)["task"] = self.task
+        record_facts(gm, task=self.task)
 
     def ensures(self, gm: GraphModule) -> None:
         """The output is a dict with a scalar loss."""
@@ -168,7 +172,7 @@ def remove(gm: GraphModule) -> None:
     for node in reversed(list(gm.graph.nodes)):
         if roles.role(node) == "loss":
             erase(node)
-    state(gm).pop("task", None)
+    record_facts(gm, task=None)
 
 
 def _logits(gm: GraphModule) -> list[Node]:

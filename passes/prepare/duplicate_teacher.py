@@ -12,11 +12,12 @@ from torch.fx import GraphModule, Node
 from ti_fx import numerics
 from ti_fx.errors import InputError, PostconditionError, PreconditionError
 from ti_fx.ir import leaves, roles
-from ti_fx.ir.edit import place, register, tensor
+from ti_fx.ir.edit import insert, register, tensor
 from ti_fx.ir.inserted import is_ours
 from ti_fx.ir.leaves import is_dropout
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.roles import TEACHER
+from ti_fx.ir.stages import CAPTURED, PREPARED
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class DuplicateTeacher(Pass):
     Attributes:
         teacher: the module to take values from, with the student's parameter names and shapes; None: the student.
     """
+
+    takes = (CAPTURED, PREPARED)
+    gives = PREPARED
 
     teacher: nn.Module | None = field(default=None, compare=False)
 
@@ -118,8 +122,6 @@ def _twin(gm: GraphModule, node: Node, twins: dict[Node, Node]) -> Node:
     elif node.op == "call_module":
         target = f"{TEACHER}.{node.target}"
         register(gm, target, leaves.Frozen(gm.get_submodule(str(node.target))))
-    with gm.graph.inserting_after(node):
-        twin = gm.graph.create_node(node.op, target, args, kwargs, name=f"{node.name}_t")
-    place(twin, node)
-    roles.record(twin, role="teacher", twin=node.name)
+    twin = insert(node.next, node.op, target, args, kwargs, name=f"{node.name}_t", role="teacher", like=node)
+    roles.record(twin, twin=node.name)
     return twin

@@ -14,9 +14,10 @@ from ti_fx.errors import PostconditionError, PreconditionError, SelectionError, 
 from ti_fx.find.attention import POINTS, AttentionSite, Point, find_attention
 from ti_fx.find.walk import projection_input
 from ti_fx.ir import roles
-from ti_fx.ir.edit import ancestors, call, erase, place, replace_input
+from ti_fx.ir.edit import ancestors, call, erase, insert_copy, replace_input
 from ti_fx.ir.outputs import is_container
 from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import CAPTURED, PREPARED
 
 # The projections whose inputs are detached, by point (published code; the residual is never detached).
 DETACHED: dict[Point, tuple[str, ...]] = {
@@ -47,6 +48,9 @@ class Intervene(Pass):
         keep_encoder_gradient: in cross-attention, don't detach the encoder's output.
     """
 
+    takes = (CAPTURED, PREPARED)
+    gives = PREPARED
+
     at: Point | None = None
     layers: tuple[int, ...] | None = None
     stack: int | None = None
@@ -58,7 +62,7 @@ class Intervene(Pass):
         if self.at is not None and self.at not in POINTS:
             raise SelectionError(f"intervene can't act at {self.at!r}{did_you_mean(self.at, POINTS)}")
         if not any(roles.is_teacher(node) for node in gm.graph.nodes):
-            raise PreconditionError("intervene needs a teacher to read from; run duplicate-teacher first")
+            raise PreconditionError("intervene needs a teacher to read from", missing="duplicate-teacher")
         sites = self.select(gm)
         if not sites:
             raise SelectionError(
@@ -72,7 +76,8 @@ class Intervene(Pass):
         for site in sites if self.at is not None else ():
             if site.map is None:
                 raise PreconditionError(
-                    f"attention is one fused node in {site.where} (%{site.context.name}); run decompose-attention first"
+                    f"attention is one fused node in {site.where} (%{site.context.name})",
+                    missing="decompose-attention",
                 )
             if self.at is not None and site.at(self.at) is None:
                 raise PreconditionError(
@@ -189,12 +194,8 @@ def _split(gm: GraphModule, site: AttentionSite, projection: Node, tap: Node) ->
             mixed.append(node)
     clones: dict[Node, Node] = {}
     for node in mixed:
-        with gm.graph.inserting_after(node):
-            clone = gm.graph.node_copy(node, lambda source: clones.get(source, source))
-        gm.graph._graph_namespace._used_names.discard(clone.name)
-        clone._rename(f"{node.name}_scores")
-        place(clone, node)
-        clone.meta["ti_fx"] = {"role": "student", "clone_of": node.name, "intervention": tap.name}
+        clone = insert_copy(node.next, node, lambda source: clones.get(source, source), f"{node.name}_scores")
+        clone.meta[roles.KEY] = {"role": "student", "clone_of": node.name, "intervention": tap.name}
         clones[node] = clone
     for node in mixed:
         for user in list(node.users):

@@ -15,6 +15,7 @@ from ti_fx.find.weights import Fate, fates, heads, table, word_embeddings
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, call, erase
 from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import CAPTURED, PREPARED
 from ti_fx.numerics.ternary_weights import Granularity
 
 
@@ -41,6 +42,9 @@ class Ternarize(Pass):
         clip: latent weights are clamped to [-clip, clip]; outside, the gradient is zero.
         skip: globs over parameter names or module paths that are not selected.
     """
+
+    takes = (CAPTURED, PREPARED)
+    gives = PREPARED
 
     weights: Granularity | None = "tensor"
     embeddings: Granularity | None = "row"

@@ -15,6 +15,7 @@ from ti_fx.find.attention import POINTS, find_attention, streams
 from ti_fx.ir import roles
 from ti_fx.ir.edit import fork, mode
 from ti_fx.ir.pipeline import Pipeline
+from ti_fx.numerics.closeness import relative
 from ti_fx.passes import Intervene
 
 LAYER_OUTPUT = "layer output"
@@ -144,10 +145,8 @@ def _run(gm: GraphModule, batch: Mapping[str, Tensor], values: list[_Value]) -> 
 
 
 def _row(value: _Value, student: Tensor, teacher: Tensor, tokens: Tensor | None) -> LayerError:
-    student, teacher = _counting(student, tokens).double(), _counting(teacher, tokens).double()
-    norm = teacher.norm().item()
-    gap = (student - teacher).norm().item()
-    return LayerError(*_key(value), relative_error=gap / norm if norm else float(gap > 0))
+    student, teacher = _counting(student, tokens), _counting(teacher, tokens)
+    return LayerError(*_key(value), relative_error=relative(student, teacher))
 
 
 def _counting(value: Tensor, tokens: Tensor | None) -> Tensor:

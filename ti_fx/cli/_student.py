@@ -1,4 +1,4 @@
-"""A packed student to export or to check: from a checkpoint, or from a plain model that is never trained."""
+"""Makes the packed student to export or to check: of a checkpoint, or of a plain model that is never trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import GraphModule
 
+from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import Encodings
 from ti_fx.cli._loading import load_hollow, load_source
 from ti_fx.errors import InputError, first_line
@@ -105,6 +106,8 @@ def _made_ternary(
         pack_from(gm, hollow.folder, hollow.buffers, kept=kept)
         return Student(gm, hollow.example, hollow.folder), hollow.model
     found = load_source(source)
+    if found.note:
+        output.say(f"{found.name}: {found.note}")
     gm = capture(found.model.float().eval(), found.example)
     Pipeline(*passes, Pack(kept=kept))(gm)
     folder = Path(source)

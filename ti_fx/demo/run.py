@@ -27,6 +27,7 @@ from ti_fx.ir.pipeline import Pipeline
 from ti_fx.measure.baselines import export_dynamic_int8
 from ti_fx.passes import Pack
 from ti_fx.train import load
+from ti_fx.train.scores import scores
 
 METHODS = ("ternarybert", "ti-g")
 COMPILED = ("ternarybert",)  # one phase, so one graph repays its compilation
@@ -202,15 +203,15 @@ def _test_scores(
         Pipeline(Pack())(gm)
         calls[method, "PyTorch"] = measure.torch_call(gm, input_names(gm))
         calls[method, "ONNX Runtime"] = measure.onnx_call(exported.folder / f"{method}.onnx")
-    logits, scores = {}, []
+    logits, rows = {}, []
     for (name, engine), call in calls.items():
         logits[name, engine], labels = measure.logits_of(call, dataset, tokenizer)
-        scores.append({"model": name, "engine": engine, **measure.scores(logits[name, engine], labels)})
+        rows.append({"model": name, "engine": engine, **scores(logits[name, engine], labels)})
     agreement = {
         name: measure.agreement(logits[name, "ONNX Runtime"], logits[name, "PyTorch"])
         for name in ("full precision", *trained)
     }
-    return {"rows": len(dataset), "scores": scores, "agreement": agreement}
+    return {"rows": len(dataset), "scores": rows, "agreement": agreement}
 
 
 def _latency(exported: Stage, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from ti_fx.ir.edit import aten_name
@@ -10,6 +11,13 @@ from ti_fx.ir.edit import aten_name
 MARK = "ti_fx: "
 
 
+ASSERTIONS = (
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range_for_size",
+    "sym_constrain_range",
+)
 RANDOM_OPS = frozenset(
     (
         "rand",
@@ -34,6 +42,12 @@ def check_message(node: Node) -> str | None:
     if aten_name(node) == "_assert_async" and len(node.args) == 2 and str(node.args[1]).startswith(MARK):
         return str(node.args[1])
     return None
+
+
+def is_assertion(node: Node) -> bool:
+    """Whether a node is an assertion of torch.export's own, which no check of a decision is."""
+    asserts = aten_name(node) in ASSERTIONS or node.target is torch._check
+    return asserts and check_message(node) is None
 
 
 def is_random(node: Node) -> bool:

@@ -15,7 +15,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from ti_fx.errors import VerificationError
 from ti_fx.ir import roles
-from ti_fx.ir.facts import STATE, state
 
 
 def erase(node: Node) -> None:
@@ -77,32 +76,90 @@ def _gives_its_input(node: Node) -> bool:
     return bool(node.all_input_nodes) and (aliases or node.target is operator.getitem)
 
 
+def insert(
+    before: Node,
+    op: str,
+    target: Callable[..., Any] | str,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    role: roles.Role | None = None,
+    like: Node | None = None,
+) -> Node:
+    """Insert a node before another one: the one way by which a node comes into a graph.
+
+    Args:
+        before: the node that follows.
+        op: as torch.fx calls it (``call_function``).
+        target: what is called or read.
+        args: of the call.
+        kwargs: of the call.
+        name: of the node; None: what torch.fx makes of the target.
+        role: of the node; None: that of ``before``, which may have none.
+        like: the node that lends its place in the module tree; None: ``before``.
+    """
+    graph = before.graph
+    with graph.inserting_before(before):
+        node = graph.create_node(op, target, args, kwargs or {}, name=name)
+    place(node, like or before)
+    own = role or roles.role(before)
+    if own is not None:
+        roles.set_role(node, own)
+    return node
+
+
 def call(
     before: Node,
     function: Callable[..., Any],
     args: tuple[Any, ...],
-    name: str,
-    role: roles.Role,
+    name: str | None = None,
+    role: roles.Role | None = None,
     kwargs: dict[str, Any] | None = None,
     like: Node | None = None,
 ) -> Node:
-    """Insert ``function(*args, **kwargs)`` before a node; ``like`` lends its place in the module tree."""
-    graph = before.graph
-    with graph.inserting_before(before):
-        node = graph.create_node("call_function", function, args, kwargs or {}, name=name)
-    place(node, like or before)
-    roles.set_role(node, role)
-    return node
+    """Insert ``function(*args, **kwargs)`` before a node; see :func:`insert`."""
+    return insert(before, "call_function", function, args, kwargs, name=name, role=role, like=like)
 
 
-def get_attr(before: Node, target: str, name: str, role: roles.Role, like: Node | None = None) -> Node:
-    """Insert a read of the parameter or buffer ``target`` before a node; the attribute must exist."""
-    graph = before.graph
-    with graph.inserting_before(before):
-        node = graph.create_node("get_attr", target, name=name)
-    place(node, like or before)
-    roles.set_role(node, role)
-    return node
+def call_module(
+    before: Node,
+    target: str,
+    args: tuple[Any, ...],
+    name: str | None = None,
+    role: roles.Role | None = None,
+    like: Node | None = None,
+) -> Node:
+    """Insert a call of the graph's module ``target``, which must exist, before a node; see :func:`insert`."""
+    return insert(before, "call_module", target, args, name=name, role=role, like=like)
+
+
+def get_attr(
+    before: Node,
+    target: str,
+    name: str | None = None,
+    role: roles.Role | None = None,
+    like: Node | None = None,
+) -> Node:
+    """Insert a read of the parameter or buffer ``target``, which must exist, before a node; see :func:`insert`."""
+    return insert(before, "get_attr", target, name=name, role=role, like=like)
+
+
+def insert_copy(before: Node, node: Node, read: Callable[[Node], Any], name: str | None = None) -> Node:
+    """Insert a copy of a node, of this graph or another, before a node.
+
+    Args:
+        before: the node that follows.
+        node: what is copied, metadata included.
+        read: what the copy reads in the place of each node that ``node`` reads.
+        name: of the copy; None: what torch.fx makes of the node's own.
+    """
+    with before.graph.inserting_before(before):
+        copied = before.graph.node_copy(node, read)
+    if name is not None:
+        before.graph._graph_namespace._used_names.discard(copied.name)
+        copied._rename(name)
+    return copied
 
 
 def place(node: Node, like: Node) -> None:
@@ -134,6 +191,16 @@ def tensor(gm: GraphModule, target: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise AttributeError(f"{target} is not a tensor")
     return value
+
+
+def stored(gm: GraphModule, node: Node) -> Tensor | None:
+    """Return the parameter or buffer that a node reads; None of any other node, or where there is no such tensor."""
+    if node.op != "get_attr":
+        return None
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value if isinstance(value, Tensor) else None
 
 
 def register(root: nn.Module, target: str, value: Tensor | nn.Module, persistent: bool = True) -> None:
@@ -196,7 +263,7 @@ def fork(gm: GraphModule) -> GraphModule:
     twin._parameters, twin._buffers = gm._parameters, gm._buffers
     twin._non_persistent_buffers_set = gm._non_persistent_buffers_set
     twin._modules = dict(gm._modules)
-    twin.meta = {**gm.meta, STATE: dict(state(gm))}
+    twin.meta = dict(gm.meta)
     twin._forward_pre_hooks = gm._forward_pre_hooks.copy()
     twin._forward_pre_hooks_with_kwargs = gm._forward_pre_hooks_with_kwargs.copy()
     twin._deepcopy_hooks = list(gm._deepcopy_hooks)
@@ -210,10 +277,7 @@ def replace_by_leaf(gm: GraphModule, node: Node, leaf: nn.Module, args: tuple[An
     target = f"leaves.{node.name}"
     leaf.train(gm.training)
     register(gm, target, leaf)
-    with gm.graph.inserting_before(node):
-        call = gm.graph.create_node("call_module", target, args)
-    call.meta = dict(node.meta)
-    supersede(node, call)
+    supersede(node, call_module(node, target, args))
 
 
 def sort(graph: Graph) -> None:

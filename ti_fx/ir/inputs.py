@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from ti_fx.errors import InputError
 from ti_fx.ir.edit import constant_size
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 
 
 def validate_inputs(gm: GraphModule) -> None:
@@ -48,9 +48,9 @@ def require_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         if value.dim() != expected.dim():
             raise InputError(f"input {name!r} has {value.dim()} dimensions; the graph takes {expected.dim()}")
         for index, (size, wanted) in enumerate(zip(value.shape, expected.shape, strict=True)):
-            smallest = state(module).get("smallest", {}).get(str(wanted))
+            smallest = facts(module).sizes.smallest.get(str(wanted))
             _validate_size(name, index, size, wanted, sizes, smallest)
-        baked = state(module).get("baked", {}).get(name)
+        baked = facts(module).baked.get(name)
         if baked is not None and not value.is_meta and not torch.equal(value, baked.to(value.device)):
             raise InputError(
                 f"input {name!r} steers Python in the model, so the graph has the captured values as constants; "

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from textwrap import indent
+from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ti_fx.errors import PostconditionError
+from ti_fx.errors import PostconditionError, PreconditionError
+from ti_fx.files import atomic_write
 from ti_fx.ir import options, roles, text
 from ti_fx.ir.edit import prune, sort, tensor
+from ti_fx.ir.facts import record_facts
+from ti_fx.ir.registered import WithRegistered
 from ti_fx.ir.shapes import refresh, signature
-from ti_fx.ir.stages import verify
+from ti_fx.ir.stages import STAGES, Progress, Stage, stage_of, verify
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,14 @@ class Pass(PassBase):
 
     A pass sets the state of what it selects and leaves the rest alone; selected again with other options, that state
     is replaced. Run twice, nothing changes.
+
+    Attributes:
+        takes: the stages of the graphs that it rewrites; empty: any.
+        gives: the stage that the graph is in afterwards; None: the one that it was in.
     """
+
+    takes: ClassVar[tuple[Stage, ...]] = ()
+    gives: ClassVar[Stage | None] = None
 
     def requires(self, gm: GraphModule) -> None:
         """Raise PreconditionError, naming the missing pass, unless the graph is ready."""
@@ -59,10 +72,16 @@ class Pass(PassBase):
         """Return the pass that ``str(pass)`` wrote: ``intervene{at=map layers=0,1}``.
 
         Raises:
-            RecipeError: no such pass or option, or a value of the wrong type; near names are listed.
+            RecipeError: no such pass or option, or a value of the wrong type; near names are listed. A distribution
+                registers a pass that can't be imported or a name that is taken.
         """
-        parsed: Pass = options.parse(written, {kind.name(): kind for kind in _subclasses(Pass)})
+        parsed: Pass = options.parse(written, Pass.known())
         return parsed
+
+    @staticmethod
+    def known() -> Mapping[str, type[Pass]]:
+        """Return every pass by its name: those imported so far, and those that installed distributions register."""
+        return WithRegistered({kind.name(): kind for kind in _subclasses(Pass)}, Pass)
 
     def __str__(self) -> str:
         return options.write(self.name(), self)
@@ -123,10 +142,22 @@ class Pipeline:
     """Run passes in the order written; after each: sort, lint, recompile, refresh meta, verify, ensures.
 
     Any ``torch.fx`` PassBase is accepted; a new GraphModule that it returns is copied back into the one given.
+
+    Args:
+        passes: in order.
+        stage: where the passes lead. After each, every invariant of that stage that held before must hold; after the
+            last, all of them, and the graph is recorded in that stage. None: after each pass the graph keeps the
+            invariants of the stage that it is in.
+        dump_dir: a folder for the graph's text before the first pass (``00-exported.txt``) and after each
+            (``01-inline-subgraphs.txt``). It is made if it is not there.
     """
 
-    def __init__(self, *passes: PassBase) -> None:
+    def __init__(
+        self, *passes: PassBase, stage: Stage | None = None, dump_dir: str | PathLike[str] | None = None
+    ) -> None:
         self.passes = passes
+        self.stage = stage
+        self.dump_dir = None if dump_dir is None else Path(dump_dir)
 
     def __call__(self, gm: GraphModule) -> Report:
         """Rewrite ``gm`` in place and report.
@@ -137,10 +168,14 @@ class Pipeline:
         """
         rows: list[PassReport] = []
         before = text.lines(gm)
+        self._write(0, str(stage_of(gm)), before)
+        progress = None if self.stage is None else Progress(self.stage, gm)
         for position, one in enumerate(self.passes, 1):
             start = time.perf_counter()
             try:
-                after = run_pass(one, gm, before)
+                after = run_pass(one, gm, before, progress)
+                if progress is not None and position == len(self.passes):
+                    progress.finish()
             except Exception as error:
                 error.add_note(self._note(one, position, gm, before))
                 raise
@@ -148,10 +183,17 @@ class Pipeline:
             explanation = one.explain(gm) if isinstance(one, Pass) else ""
             rows.append(_measure(str(one), gm, before, after, elapsed, explanation))
             before = after
+            self._write(position, name_of(one), after)
+        if self.stage is not None:
+            record_facts(gm, stage=self.stage.name)
         return Report(tuple(rows))
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.passes))
+
+    def _write(self, position: int, name: str, lines: dict[str, str]) -> None:
+        if self.dump_dir is not None:
+            atomic_write(self.dump_dir / f"{position:02}-{name}.txt", "\n".join(lines.values()) + "\n")
 
     def _note(self, one: PassBase, position: int, gm: GraphModule, before: dict[str, str]) -> str:
         note = f"in pass {position} of {len(self.passes)}: {one}"
@@ -164,11 +206,24 @@ class Pipeline:
         return "\n".join([note, *change])
 
 
-def run_pass(one: PassBase, gm: GraphModule, before: dict[str, str]) -> dict[str, str]:
-    """Run one pass with every check; ``before`` and the result are the dump's lines by node name."""
+def name_of(one: PassBase) -> str:
+    """Return a pass's name without its options; of a foreign one, its class's name."""
+    return one.name() if isinstance(one, Pass) else options.kebab(type(one).__name__)
+
+
+def run_pass(
+    one: PassBase, gm: GraphModule, before: dict[str, str], progress: Progress | None = None
+) -> dict[str, str]:
+    """Run one pass with every check; ``before`` and the result are the dump's lines by node name.
+
+    With ``progress``, it is the stage that the passes lead to whose invariants are checked.
+    """
     if isinstance(one, Pass):
         one.requires(gm)
+        _require_stage(one, gm)
         one.apply(gm)
+        if one.gives is not None:
+            record_facts(gm, stage=one.gives.name)
     else:
         _apply_foreign(one, gm)
     sort(gm.graph)
@@ -177,10 +232,33 @@ def run_pass(one: PassBase, gm: GraphModule, before: dict[str, str]) -> dict[str
     after = text.lines(gm)
     evaluated = refresh(gm, _changed_nodes(gm, before, after))
     after |= text.lines(gm, evaluated)
-    verify(gm, changed=())  # refresh has just evaluated every changed node
+    if progress is None:
+        verify(gm, changed=())  # refresh has just evaluated every changed node
+    else:
+        progress.check(gm)
     if isinstance(one, Pass):
         one.ensures(gm)
     return after
+
+
+def _require_stage(one: Pass, gm: GraphModule) -> None:
+    """Refuse a graph of a stage that a pass does not take.
+
+    Raises:
+        PreconditionError: names the stages that it takes, and how a graph gets there.
+    """
+    stage = stage_of(gm)
+    if one.takes and stage not in one.takes:
+        names = " or ".join(taken.name for taken in one.takes)
+        order = list(STAGES.values())
+        is_late = order.index(stage) > max(order.index(taken) for taken in one.takes)
+        first = one.takes[0]
+        advice = "capture the model again" if is_late else first.advice
+        raise PreconditionError(
+            f"{one.name()} takes a graph that is {names}, and this one is {stage}"
+            + (f"; {advice}" if advice else ""),
+            missing=None if is_late else first.missing,
+        )
 
 
 def _apply_foreign(one: PassBase, gm: GraphModule) -> None:

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import Argument, map_aggregate
 from torch.utils import _pytree as pytree
 
-from ti_fx.errors import VerificationError
+from ti_fx.errors import VerificationError, first_line
 from ti_fx.ir.edit import tensor
 
 
@@ -191,7 +191,7 @@ def refresh(gm: GraphModule, changed: Iterable[Node]) -> list[Node]:
         except Exception as error:
             raise VerificationError(
                 f"meta present and consistent: %{node.name} can't be computed from its inputs: "
-                f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+                + first_line(error)
             ) from error
         evaluated.append(node)
         if evaluator.signature(node) != before:

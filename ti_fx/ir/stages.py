@@ -1,239 +1,177 @@
-"""A table lists the rules that graphs keep: each has a name, a check, and a test with a graph that breaks it."""
+"""The stages that a graph goes through, each with the table of invariants that it keeps there.
+
+=========  ==========================================  ===============================
+exported   what torch.export returned                  passes/normalise takes it
+captured   a plain trainable graph: the student alone  passes/prepare take it
+prepared   student, teacher, losses, interventions     passes/prepare and deploy take it
+packed     the student alone, its weights as codes     passes/lower take it
+lowered    what ONNX can say                           the exporter takes it
+=========  ==========================================  ===============================
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import nn
 from torch.fx import GraphModule, Node
 
-from ti_fx import numerics
 from ti_fx.errors import VerificationError
-from ti_fx.ir import leaves, roles
-from ti_fx.ir.edit import aten_name, tensor
-from ti_fx.ir.facts import state
-from ti_fx.ir.inserted import is_ours
-from ti_fx.ir.leaves import is_dropout
-from ti_fx.ir.outputs import is_container
-from ti_fx.ir.roles import TEACHER
-from ti_fx.ir.shapes import guard_count, inconsistencies
+from ti_fx.ir import invariants as rows
+from ti_fx.ir.facts import facts
+from ti_fx.ir.invariants import Invariant
+from ti_fx.ir.shapes import inconsistencies
 
 
 @dataclass(frozen=True)
-class Invariant:
-    """A rule that every graph keeps; ``check`` yields a message for each node that breaks it."""
+class Stage:
+    """A stage of a graph.
+
+    Attributes:
+        name: as the graph's facts record it.
+        advice: how a graph gets there, for people.
+        missing: the pass that leads there, as text; None where it takes more than a pass.
+        invariants: what every graph in this stage keeps.
+    """
 
     name: str
-    check: Callable[[GraphModule], Iterator[str]]
+    invariants: tuple[Invariant, ...]
+    missing: str | None = None
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+EXPORTED = Stage(
+    "exported",
+    (rows.TOPOLOGICAL_ORDER, rows.LINT),
+    advice="ti_fx.capture runs it, on what torch.export returned",
+)
+CAPTURED = Stage(
+    "captured",
+    (
+        rows.TOPOLOGICAL_ORDER,
+        rows.LINT,
+        rows.PLAIN,
+        rows.ONE_READ,
+        rows.ONE_ROLE,
+        rows.ALONE,
+        rows.TIED,
+        rows.META,
+        rows.NO_GUARD,
+    ),
+    advice="capture the model with ti_fx.capture",
+)
+PREPARED = Stage(
+    "prepared",
+    (
+        rows.TOPOLOGICAL_ORDER,
+        rows.LINT,
+        rows.PLAIN,
+        rows.ONE_ROLE,
+        rows.TEACHER_READS,
+        rows.INTERVENTIONS,
+        rows.TWINS,
+        rows.FROZEN,
+        rows.TEACHER_DROPOUT,
+        rows.QUANTISED_READS,
+        rows.TIED,
+        rows.SCALAR_LOSSES,
+        rows.META,
+        rows.NO_GUARD,
+    ),
+    missing="ternarize",
+)
+PACKED = Stage(
+    "packed",
+    (
+        rows.TOPOLOGICAL_ORDER,
+        rows.LINT,
+        rows.PLAIN,
+        rows.ONE_ROLE,
+        rows.ALONE,
+        rows.PACKED_WEIGHTS,
+        rows.TIED,
+        rows.META,
+        rows.NO_GUARD,
+    ),
+    missing="pack",
+)
+LOWERED = Stage(
+    "lowered",
+    (
+        rows.TOPOLOGICAL_ORDER,
+        rows.LINT,
+        rows.PLAIN,
+        rows.NO_ROLE,
+        rows.NOTHING_FOR_TRAINING,
+        rows.REAL,
+        rows.OPERATORS,
+        rows.META,
+    ),
+    advice="lower it with ti_fx.export.lower",
+)
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (EXPORTED, CAPTURED, PREPARED, PACKED, LOWERED)}
+
+
+def stage_of(gm: GraphModule) -> Stage:
+    """Return the stage that a graph is in; one that nothing is recorded of counts as captured."""
+    return STAGES[facts(gm).stage]
 
 
 def verify(gm: GraphModule, *, changed: Iterable[Node] | None = None) -> None:
-    """Check every invariant; with ``changed``, meta is re-evaluated for those nodes only.
+    """Check every invariant of the graph's stage; with ``changed``, meta is re-evaluated for those nodes only.
 
     Raises:
         VerificationError: names the first broken invariant and the node.
     """
-    for invariant in INVARIANTS:
+    for invariant in stage_of(gm).invariants:
         for broken in invariant.check(gm):
             raise VerificationError(f"{invariant.name}: {broken}")
     nodes = [node for node in (gm.graph.nodes if changed is None else changed) if node.op != "output"]
     for node in inconsistencies(gm, nodes):
         raise VerificationError(
-            f"meta present and consistent: %{node.name} no longer has the shape or dtype its meta['val'] says; "
+            f"{rows.META.name}: %{node.name} no longer has the shape or dtype its meta['val'] says; "
             "run the edit in a Pipeline, which refreshes it"
         )
 
 
-def _lint(gm: GraphModule) -> Iterator[str]:
-    try:
-        gm.graph.lint()
-    except RuntimeError as error:
-        yield str(error).splitlines()[0]
+class Progress:
+    """Which invariants of a stage hold, while passes lead a graph there: one that held once must hold from then on.
 
+    Args:
+        stage: where the passes lead.
+        gm: the graph before the first of them.
+    """
 
-def _order(gm: GraphModule) -> Iterator[str]:
-    seen: set[Node] = set()
-    for node in gm.graph.nodes:
-        late = [source.name for source in node.all_input_nodes if source not in seen]
-        if late:
-            yield f"%{node.name} reads %{late[0]}, which comes later"
-        seen.add(node)
+    def __init__(self, stage: Stage, gm: GraphModule) -> None:
+        self.stage = stage
+        self.held: set[str] = set()
+        self.missing: list[str] = []
+        self.check(gm)
 
+    def check(self, gm: GraphModule) -> None:
+        """Note what holds now.
 
-def _roles(gm: GraphModule) -> Iterator[str]:
-    for node in gm.graph.nodes:
-        if roles.role(node) not in roles.ROLES:
-            yield f"%{node.name} has role {roles.role(node)}; set it with ti_fx.ir.roles.set_role"
-        elif roles.role(node) == "shared" and any(
-            roles.role(source) != "shared" for source in node.all_input_nodes
-        ):
-            yield f"shared %{node.name} reads a value that is not shared"
-        elif roles.role(node) == "shared" and node.op in ("get_attr", "call_module"):
-            yield f"%{node.name} is shared and depends on a stored tensor or module; it is student or teacher"
-
-
-def _teacher_reads(gm: GraphModule) -> Iterator[str]:
-    intervened = {twin for twin, node in roles.twins(gm.graph).items() if roles.fact(node, "intervened")}
-    for node in gm.graph.nodes:
-        own = roles.role(node)
-        for source in node.all_input_nodes:
-            other = roles.role(source)
-            if own == "teacher" and other in ("student", "loss"):
-                yield f"teacher %{node.name} reads {other} %{source.name}"
-            if own == "student" and other == "loss" and node.op != "output":
-                yield f"student %{node.name} reads loss %{source.name}"
-            if own == "student" and other == "teacher" and source not in intervened and node.op != "output":
-                yield f"student %{node.name} reads teacher %{source.name}, which is at no intervened point"
-
-
-def _interventions(gm: GraphModule) -> Iterator[str]:
-    twins = {node: twin for twin, node in roles.twins(gm.graph).items()}
-    taps = {node.name: node for node in gm.graph.nodes if roles.fact(node, "intervened")}
-    detached: dict[str, set[str]] = {}
-    for node in gm.graph.find_nodes(op="call_function", target=numerics.detach):
-        name = str(roles.fact(node, "intervention"))
-        if name not in taps:
-            yield f"%{node.name} detaches for an intervention at %{name}, where there is none"
-        detached.setdefault(name, set()).update(_readers(node))
-    for node in taps.values():
-        point = roles.fact(node, "intervened")
-        if node not in twins:
-            yield f"%{node.name} is intervened at {point} and has no twin"
-            continue
-        # the model's returned outputs keep the tap
-        straying = [
-            user.name
-            for user in node.users
-            if roles.is_student(user) and user.op != "output" and not is_container(user)
-        ]
-        if straying:
-            yield f"%{straying[0]} reads the tap %{node.name}; at {point} it must read %{twins[node].name}"
-        returned = any(user.op == "output" or is_container(user) for user in node.users)
-        if not returned and not any(roles.is_student(user) for user in twins[node].users):
-            yield f"%{node.name} is intervened at {point}, and no student node reads %{twins[node].name}"
-        missing = set(roles.fact(node, "detaches") or ()) - detached.get(node.name, set())
-        if missing:
-            yield f"the input of %{min(missing)} is not detached for the intervention at %{node.name} ({point})"
-
-
-def _readers(node: Node) -> Iterator[str]:
-    """Yield who reads a detach, past the detaches of other blocks that share the projection."""
-    for user in node.users:
-        if user.target is numerics.detach:
-            yield from _readers(user)
-        else:
-            yield user.name
-
-
-def _same_twins(gm: GraphModule) -> Iterator[str]:
-    twins = roles.twins(gm.graph)
-    teacher_of = {node: twin for twin, node in twins.items()}
-    by_name = {node.name: node for node in gm.graph.nodes}
-
-    def origin(source: Node) -> Node:
-        """Resolve what the teacher has no copy of: quantisers, detaches, dropout."""
-        while source not in teacher_of and roles.role(source) == "student" and source.all_input_nodes:
-            if clone_of := roles.fact(source, "clone_of"):
-                source = by_name[clone_of]
+        Raises:
+            VerificationError: an invariant that held is broken; names it and the node.
+        """
+        self.missing = []
+        for invariant in self.stage.invariants:
+            broken = next(invariant.check(gm), None)
+            if broken is None:
+                self.held.add(invariant.name)
                 continue
-            transparent = is_ours(source) or source.target is numerics.ternary or is_dropout(gm, source)
-            if not transparent:
-                break
-            source = source.all_input_nodes[0]
-        return teacher_of.get(source, source)
+            self.missing.append(f"{invariant.name}: {broken}")
+            if invariant.name in self.held:
+                raise VerificationError(self.missing[-1])
 
-    for twin, node in twins.items():
-        if node.op in ("get_attr", "call_module") and twin.target != f"{TEACHER}.{node.target}":
-            yield f"teacher %{twin.name} reads {twin.target}, its twin {node.target}"
-        if twin.op == "call_function" and twin.target is not node.target:
-            yield f"teacher %{twin.name} computes another op than its twin %{node.name}"
-        expected = torch.fx.node.map_arg((node.args, dict(node.kwargs)), origin)
-        if str(expected) != str((twin.args, dict(twin.kwargs))):
-            yield f"teacher %{twin.name} and its twin %{node.name} read different inputs or constants"
+    def finish(self) -> None:
+        """Refuse a graph that did not get there.
 
-
-def _frozen(gm: GraphModule) -> Iterator[str]:
-    for node in gm.graph.nodes:
-        if roles.role(node) != "teacher":
-            continue
-        if node.op == "get_attr" and tensor(gm, node.target).requires_grad:
-            yield f"{node.target} requires a gradient; the teacher is frozen"
-        if node.op == "call_module" and not isinstance(
-            gm.get_submodule(str(node.target)), leaves.Frozen | nn.Dropout
-        ):
-            yield f"teacher %{node.name} calls {node.target}, which follows train(); the teacher stays in eval mode"
-
-
-def _teacher_dropout(gm: GraphModule) -> Iterator[str]:
-    for node in gm.graph.nodes:
-        if roles.is_teacher(node) and (is_dropout(gm, node) or "dropout" in aten_name(node)):
-            yield f"teacher %{node.name} is dropout; the teacher reads past it"
-
-
-def _quantised_reads(gm: GraphModule) -> Iterator[str]:
-    quantised = {
-        node.args[0].target
-        for node in gm.graph.nodes
-        if node.op == "call_function" and node.target is numerics.ternary and isinstance(node.args[0], Node)
-    }
-    for node in gm.graph.nodes:
-        if node.op != "get_attr" or node.target not in quantised:
-            continue
-        for user in node.users:
-            if user.target is not numerics.ternary and node.target not in (roles.fact(user, "exempt") or ()):
-                yield f"%{user.name} reads the latent {node.target} beside its quantiser"
-
-
-def _tied(gm: GraphModule) -> Iterator[str]:
-    storage: dict[int, str] = {}
-    for node in gm.graph.nodes:
-        if node.op != "get_attr" or not isinstance(value := tensor(gm, node.target), nn.Parameter):
-            continue
-        first = storage.setdefault(id(value), node.target)
-        if first != node.target:
-            yield f"{node.target} and {first} are one Parameter under two names; read it under one"
-    for first, others in state(gm).get("tied", {}).items():
-        for name in others:
-            if name in storage.values():
-                yield f"{name} is tied to {first} in the model, and is read as a tensor of its own"
-
-
-def _losses(gm: GraphModule) -> Iterator[str]:
-    result = gm.graph.output_node().args[0]
-    if not (isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}):
-        return
-    for name, node in {"loss": result["loss"], **result["losses"]}.items():
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.dim():
-            yield f"{name} (%{node.name}) has shape {tuple(value.shape)}; a loss is a scalar"
-
-
-def _meta(gm: GraphModule) -> Iterator[str]:
-    for node in gm.graph.nodes:
-        if node.op != "output" and "val" not in node.meta:
-            yield f"%{node.name} has no meta['val']; run the edit in a Pipeline, which refreshes it"
-
-
-def _guards(gm: GraphModule) -> Iterator[str]:
-    allowed = state(gm).get("guards")
-    if allowed is not None and guard_count(gm) > allowed:
-        yield f"the graph's sizes have {guard_count(gm)} guards, {allowed} at capture; don't decide by a size in Python"
-
-
-INVARIANTS: tuple[Invariant, ...] = (
-    Invariant("topological order", _order),  # before lint, which has another name for it
-    Invariant("lint", _lint),
-    Invariant("one role per node", _roles),
-    Invariant("teacher values are read at intervened points only", _teacher_reads),
-    Invariant("interventions and their detaches are present", _interventions),
-    Invariant("twins compute the same", _same_twins),
-    Invariant("the teacher is frozen", _frozen),
-    Invariant("the teacher has no dropout", _teacher_dropout),
-    Invariant("ternarised weights are read through their quantiser", _quantised_reads),
-    Invariant("tied weights stay tied", _tied),
-    Invariant("losses are scalar", _losses),
-    Invariant("meta present and consistent", _meta),
-    Invariant("no guard added", _guards),
-)
+        Raises:
+            VerificationError: names the first invariant that does not hold, and the node.
+        """
+        if self.missing:
+            raise VerificationError(f"not yet {self.stage}: {self.missing[0]}")

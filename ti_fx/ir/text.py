@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ti_fx.ir import roles
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 
 _DTYPES = {
     torch.float64: "f64",
@@ -46,7 +46,7 @@ def dump(gm: GraphModule) -> str:
 
 def lines(gm: GraphModule, nodes: Iterable[Node] | None = None) -> dict[str, str]:
     """Return the dump's line of each node (of ``nodes`` only, if given), by node name, in graph order."""
-    dims = state(gm).get("dims", {})
+    dims = facts(gm).sizes.names
     return {node.name: _line(gm, node, dims) for node in (gm.graph.nodes if nodes is None else nodes)}
 
 

@@ -23,7 +23,7 @@ from ti_fx.export import inputs as io
 from ti_fx.export.run.session import Runtime
 from ti_fx.export.writer import to_onnx
 from ti_fx.ir.edit import fork
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.measure.footprint import footprint
 from ti_fx.measure.stopwatch import medians
@@ -136,7 +136,7 @@ def choose_encoding(
 def resolve(recipe: Recipe, gm: GraphModule) -> tuple[Recipe, Choice | None]:
     """Return the recipe with the name of an encoding where it says ``auto``, and what was measured for it.
 
-    Measured is the student that the recipe leads to, on the example that ``gm`` was captured with; ``gm`` stays as it is.
+    Measured is the student that the recipe leads to, on the example that ``gm`` was captured with.
     A recipe that names an encoding is returned as it is, with None.
 
     Args:
@@ -148,7 +148,7 @@ def resolve(recipe: Recipe, gm: GraphModule) -> tuple[Recipe, Choice | None]:
     """
     if recipe.activations.encoding != AUTO:
         return recipe, None
-    example = state(gm).get("example")
+    example = facts(gm).example
     if example is None:
         raise InputError(
             "the graph keeps no example to measure it on; capture it with ti_fx.capture, or name an encoding"

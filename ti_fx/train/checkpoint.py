@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ti_fx.errors import CheckpointError, RecipeError
+from ti_fx.errors import CheckpointError, RecipeError, first_line
 from ti_fx.files import atomic_path, atomic_write, reported
 from ti_fx.frontend.capture import capture
 from ti_fx.ir.pipeline import Pipeline
@@ -194,9 +194,7 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
             f"{folder} is no finished ti_fx checkpoint: {DESCRIPTION} is missing; give a checkpoint-N folder"
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"can't read {path}: {str(error).splitlines()[0]}; use another checkpoint"
-        ) from None
+        raise CheckpointError(f"can't read {path}: {first_line(error)}; use another checkpoint") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} has no format {FORMAT}; it was written by another version of ti_fx")
     for key in KEYS:
@@ -231,9 +229,8 @@ def readable(folder: str | Path | None) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"can't resume from {folder}: {first}; its training state is damaged, use another checkpoint"
+            f"can't resume from {folder}: {first_line(error)}; its training state is damaged, use another checkpoint"
         ) from error
 
 
@@ -246,9 +243,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"can't read {path}: {first}; the file is damaged or missing, use another checkpoint"
+            f"can't read {path}: {first_line(error)}; the file is damaged or missing, use another checkpoint"
         ) from None
 
 
@@ -384,9 +380,7 @@ def _source_model(checkpoint: str | Path, facts: Mapping[str, Any]) -> nn.Module
     try:
         config = transformers.AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"can't read the config in {checkpoint}: {str(error).splitlines()[0]}"
-        ) from None
+        raise CheckpointError(f"can't read the config in {checkpoint}: {first_line(error)}") from None
     model: nn.Module = kind(config)
     return model.to(getattr(torch, str(facts["source"].get("dtype", "float32")))).eval()
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from ti_fx.errors import CheckpointError, DataError, InputError
 from ti_fx.frontend.capture import capture
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 from ti_fx.measure.choose import Choice, resolve
 from ti_fx.recipe import Recipe
 from ti_fx.train import checkpoint, rows, schedule
@@ -95,7 +95,7 @@ class TernaryTrainer(Trainer):
         self._count = 0
         self._eval_sums: dict[str, float] = {}
         self._eval_rows = 0
-        if state(prepared).get("task") and self._task_loss() is None:
+        if facts(prepared).task and self._task_loss() is None:
             raise InputError(
                 f"distill{{task}} needs the model's loss, and {type(model).__name__} has none that can be called on "
                 "outputs and labels; pass compute_loss_func=, as to Trainer"
@@ -118,10 +118,10 @@ class TernaryTrainer(Trainer):
         else:
             model.to(args.device)
             gm = capture(model, example)
-        if "recipe" not in state(gm):
+        if facts(gm).recipe is None:
             self.recipe, self.choice = resolve(self.recipe, gm)
             self.recipe.prepare(gm, teacher=teacher)
-        if state(gm)["recipe"] != self.recipe.to_dict():
+        if facts(gm).recipe != self.recipe.to_dict():
             raise InputError(
                 "the graph was prepared by another recipe; capture the model again, or pass that recipe"
             )
@@ -151,7 +151,7 @@ class TernaryTrainer(Trainer):
         result = model(**features)
         loss: Tensor = result["loss"]
         losses = dict(result["losses"])
-        weight = state(self.model.prepared()).get("task") or 0.0
+        weight = facts(self.model.prepared()).task or 0.0
         if weight and labels is not None:
             losses["task"] = self._task(result["outputs"], labels)
             loss = loss + weight * losses["task"]

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from ti_fx.errors import InputError, did_you_mean
 from ti_fx.ir import leaves
 from ti_fx.ir.edit import aten_name
-from ti_fx.ir.facts import state
+from ti_fx.ir.facts import facts
 
 # A number of elements: an int, or a sympy expression (torch's symbolic sizes) with the same arithmetic.
 Count = Any
@@ -60,7 +60,7 @@ def evaluated(gm: GraphModule, cost: Count, sizes: Mapping[str, int] | None) -> 
     Raises:
         InputError: ``sizes`` names a dimension that the graph does not have.
     """
-    names: dict[str, str] = state(gm).get("dims", {})
+    names = facts(gm).sizes.names
     for name in sizes or ():
         if name not in names.values():
             raise InputError(f"the graph has no dimension {name!r}{did_you_mean(name, names.values())}")

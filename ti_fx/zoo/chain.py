@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from ti_fx.errors import CoverageError, TiFxError
+from ti_fx.errors import CoverageError, TiFxError, first_line
 from ti_fx.example_inputs.makers import run
 from ti_fx.export import Runtime, to_onnx
 from ti_fx.export.compare.outputs import NOISE_CAP, nudged_outputs
@@ -25,7 +25,7 @@ from ti_fx.ir import roles
 from ti_fx.ir.edit import fork, mode
 from ti_fx.ir.outputs import named_leaves
 from ti_fx.ir.pipeline import Pipeline
-from ti_fx.numerics.closeness import distance, median_distance, relative
+from ti_fx.numerics.closeness import distance, median_distance, relative, same
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -263,7 +263,7 @@ class _Chain:
             ("teacher", run(_as_teacher(self.gm, twins), self.other)),
         ):
             for name, value in _tensors(values).items():
-                if not torch.equal(value.nan_to_num(), before[name].nan_to_num()):
+                if not same(value, before[name]):
                     raise CoverageError(
                         f"the {what}'s output {name} is no longer bit-equal after duplicate-teacher"
                     )
@@ -325,7 +325,7 @@ class _Chain:
             expected = _tensors(run(gm, self.other))
             Pipeline(Pack())(gm)
             for name, value in _tensors(run(gm, self.other)).items():
-                if not torch.equal(value.nan_to_num(), expected[name].nan_to_num()):
+                if not same(value, expected[name]):
                     raise CoverageError(f"output {name} is no longer bit-equal after pack")
             self.files[encoding] = self.folder / f"{encoding}.onnx", gm
 
@@ -414,5 +414,4 @@ def _source_line(node: Node | None) -> str:
 
 
 def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:500] if lines else type(error).__name__
+    return first_line(error)[:500]

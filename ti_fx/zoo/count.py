@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ti_fx.example_inputs.makers import run
+from ti_fx.numerics.closeness import relative
 from ti_fx.zoo.models import Entry
 
 Change = Callable[[Tensor], Tensor]
@@ -410,8 +411,7 @@ def _moved(outputs: list[Tensor], others: list[Tensor]) -> float:
             return 1.0  # what decides the length has changed
         if output.numel():
             finite = torch.isfinite(output) & torch.isfinite(other) & (output.abs() < 1e30)
-            before, after = output[finite], other[finite]
-            changes.append(float((after - before).norm() / before.norm().clamp(min=1e-12)))
+            changes.append(relative(other[finite], output[finite]))
     return max(changes, default=0.0)
 
 
