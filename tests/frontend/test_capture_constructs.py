@@ -336,4 +336,4 @@ def test_an_equality_without_a_value_at_a_size_does_not_hold_there() -> None:
         def subs(self, sizes: dict[str, int]) -> bool:
             return 256 // (sizes["length"] // 8) == 64
 
-    assert [size for size in (4, 8, 32, 64) if export_program._may_hold(Equality(), {"length": size})] == [32]
+    assert [size for size in (4, 8, 32, 64) if export_program.may_hold(Equality(), {"length": size})] == [32]

@@ -172,7 +172,7 @@ def _fixed_by_equalities(
         asked = [one for one in equalities if symbol in one.free_symbols]
         others = (2 * size, 3 * size, size // 2, *range(size + 1, size + 33), *range(2, size))
         return any(
-            all(_may_hold(one, {**scaled, symbol: other}) for one in asked)
+            all(may_hold(one, {**scaled, symbol: other}) for one in asked)
             for other in others
             for scaled in (own, {one: 2 * value for one, value in own.items()})
         )
@@ -180,7 +180,7 @@ def _fixed_by_equalities(
     return [place for symbol, size in own.items() if not changes(symbol, size) for place in places[symbol]]
 
 
-def _may_hold(equality: Any, sizes: Mapping[Any, int]) -> bool:
+def may_hold(equality: Any, sizes: Mapping[Any, int]) -> bool:
     """Whether an equality of sizes is not known to fail; what further symbols leave open is neither true nor false."""
     try:
         return bool(equality.subs(sizes) != False)  # noqa: E712
