@@ -1,4 +1,4 @@
-"""The invariants of a graph, as a table: a name, a check, and (in tests/test_verify.py) a graph that breaks it."""
+"""The invariants of a graph, as a table: a name, a check, and (in tests/ir/test_verify.py) a graph that breaks it."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def choose_encoding(
 def resolve(recipe: Recipe, gm: GraphModule) -> tuple[Recipe, Choice | None]:
     """Return the recipe with the name of an encoding where it says ``auto``, and what was measured for it.
 
-    Measured is the student that the recipe leads to, on the example that ``gm`` was captured with; ``gm`` stays as it is.
+    Measured is the student that the recipe leads to, on the example that ``gm`` comes from; ``gm`` stays as it is.
     A recipe that names an encoding is returned as it is, with None.
 
     Args:
