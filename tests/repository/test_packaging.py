@@ -165,7 +165,7 @@ def imported_projects(path: Path) -> set[str]:
             names.add(node.module or "")
     folders = ("tests", "benchmarks")  # their modules import each other
     ours = {"ti_fx", "examples", *folders} | {
-        path.stem for folder in folders for path in (ROOT / folder).iterdir()
+        path.stem for folder in folders for path in (ROOT / folder).rglob("*.py")
     }
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - ours
 

@@ -114,7 +114,7 @@ def train(
     from ti_fx.cli._recipe import chosen_recipe
     from ti_fx.train.data import read_texts
 
-    chosen = _with_encodings(chosen_recipe(recipe), chosen_encodings(encoding, measured=True))
+    chosen = with_encodings(chosen_recipe(recipe), chosen_encodings(encoding, measured=True))
     if resume and chosen.activations.encoding == AUTO:
         raise InputError(
             "--resume goes on with the encoding that was chosen, so auto is none; its name is in ti_fx.json of "
@@ -135,7 +135,7 @@ def train(
     run.train(teacher, tokenizer, out, resume)
 
 
-def _with_encodings(recipe: Recipe, encodings: Encodings) -> Recipe:
+def with_encodings(recipe: Recipe, encodings: Encodings) -> Recipe:
     """Return the recipe with other encodings; one for all weights takes the place of all that it names."""
     if not encodings:
         return recipe

@@ -84,7 +84,7 @@ class TernaryTrainer(Trainer):
             args.dataloader_pin_memory = False  # there is no accelerator to copy to
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # a phase leaves some parameters without a gradient
-        wrapped = TernaryModel(prepared, self.recipe, compile=_compile(compile, args, self.recipe))
+        wrapped = TernaryModel(prepared, self.recipe, compile=compile_choice(compile, args, self.recipe))
         if hasattr(model, "config"):
             wrapped.config = model.config
         super().__init__(model=wrapped, args=args, **options)
@@ -396,7 +396,12 @@ class TernaryTrainer(Trainer):
         return self._saving_to or str(super()._get_output_dir(trial))
 
 
-def _compile(wanted: str, args: TrainingArguments, recipe: Recipe) -> Compile:
+def compile_choice(wanted: str, args: TrainingArguments, recipe: Recipe) -> Compile:
+    """Return whether the phases are compiled: as wanted, and for ``auto`` where training is long enough to gain by it.
+
+    Raises:
+        InputError: ``wanted`` is none of on, off and auto.
+    """
     if wanted == "on":
         return "on"
     if wanted == "off":

@@ -229,14 +229,14 @@ def traced() -> tuple[GraphModule, Any]:
     with torch.no_grad():
         model.first.weight[0] *= -1
     student = packed(model, layers_example(), "base3")
-    return student, writer._export(student, layers_example(), 25)
+    return student, writer.onnx_model(student, layers_example(), 25)
 
 
 @pytest.fixture
 def other(traced: tuple[GraphModule, Any], monkeypatch: pytest.MonkeyPatch) -> GraphModule:
     """A student whose export is quick: the trace was made, and nothing is run."""
     student, model = traced
-    monkeypatch.setattr(writer, "_export", lambda *arguments: model.clone())
+    monkeypatch.setattr(writer, "onnx_model", lambda *arguments: model.clone())
     monkeypatch.setattr(compare, "all_of", lambda *arguments: ParityReport((), ""))
     return student
 
@@ -353,7 +353,7 @@ def test_what_takes_too_much_memory_is_not_run_and_the_report_says_so(
     assert report.tensors == check(pair, layers, layers_example(), ram_megabytes=1).tensors
     assert "not compared at any size: the weights take about 0 MB in ONNX Runtime, and" in str(report)
     student, model = traced
-    monkeypatch.setattr(writer, "_export", lambda *arguments: model.clone())
+    monkeypatch.setattr(writer, "onnx_model", lambda *arguments: model.clone())
     assert to_onnx(student, pair, layers_example(), ram_megabytes=0.001).parity.skipped
     with pytest.raises(ParityError, match="is not the graph's"):
         check(pair, layers, layers_example(), ram_megabytes=0.001)
@@ -367,4 +367,4 @@ def test_the_estimate_follows_the_encoding(encoding: str, bytes_each: float) -> 
     weights = 2 * 16 * 24
     kept = sum(value.numel() for value in Layers().parameters()) - weights
     kept_bytes = kept * (2 + 4 if encoding == "base3" else 4 + 4) + 2 * 8  # and two scales
-    assert whole_file._megabytes(student) == pytest.approx((weights * bytes_each + kept_bytes) / 1e6)
+    assert whole_file.runtime_megabytes(student) == pytest.approx((weights * bytes_each + kept_bytes) / 1e6)
