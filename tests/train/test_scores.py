@@ -31,5 +31,5 @@ def test_scores_are_scikit_learns(classes: int) -> None:
 
 def test_a_trainers_logits_may_come_with_other_outputs() -> None:
     logits, labels = np.eye(3)[[0, 2, 1]], np.array([0, 2, 2])
-    alone, beside = EvalPrediction(logits, labels), EvalPrediction((logits, np.zeros(3)), labels)
+    alone, beside = EvalPrediction(logits, labels), EvalPrediction((logits, np.zeros(3)), labels)  # type: ignore[arg-type]
     assert scores_of(alone) == scores_of(beside) == scores(logits, labels)
