@@ -2,7 +2,7 @@
 
 They compute nothing in PyTorch (``torch.onnx.ops.symbolic`` returns zeros of the right shape), so they only ever stand
 in the private copy that the exporter traces. What a node of the domain ``ti_fx`` stands for is put in its place by
-``ti_fx.export.file.content`` after the trace.
+``ti_fx.export.file.markers`` after the trace.
 """
 
 from __future__ import annotations
