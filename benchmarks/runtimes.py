@@ -33,6 +33,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 import ti_fx
 from ti_fx.export import to_onnx, with_cache
 from ti_fx.export.compare.nodes import cut_at_nodes
+from ti_fx.export.file.content import open_file
 from ti_fx.export.file.metadata import MINIMUM_RUNTIME
 from ti_fx.numerics.closeness import relative
 from ti_fx.passes import DecomposeAttention, Pack, QuantizeActivations, Ternarize
@@ -167,7 +168,7 @@ def packed(model: nn.Module, example: dict[str, Tensor], encoding: str) -> Graph
 def file_of(folder: Path, name: str, student: GraphModule, inputs: dict[str, Tensor], opset: int) -> File:
     path = folder / name.replace(" ", "-")
     report = to_onnx(student, folder / "whole.onnx", inputs, opset=opset)
-    cut = cut_at_nodes(report.path, student, inputs)
+    cut = cut_at_nodes(open_file(report.path), student, inputs)
     minimum = next(entry.value for entry in cut.model.metadata_props if entry.key == MINIMUM_RUNTIME)
     onnx.save(cut.model, f"{path}.onnx")
     feed = {str(index): cut.feed[key] for index, key in enumerate(sorted(cut.feed))}

@@ -25,18 +25,19 @@ from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.export import arguments, compare
 from ti_fx.export import inputs as io
 from ti_fx.export.file import external_data, names
-from ti_fx.export.file.content import FileContent, open_file, resolve_markers
+from ti_fx.export.file.content import open_file
 from ti_fx.export.file.digests import RECORD_KEY, record_of
-from ti_fx.export.file.external_data import SIZE_THRESHOLD
+from ti_fx.export.file.markers import resolve_markers
 from ti_fx.export.file.metadata import metadata_of
-from ti_fx.export.report import ExportReport, StoredTensor
+from ti_fx.export.file.sizes import tensor_sizes
+from ti_fx.export.file.write import SIZE_THRESHOLD, write_model
+from ti_fx.export.report import ExportReport
 from ti_fx.export.student import require_packed, same_numerics, with_encoding
 from ti_fx.files import atomic_files, reported
 from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights, weight_encodings
 from ti_fx.ir.edit import mode, tensor
 from ti_fx.numerics.closeness import relative
 from ti_fx.numerics.encodings import NEWEST_OPSET
-from ti_fx.numerics.layouts import LAYOUTS
 from ti_fx.passes.lower.lowering import lower
 
 Example = Mapping[str, Any] | tuple[Any, ...]
@@ -184,21 +185,21 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
     _describe(model, gm, student, opset, options.config)
     beside = places.enter_context(atomic_files(path))
     temporary = beside / path.name
-    external_data.write(model, temporary, options.external_data, options.size_threshold)
-    content = open_file(temporary)
-    report = compare.all_of(temporary, student, inputs, content, options.ram_megabytes)
+    write_model(model, temporary, options.external_data, options.size_threshold)
+    file = open_file(temporary)
+    parity = compare.all_of(file, student, inputs, options.ram_megabytes)
     shapes = {weight.codes_name: weight.shape for weight in packed_weights(student)}
     return _Written(
         ExportReport(
             path=path,
-            bytes=sum(file.stat().st_size for file in beside.iterdir()),
+            bytes=sum(part.stat().st_size for part in beside.iterdir()),
             opset=opset,
             encoding=str(encoding_of(student)),
-            tensors=_stored(content),
+            tensors=tensor_sizes(file),
             ternary_weights=sum(torch.Size(shape).numel() for shape in shapes.values()),
-            parity=report,
+            parity=parity,
             requantized=cost,
-            sidecars=() if content.data is None else (path.with_name(content.data.name),),
+            sidecars=() if file.data is None else (path.with_name(file.data.name),),
             batch_dependent=batch_dependent(student),
         ),
         beside,
@@ -334,14 +335,3 @@ def _share_equal(graph: ir.Graph, apart: set[str]) -> None:
             if same is not value:
                 ir.convenience.replace_all_uses_with(value, same)
                 del graph.initializers[value.name]
-
-
-def _stored(content: FileContent) -> tuple[StoredTensor, ...]:
-    known = {item.initializer: item for item in reversed(content.tensors)}
-    rows = []
-    for name, value in content.initializers.items():
-        item = known.get(name)
-        kind = "other" if item is None else "codes" if item.kind in LAYOUTS else "scale"
-        label = name if item is None else item.target
-        rows.append(StoredTensor(label, kind, tuple(value.dims), content.raw(name).nbytes))
-    return tuple(sorted(rows, key=lambda row: (-row.bytes, row.name)))

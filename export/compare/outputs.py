@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ti_fx.errors import InputError, ParityError, first_line
 from ti_fx.export import inputs as io
-from ti_fx.export.compare.nodes import compare_nodes
+from ti_fx.export.file.content import FileContent
 from ti_fx.export.report import OutputDifference
-from ti_fx.export.run.session import Runtime
+from ti_fx.export.run.session import Runtime, session_of
 from ti_fx.ir.edit import aten_name, constant_size, mode
 from ti_fx.ir.facts import facts
 from ti_fx.numerics.closeness import gap, p99
@@ -32,21 +31,49 @@ NOISE_CAP = 0.25
 _PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "layer_norm", "softmax", "gelu"})
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why outputs are not equal: what an error says, and the inputs that show it.
+
+    ``cause`` is ONNX Runtime's own error where the file can't be run.
+    """
+
+    text: str
+    inputs: dict[str, Tensor]
+    cause: InputError | None = None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the comparison of outputs found.
+
+    Attributes:
+        rows: one for each output and case, up to the first that differs.
+        skipped: cases that the model does not take, and why.
+        failure: of the first case that differs, None if none does.
+    """
+
+    rows: tuple[OutputDifference, ...]
+    skipped: tuple[str, ...]
+    failure: Failure | None = None
+
+
 def compare_outputs(
-    path: str | os.PathLike[str], student: GraphModule, bound: dict[str, Tensor], exact: bool
-) -> tuple[tuple[OutputDifference, ...], tuple[str, ...]]:
-    """Compare outputs at other sizes, padded, and with the batch permuted; return a row each, and what was skipped.
+    file: FileContent, student: GraphModule, bound: dict[str, Tensor], exact: bool
+) -> Outputs:
+    """Compare outputs at other sizes, padded, and with the batch permuted.
 
     Args:
-        path: the file.
+        file: the file.
         student: the packed graph of the same encoding.
         bound: inputs of the graph, by name.
         exact: whether no activation is quantised, so that outputs differ by rounding only.
 
     Raises:
-        ParityError: outputs differ, or the file can't be run.
+        ParityError: an output has another shape or type than the graph's.
     """
-    runtime = Runtime(path)
+    path = str(file.path)
+    runtime = Runtime(path, loaded=session_of(path, path))  # its data file was checked as it was opened
     rows: list[OutputDifference] = []
     skipped: list[str] = []
     cases = list(_cases(student, bound))
@@ -67,22 +94,20 @@ def compare_outputs(
         try:
             found = runtime(inputs)
         except InputError as error:
-            compare_nodes(path, student, inputs)
-            raise ParityError(f"{Path(path).name} can't be run at {case}: {error}") from error
+            text = f"{file.path.name} can't be run at {case}: {error}"
+            return Outputs(tuple(rows), tuple(skipped), Failure(text, inputs, error))
         for name, value in expected.items():
             allowed = _allowed(value, None if noise is None else noise[name])
             row = _difference(name, case, torch.from_numpy(found[name]), value, allowed)
             rows.append(row)
             if (row.maximum if exact else row.p99) > row.allowed:  # a NaN in one alone is infinite
-                compare_nodes(
-                    path, student, inputs
-                )  # names the node, if it is one that differs at these sizes
-                raise ParityError(
-                    f"{Path(path).name}: output {row.output!r} differs from PyTorch at {row.case}: max "
+                text = (
+                    f"{file.path.name}: output {row.output!r} differs from PyTorch at {row.case}: max "
                     f"{row.maximum:.2e}, p99 {row.p99:.2e}, range {row.span:.2e}, allowed {row.allowed:.2e}; "
                     "please report this with the graph's ti_fx.dump"
                 )
-    return tuple(rows), tuple(skipped)
+                return Outputs(tuple(rows), tuple(skipped), Failure(text, inputs))
+    return Outputs(tuple(rows), tuple(skipped))
 
 
 def _cases(

@@ -1,7 +1,7 @@
 """ONNX nodes as functions on tensors: each call becomes exactly the ONNX nodes it names when the graph is exported.
 
 They only ever stand in the private copy that the exporter traces (see ``ti_fx.numerics.onnx_nodes``). What a node of
-the domain ``ti_fx`` stands for is put in its place by ``ti_fx.export.file.content`` after the trace.
+the domain ``ti_fx`` stands for is put in its place by ``ti_fx.export.file.markers`` after the trace.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Graph
 
 from ti_fx.export import Runtime, to_onnx
-from ti_fx.export.compare import nodes
+from ti_fx.export.compare.nodes import choice_of
 
 
 def test_a_number_before_a_tensor_and_a_needless_squeeze_are_exported(tmp_path: Path) -> None:
@@ -106,10 +106,11 @@ def test_equals_may_be_chosen_in_any_order() -> None:
     values = {source: torch.tensor([[4.0, 0.0, 7.0, 0.0]])}
     for node, dtype in ((places, torch.int64), (short, torch.int32)):
         pair = [torch.tensor([[2, 0, last]], dtype=dtype) for last in (1, 3)]
-        got, expected = nodes.chosen_in_order(node, values, *pair)
+        choice = choice_of(node, pair[0], values)
+        assert choice is not None
+        got, expected = map(choice.in_order, pair)
         assert torch.equal(got, expected)
-        got, expected = nodes.chosen_in_order(node, values, pair[0], torch.tensor([[2, 1, 3]], dtype=dtype))
-        assert not torch.equal(got, expected)
+        assert not torch.equal(got, choice.in_order(torch.tensor([[2, 1, 3]], dtype=dtype)))
 
 
 @pytest.mark.parametrize("encoding", ["int8-token", "float"])

@@ -67,11 +67,12 @@ class WithRegistered(Mapping[str, Kind]):
             raise RecipeError(
                 f"{where(entry)} is {entry.value}, no subclass of {self.base.__name__}; mend it"
             )
-        if kind.name() != entry.name:
+        found: Any = kind
+        if found.name() != entry.name:
             raise RecipeError(
-                f"{where(entry)} is a pass that is called {kind.name()!r}; register it by that name"
+                f"{where(entry)} is a pass that is called {found.name()!r}; register it by that name"
             )
-        return kind
+        return found  # type: ignore[no-any-return]
 
 
 def where(entry: EntryPoint) -> str:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import ti_fx
 from ti_fx.errors import ParityError
-from ti_fx.export import to_onnx
+from ti_fx.export import check, to_onnx
 from ti_fx.export.compare.outputs import compare_outputs
+from ti_fx.export.file.content import open_file
 from ti_fx.passes import Pack, QuantizeActivations, Ternarize
 
 INPUT = {"values": torch.randn(4, 64, generator=torch.Generator().manual_seed(0))}
@@ -33,9 +34,12 @@ def test_a_value_that_is_no_number_in_one_alone_fails(wrong: float, tmp_path: Pa
     gm = ti_fx.capture(Wide(), INPUT)
     ti_fx.Pipeline(Ternarize(), QuantizeActivations(), Pack())(gm)
     path = to_onnx(gm, tmp_path / "student.onnx", INPUT).path
-    rows, _ = compare_outputs(path, gm, INPUT, exact=False)
-    assert all(row.p99 <= row.allowed for row in rows)
+    file = open_file(path)
+    found = compare_outputs(file, gm, INPUT, exact=False)
+    assert found.failure is None
+    assert all(row.p99 <= row.allowed for row in found.rows)
     with torch.no_grad():
         dict(gm.named_parameters())["second.bias"][17] = wrong  # one of 256: less than 1%
+    assert compare_outputs(file, gm, INPUT, exact=False).failure is not None
     with pytest.raises(ParityError):
-        compare_outputs(path, gm, INPUT, exact=False)
+        check(path, gm, INPUT)

@@ -21,9 +21,11 @@ from torch.fx import GraphModule
 from ti_fx.errors import ExportError, InputError, ParityError, TiFxError
 from ti_fx.export import ParityReport, Runtime, check, compare, to_onnx, writer
 from ti_fx.export.compare import whole_file
-from ti_fx.export.file import external_data
+from ti_fx.export.file import write
 from ti_fx.export.file.content import open_file
 from ti_fx.export.file.external_data import DATA_KEY, data_file
+from ti_fx.export.file.stored import is_external
+from ti_fx.export.file.write import write_model
 
 # --- a pair of files -------------------------------------------------------------------------------------------------
 
@@ -62,7 +64,7 @@ def test_a_pair_is_one_model(written: Path, layers: GraphModule, run: Callable[.
     data = data_of(written)
     assert names_in(written.parent) == [written.name, data.name]
     stored = onnx.load(str(written), load_external_data=False).graph.initializer
-    outside = [tensor for tensor in stored if external_data.is_external(tensor)]
+    outside = [tensor for tensor in stored if is_external(tensor)]
     assert {"packed.first.weight_codes", "packed.first.bias_half", "codes_of_base3"} <= {
         tensor.name for tensor in outside
     }
@@ -86,7 +88,7 @@ def test_the_same_student_gives_the_same_bytes(written: Path, layers: GraphModul
 
 def test_large_tensors_begin_where_windows_can_map_them(tmp_path: Path) -> None:
     model = onnx_model({"small": 3, "large": 2**20, "last": 5})
-    external_data.write(model, tmp_path / "a.onnx", external=True, size_threshold=0)
+    write_model(model, tmp_path / "a.onnx", external=True, size_threshold=0)
     spans = {
         name: (value.const_value.offset, value.const_value.length)
         for name, value in model.graph.initializers.items()
@@ -105,14 +107,14 @@ def onnx_model(sizes: dict[str, int]) -> Any:
 
 
 def test_above_the_limit_a_model_becomes_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(external_data, "LIMIT", 3000)
-    external_data.write(onnx_model({"a": 2000}), tmp_path / "small.onnx", None, 1024)
+    monkeypatch.setattr(write, "LIMIT", 3000)
+    write_model(onnx_model({"a": 2000}), tmp_path / "small.onnx", None, 1024)
     assert names_in(tmp_path) == ["small.onnx"]
-    external_data.write(onnx_model({"a": 2000, "b": 2000, "c": 1000}), tmp_path / "large.onnx", None, 1024)
+    write_model(onnx_model({"a": 2000, "b": 2000, "c": 1000}), tmp_path / "large.onnx", None, 1024)
     data = data_of(tmp_path / "large.onnx")
     assert data.stat().st_size == 4096 + 2000  # c stays in the model
     with pytest.raises(ExportError, match=r"don't fit one ONNX file \(2 GB\); leave external_data out"):
-        external_data.write(onnx_model({"a": 4000}), tmp_path / "refused.onnx", False, 1024)
+        write_model(onnx_model({"a": 4000}), tmp_path / "refused.onnx", False, 1024)
 
 
 def test_a_negative_threshold_is_refused(layers: GraphModule, tmp_path: Path) -> None:
