@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from inspect import cleandoc
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup, TyperOption
@@ -28,7 +28,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad input.
 class _Commands(TyperGroup):
     """The group whose ``--help`` is False by default: to convert its usual default, None, typer would load pydantic."""
 
-    def get_help_option(self, ctx: typer.Context) -> TyperOption | None:
+    def get_help_option(self, ctx: Any) -> TyperOption | None:
         option = super().get_help_option(ctx)
         if option is not None:
             option.default = False
