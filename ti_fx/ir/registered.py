@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any
 
 from ti_fx.errors import RecipeError
 
 GROUP = "ti_fx.passes"
-Kind = TypeVar("Kind", bound=type[Any])
 
 
-class WithRegistered(Mapping[str, Kind]):
+class WithRegistered(Mapping[str, type[Any]]):
     """Classes by name: those given, and those that distributions register, each imported when it is asked for.
 
     Args:
@@ -26,10 +25,10 @@ class WithRegistered(Mapping[str, Kind]):
         base: the class that a registered one must be a subclass of.
     """
 
-    def __init__(self, own: Mapping[str, Kind], base: Kind) -> None:
+    def __init__(self, own: Mapping[str, type[Any]], base: type[Any]) -> None:
         self.own, self.base = own, base
 
-    def __getitem__(self, name: str) -> Kind:
+    def __getitem__(self, name: str) -> type[Any]:
         """Return the class of that name.
 
         Raises:
@@ -57,9 +56,9 @@ class WithRegistered(Mapping[str, Kind]):
                 raise RecipeError(f"{where(entry)} and {where(found[entry.name])}: uninstall one")
         return found
 
-    def _load(self, entry: EntryPoint) -> Kind:
+    def _load(self, entry: EntryPoint) -> type[Any]:
         try:
-            kind: Any = entry.load()
+            kind: type[Any] = entry.load()
         except Exception as error:  # importing runs whatever the distribution holds
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise RecipeError(f"{where(entry)} can't be imported ({reason}); mend or uninstall it") from error
