@@ -20,11 +20,10 @@ from ti_fx.export.file.content import FileContent, compare_tensors, open_file
 from ti_fx.export.file.digests import compare_record
 from ti_fx.export.report import ParityReport
 from ti_fx.export.student import as_written, require_packed
-from ti_fx.find.packed import encoding_of, is_quantised, packed_weights, weight_encodings
+from ti_fx.find.packed import encoding_of, is_quantised, looked_up, packed_weights, weight_encodings
 from ti_fx.ir.edit import tensor
 from ti_fx.ir.inputs import require_inputs
-from ti_fx.passes.lower.lowering import ACTIVATIONS
-from ti_fx.passes.lower.storage import looked_up
+from ti_fx.passes.lower.products import BY_FUNCTION
 
 
 def check(
@@ -112,7 +111,7 @@ def _megabytes(student: GraphModule) -> float:
     total = 0.0
     for name, weight in weights.items():
         fake_quant = encodings[weight.parameter].fake_quant
-        blocks = any(entry.block for entry in ACTIVATIONS if entry.fake_quant is fake_quant)
+        blocks = fake_quant is not None and BY_FUNCTION[fake_quant].block
         each = 0.25 if name in tables or blocks else 1.0 if fake_quant else 8.0
         total += (0.25 + each) * torch.Size(weight.shape).numel()
     stored = {str(node.target) for node in student.graph.find_nodes(op="get_attr")} - weights.keys()

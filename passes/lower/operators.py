@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ti_fx.numerics.onnx_nodes import since_opset
+
 MARKER_DOMAIN = "ti_fx"
 MARKER = "Packed"
 ZERO_CODES = 0b10101010  # four times the code 0, each stored as code + 2
@@ -35,6 +37,7 @@ def _many(
     return torch.onnx.ops.symbolic_multi_out(name, inputs, {}, dtypes=dtypes, shapes=shapes)
 
 
+@since_opset(18)
 def packed(stored: Tensor, target: str, kind: str, shape: Size, dtype: torch.dtype) -> Tensor:
     """Mark a stored tensor as the packed graph's tensor ``target``, so that it is found again in the finished file.
 
@@ -47,6 +50,7 @@ def packed(stored: Tensor, target: str, kind: str, shape: Size, dtype: torch.dty
     return _node(f"{MARKER_DOMAIN}::{MARKER}", (stored,), dtype, shape, **attributes)
 
 
+@since_opset(18)
 def codes_from_table(stored: Tensor, table: Tensor, shape: Sequence[int]) -> Tensor:
     """Return int8 codes from packed bytes by a table, ``(256, codes in a byte)``; done once, as the file is loaded.
 
@@ -61,6 +65,7 @@ def codes_from_table(stored: Tensor, table: Tensor, shape: Sequence[int]) -> Ten
     return codes.reshape(-1)[:count].reshape(tuple(shape))
 
 
+@since_opset(18)
 def dequantised_weight(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the float32 ternary weight of int8 codes. ONNX Runtime folds it into a constant when it loads the file.
 
@@ -70,6 +75,7 @@ def dequantised_weight(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.to(torch.float32) * scale
 
 
+@since_opset(18)
 def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> Tensor:
     """Look rows up in a table that stays packed in memory.
 
@@ -93,6 +99,7 @@ def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> T
     )
 
 
+@since_opset(18)
 def look_up_by_table(codes: Tensor, scale: Tensor, table: Tensor, ids: Tensor, columns: int) -> Tensor:
     """Look rows up in a table that stays packed in memory, with standard operators alone, as fast as the others do.
 
@@ -110,6 +117,7 @@ def look_up_by_table(codes: Tensor, scale: Tensor, table: Tensor, ids: Tensor, c
     return found.to(torch.float32) * (torch.nn.functional.embedding(ids, scale) if scale.dim() else scale)
 
 
+@since_opset(18)
 def quantise_tensor(value: Tensor) -> Quantised:
     """DynamicQuantizeLinear: ``numerics.int8_tensor`` before it is dequantised."""
     codes, scale, zero_point = _many(
@@ -118,6 +126,7 @@ def quantise_tensor(value: Tensor) -> Quantised:
     return codes, scale, zero_point
 
 
+@since_opset(18)
 def quantise_reference(value: Tensor) -> Quantised:
     """QuantizeLinear around zero point 128: ``numerics.int8_reference``. int8 activations would be 5-10x slower."""
     # amax() over every dimension has no translation in torch 2.13.
@@ -127,6 +136,7 @@ def quantise_reference(value: Tensor) -> Quantised:
     return codes, scale, zero_point
 
 
+@since_opset(21)
 def quantise_token(value: Tensor) -> Quantised:
     """QuantizeLinear with one block per token around zero point 128: ``numerics.int8_token``.
 
@@ -154,17 +164,20 @@ def _token_scale(value: Tensor) -> Tensor:
     return _symmetric_scale(value.abs().amax(dim=-1, keepdim=True))
 
 
+@since_opset(18)
 def dequantise(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Return ``(codes - zero point) * scale``: DequantizeLinear with one scale."""
     return _node("DequantizeLinear", (codes, scale, zero_point), torch.float32, codes.shape)
 
 
+@since_opset(18)
 def fake_quant_token(value: Tensor) -> Tensor:
     """``numerics.int8_token`` in floating point: exact for any last dimension, a dynamic one too."""
     scale = _token_scale(value)
     return (value / scale).round().clamp(-127, 127) * scale
 
 
+@since_opset(18)
 def fake_quant_block(value: Tensor, block: int) -> Tensor:
     """``numerics.int8_block_128`` and its kin in floating point; the last dimension may be dynamic."""
     length = value.shape[-1]
@@ -178,6 +191,7 @@ def fake_quant_block(value: Tensor, block: int) -> Tensor:
     return (codes * (largest / 127)).reshape(padded.shape)[..., :length]
 
 
+@since_opset(18)
 def block_linear(
     value: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, shape: Sequence[int], block: int
 ) -> Tensor:
@@ -217,6 +231,7 @@ def block_linear(
     )
 
 
+@since_opset(18)
 def integer_linear(
     codes: Tensor,
     scale: Tensor,
@@ -246,6 +261,7 @@ def integer_linear(
     return result if bias is None else result + bias
 
 
+@since_opset(18)
 def sum_for_norm(left: Tensor, right: Tensor) -> Tensor:
     """Add two tensors by ONNX Sum, which ONNX Runtime does not fuse with the LayerNormalization that follows.
 
@@ -254,6 +270,7 @@ def sum_for_norm(left: Tensor, right: Tensor) -> Tensor:
     return _node("Sum", (left, right), left.dtype, (left + right).shape)
 
 
+@since_opset(23)
 def rms_norm(value: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Normalise the last dimension by its root mean square: ONNX RMSNormalization (opset 23).
 
@@ -265,6 +282,7 @@ def rms_norm(value: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return _node("RMSNormalization", (value, weight), value.dtype, value.shape, axis=-1, epsilon=epsilon)
 
 
+@since_opset(23)
 def rotary(value: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
     """Rotate the halves of each head against each other: ONNX RotaryEmbedding (opset 23).
 
@@ -280,6 +298,7 @@ def rotary(value: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
     return _node("RotaryEmbedding", (value, *tables), value.dtype, value.shape, **merged)
 
 
+@since_opset(23)
 def attention(
     query: Tensor,
     key: Tensor,
@@ -305,6 +324,7 @@ def attention(
     return _node("Attention", inputs, query.dtype, _attended(query, value, heads, shared_heads), **attributes)
 
 
+@since_opset(23)
 def attention_with_cache(
     query: Tensor,
     key: Tensor,
