@@ -30,7 +30,7 @@ LOWEST = -1e38
 class FuseAttention(Pass):
     """The nodes of a block of attention become one.
 
-    before:  %q = transpose(view(%query, [b, s, h, d]), 1, 2)    after:  %merged = attention(%query, %key, %value, %mask)
+    before:  %q = transpose(view(%query, [b, s, h, d]), 1, 2)    after: %merged = attention(%query, %key, %value, %mask)
              %k, %v the same
              %scores = matmul(%q, transpose(%k, 2, 3)) * scale + %mask
              %context = matmul(softmax(%scores), %v)
@@ -50,9 +50,9 @@ class FuseAttention(Pass):
         """Replace every block of this form."""
         if not has_fused_operators(gm):
             return
-        matches = _with_caches(
-            [found for node in gm.graph.nodes if (found := _match(node)) is not None], gm.graph
-        )
+        softmaxes = [node for node in gm.graph.nodes if aten_name(node) == "softmax"]
+        found = [match for softmax in softmaxes if (match := _match(softmax)) is not None]
+        matches = _with_caches(found, gm.graph)
         sums: dict[tuple[Node, ...], Node] = {}
         wholes = [_replace(match, _mask(match, sums)) for match in matches]
         for match, whole in zip(matches, wholes, strict=True):

@@ -1,4 +1,4 @@
-"""The stored tensors of a packed graph, as a lowered one reads them: marked, so that the file holds them as they are."""
+"""A lowered graph reads the packed graph's stored tensors through markers, so that the file holds them as they are."""
 
 from __future__ import annotations
 
