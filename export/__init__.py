@@ -6,6 +6,7 @@ if __name__ != "ti_fx.export":
 from ti_fx.export.cached.causal import with_cache
 from ti_fx.export.cached.encoder_decoder import encoder_decoder_with_cache
 from ti_fx.export.compare import check
+from ti_fx.export.lowered import lower
 from ti_fx.export.pack_from import pack_from
 from ti_fx.export.report import ExportReport, ParityReport
 from ti_fx.export.run.genai import write_genai_config
@@ -19,6 +20,7 @@ __all__ = [
     "Runtime",
     "check",
     "encoder_decoder_with_cache",
+    "lower",
     "pack_from",
     "pipeline",
     "session",

@@ -31,19 +31,17 @@ from ti_fx.export.file.markers import resolve_markers
 from ti_fx.export.file.metadata import metadata_of
 from ti_fx.export.file.sizes import tensor_sizes
 from ti_fx.export.file.write import SIZE_THRESHOLD, write_model
+from ti_fx.export.lowered import lower, opset_for
 from ti_fx.export.report import ExportReport
 from ti_fx.export.student import require_packed, same_numerics, with_encoding
 from ti_fx.files import atomic_files, reported
-from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights, weight_encodings
+from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights
 from ti_fx.ir.edit import mode, tensor
 from ti_fx.numerics.closeness import relative
-from ti_fx.numerics.encodings import NEWEST_OPSET
-from ti_fx.passes.lower.lowering import lower
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
 _PARTS = ("config", "tokenizer", "processor", "generation_config")
-OLDEST_OPSET = 18  # the oldest that torch.onnx writes
 
 
 class Saveable(Protocol):
@@ -68,6 +66,7 @@ def to_onnx(
     tokenizer: Saveable | None = None,
     processor: Saveable | None = None,
     generation_config: Saveable | None = None,
+    dump_dir: str | os.PathLike[str] | None = None,
 ) -> ExportReport:
     """Write a packed student as ONNX and compare ONNX Runtime with PyTorch; a file that fails is not kept.
 
@@ -91,6 +90,7 @@ def to_onnx(
         tokenizer: saved beside the file, too (``tokenizer.json``, ...).
         processor: an image processor or feature extractor, saved beside the file (``preprocessor_config.json``).
         generation_config: how a model generates, saved beside the file (``generation_config.json``).
+        dump_dir: a folder for the graph's text before and after every pass that lowers it (see :func:`lower`).
 
     Raises:
         PreconditionError: the graph is not stripped and packed.
@@ -108,6 +108,7 @@ def to_onnx(
         ram_megabytes,
         config,
         (tokenizer, processor, generation_config),
+        None if dump_dir is None else Path(dump_dir),
     )
     (report,) = write_files({arguments.file_path(path): (gm, example)}, options)
     return report
@@ -125,6 +126,7 @@ class Options:
     ram_megabytes: float | None = None
     config: Saveable | None = None
     beside: tuple[Saveable | None, ...] = ()
+    dump_dir: Path | None = None
 
 
 def write_files(files: Mapping[Path, tuple[GraphModule, Example]], options: Options) -> list[ExportReport]:
@@ -173,7 +175,7 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
     require_packed(arguments.graph(gm))
     _require_cpu(gm)
     student = with_encoding(gm, options.encoding, options.requantize)
-    opset = _opset(options.opset, student)
+    opset = opset_for(student, options.opset)
     inputs = io.bind(student, example)
     _require_finite(gm, inputs)
     outputs = io.run_graph(student, inputs)
@@ -181,7 +183,7 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
     if not same_numerics(student, gm):
         trained = io.run_graph(gm, inputs)
         cost = {name: relative(value, trained[name]) for name, value in outputs.items()}
-    model = onnx_model(student, inputs, opset)
+    model = onnx_model(student, inputs, opset, options.dump_dir)
     _describe(model, gm, student, opset, options.config)
     beside = places.enter_context(atomic_files(path))
     temporary = beside / path.name
@@ -207,16 +209,6 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
     )
 
 
-def _opset(opset: int | None, student: GraphModule) -> int:
-    if opset is None:
-        return max(encoding.opset for encoding in weight_encodings(student).values())
-    if type(opset) is not int or not OLDEST_OPSET <= opset <= NEWEST_OPSET:
-        raise InputError(
-            f"opset is {opset!r}; use {OLDEST_OPSET} to {NEWEST_OPSET}, or None for the encoding's own"
-        )
-    return opset
-
-
 def _require_cpu(gm: GraphModule) -> None:
     for name, value in [*gm.named_parameters(), *gm.named_buffers()]:
         if value.device.type != "cpu":
@@ -238,11 +230,12 @@ def _require_finite(gm: GraphModule, inputs: Mapping[str, Tensor]) -> None:
                 raise InputError(f"{kind} {name} holds NaN, with which nothing can be compared; mend it")
 
 
-def onnx_model(student: GraphModule, inputs: Mapping[str, Tensor], opset: int) -> ir.Model:
+def onnx_model(
+    student: GraphModule, inputs: Mapping[str, Tensor], opset: int, dump_dir: Path | None = None
+) -> ir.Model:
     """Lower a packed student and return it as an ONNX model, which is neither named, checked nor written yet."""
     flat, leaves = io.flat_outputs(student)
-    lowered = lower(flat, opset)
-    names.keep_origins(lowered)
+    lowered = lower(flat, opset, dump_dir=dump_dir)
     dims: dict[str, Any] = {name: found or None for name, found in io.dimensions(student).items()}
     try:
         with mode(lowered, False), _quiet():
@@ -262,7 +255,7 @@ def onnx_model(student: GraphModule, inputs: Mapping[str, Tensor], opset: int) -
     assert program is not None
     assert program.exported_program is not None
     _register_constants(program.model.graph)
-    names.restore_names(program.model, program.exported_program, lowered)
+    names.restore_names(program.model, program.exported_program, lowered, flat)
     return program.model
 
 

@@ -21,10 +21,9 @@ from ti_fx.export.compare.packed_tensors import compare_tensors
 from ti_fx.export.file.content import FileContent, open_file
 from ti_fx.export.report import ParityReport
 from ti_fx.export.student import as_written, require_packed
-from ti_fx.find.packed import encoding_of, is_quantised, packed_weights, weight_quantisers
+from ti_fx.find.packed import encoding_of, is_quantised, looked_up, packed_weights, weight_quantisers
 from ti_fx.ir.edit import tensor
 from ti_fx.ir.inputs import require_inputs
-from ti_fx.passes.lower.storage import looked_up
 
 
 def check(

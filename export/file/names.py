@@ -14,17 +14,12 @@ import onnx_ir as ir
 import torch
 from torch.fx import GraphModule, Node
 
+from ti_fx.ir import roles
 from ti_fx.ir.edit import constant_size
 
 _LARGE = (
     1024  # bytes from which on a constant gets a name that says where it belongs; short ones are kept short
 )
-
-
-def keep_origins(gm: GraphModule) -> None:
-    """Let torch.export note the node that each operation comes from: it notes none that has no metadata at all."""
-    for node in gm.graph.nodes:
-        node.meta.setdefault("val", None)
 
 
 def origins(program: torch.export.ExportedProgram, gm: GraphModule) -> dict[str, str]:
@@ -52,17 +47,21 @@ def _origin(sources: Iterable[Any], graph: int) -> str:
     return ""
 
 
-def restore_names(model: ir.Model, program: torch.export.ExportedProgram, lowered: GraphModule) -> None:
+def restore_names(
+    model: ir.Model, program: torch.export.ExportedProgram, lowered: GraphModule, packed: GraphModule
+) -> None:
     """Name each value of the ONNX graph after the node that it is, and what leads to it ``node/Operator``.
 
     Args:
         model: the exported model, whose values have the names of the program's nodes.
         program: what it was translated from.
-        lowered: the graph that was traced; a node has the name of the packed graph's node of the same value.
+        lowered: the graph that was traced.
+        packed: what it was lowered from: a node of both has the same value in both.
     """
     sources = origins(program, lowered)
     last = {origin: name for name, origin in sources.items()}
-    nodes = {node.name: node for node in lowered.graph.nodes}
+    own = {node.name for node in packed.graph.nodes}
+    nodes = {node.name: node for node in lowered.graph.nodes if node.name in own or roles.fact(node, "named")}
     traced = {node.name: node for node in program.graph.nodes}
     values = {
         name: origin

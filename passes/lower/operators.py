@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ti_fx.numerics.onnx_nodes import Size, node, nodes
+from ti_fx.numerics.onnx_nodes import Size, node, nodes, since_opset
 
 MARKER_DOMAIN = "ti_fx"
 MARKER = "Packed"
 ZERO_CODES = 0b10101010  # four times the code 0, each stored as code + 2
 
 
+@since_opset(18)
 def packed(stored: Tensor, target: str, kind: str, shape: Size, dtype: torch.dtype) -> Tensor:
     """Mark a stored tensor as the packed graph's tensor ``target``, so that it is found again in the finished file.
 
@@ -31,6 +32,7 @@ def packed(stored: Tensor, target: str, kind: str, shape: Size, dtype: torch.dty
     return node(f"{MARKER_DOMAIN}::{MARKER}", (stored,), dtype, shape, **attributes)
 
 
+@since_opset(18)
 def codes_from_table(stored: Tensor, table: Tensor, shape: Sequence[int]) -> Tensor:
     """Return int8 codes from packed bytes by a table, ``(256, codes in a byte)``; done once, as the file is loaded.
 
@@ -45,6 +47,7 @@ def codes_from_table(stored: Tensor, table: Tensor, shape: Sequence[int]) -> Ten
     return codes.reshape(-1)[:count].reshape(tuple(shape))
 
 
+@since_opset(18)
 def dequantised_weight(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the float32 ternary weight of int8 codes. ONNX Runtime folds it into a constant when it loads the file.
 
@@ -54,6 +57,7 @@ def dequantised_weight(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.to(torch.float32) * scale
 
 
+@since_opset(18)
 def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> Tensor:
     """Look rows up in a table that stays packed in memory.
 
@@ -77,6 +81,7 @@ def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> T
     )
 
 
+@since_opset(18)
 def look_up_by_table(codes: Tensor, scale: Tensor, table: Tensor, ids: Tensor, columns: int) -> Tensor:
     """Look rows up in a table that stays packed in memory, with standard operators alone, as fast as the others do.
 
@@ -94,6 +99,7 @@ def look_up_by_table(codes: Tensor, scale: Tensor, table: Tensor, ids: Tensor, c
     return found.to(torch.float32) * (torch.nn.functional.embedding(ids, scale) if scale.dim() else scale)
 
 
+@since_opset(18)
 def block_linear(
     value: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, shape: Sequence[int], block: int
 ) -> Tensor:
@@ -133,6 +139,7 @@ def block_linear(
     )
 
 
+@since_opset(18)
 def integer_linear(
     codes: Tensor,
     scale: Tensor,
@@ -162,6 +169,7 @@ def integer_linear(
     return result if bias is None else result + bias
 
 
+@since_opset(18)
 def sum_for_norm(left: Tensor, right: Tensor) -> Tensor:
     """Add two tensors by ONNX Sum, which ONNX Runtime does not fuse with the LayerNormalization that follows.
 
@@ -170,6 +178,7 @@ def sum_for_norm(left: Tensor, right: Tensor) -> Tensor:
     return node("Sum", (left, right), left.dtype, (left + right).shape)
 
 
+@since_opset(23)
 def rms_norm(value: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Normalise the last dimension by its root mean square: ONNX RMSNormalization (opset 23).
 
@@ -181,6 +190,7 @@ def rms_norm(value: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return node("RMSNormalization", (value, weight), value.dtype, value.shape, axis=-1, epsilon=epsilon)
 
 
+@since_opset(23)
 def rotary(value: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
     """Rotate the halves of each head against each other: ONNX RotaryEmbedding (opset 23).
 
@@ -196,6 +206,7 @@ def rotary(value: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
     return node("RotaryEmbedding", (value, *tables), value.dtype, value.shape, **merged)
 
 
+@since_opset(23)
 def attention(
     query: Tensor,
     key: Tensor,
@@ -221,6 +232,7 @@ def attention(
     return node("Attention", inputs, query.dtype, _attended(query, value, heads, shared_heads), **attributes)
 
 
+@since_opset(23)
 def attention_with_cache(
     query: Tensor,
     key: Tensor,

@@ -20,8 +20,8 @@ from transformers import LlamaForCausalLM
 import ti_fx
 from ti_fx.errors import InputError, PreconditionError
 from ti_fx.export import ParityReport, compare, pack_from, to_onnx, with_cache
+from ti_fx.export.lowered import lower
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
-from ti_fx.passes.lower.lowering import lower
 
 CONFIG: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32}
 

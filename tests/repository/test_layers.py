@@ -24,7 +24,7 @@ LAYERS = (
     "export.cached",
     "export.run",
     "export.compare",
-    "export.writer export.pack_from",
+    "export.lowered export.writer export.pack_from",
     "export",
     "recipe",
     "example_inputs",

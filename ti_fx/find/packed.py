@@ -58,6 +58,12 @@ def as_packed(argument: Any) -> PackedWeight | None:
     return PackedWeight(argument, codes, scale, tuple(shape), dtype)
 
 
+def looked_up(node: Node) -> PackedWeight | None:
+    """Return the table of an embedding, None for any other node."""
+    table = as_packed(node.args[0]) if aten_name(node) == "embedding" else None
+    return table if table is not None and len(table.shape) == 2 else None
+
+
 def packed_weights(gm: GraphModule) -> Iterator[PackedWeight]:
     """Yield the packed weights in graph order; a tied weight may be read more than once."""
     for node in gm.graph.nodes:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from ti_fx.numerics.onnx_nodes import since_opset
+
 
 class ScaledDotProductAttention(nn.Module):
     """``torch.nn.functional.scaled_dot_product_attention`` with dropout in training only."""
@@ -72,6 +74,7 @@ class DropPath(nn.Dropout):
         return f"p={self.p:g}, rows={self.rows}, uniform={self.uniform}"
 
 
+@since_opset(18)
 def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
     """Add an attention mask that broadcasts to ``scores``; where a boolean one is False, scores are the lowest number.
 
@@ -82,6 +85,7 @@ def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
     return scores + mask
 
 
+@since_opset(18)
 def causal_mask(query: Tensor, key: Tensor) -> Tensor:
     """Return the boolean ``(queries, keys)`` mask of causal attention: True at and below the diagonal."""
     return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()

@@ -183,9 +183,12 @@ def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
     parts = [text, type_text(node.meta.get("val"), dims)]
     if path := module_path(node):
         parts.append(f"@{path}")
-    parts.append(f"#{roles.role(node)}")
+    if role := roles.role(node):
+        parts.append(f"#{role}")
     if point := roles.fact(node, "intervened"):
         parts.append(f"tap of {point}")
+    if layout := roles.fact(node, "layout"):
+        parts.append(f"stored as {layout}")
     return "  ".join(part for part in parts if part)
 
 

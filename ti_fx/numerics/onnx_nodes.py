@@ -2,18 +2,20 @@
 
 It computes nothing in PyTorch (``torch.onnx.ops.symbolic`` returns zeros of the right shape), so it only ever stands in
 the private copy that the exporter traces.
+Each function that stands in a graph says which opset is the first that has what it stands for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Quantised = tuple[Tensor, Tensor, Tensor]  # codes (uint8), scale (float32), zero point (uint8)
 Size = Sequence[int | torch.SymInt]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def node(
@@ -44,6 +46,17 @@ def nodes(
     return torch.onnx.ops.symbolic_multi_out(name, inputs, attributes, dtypes=dtypes, shapes=shapes)
 
 
+def since_opset(opset: int) -> Callable[[_Function], _Function]:
+    """Say of a function which ONNX opset is the first that has what it stands for: its attribute ``opset``."""
+
+    def say(function: _Function) -> _Function:
+        function.opset = opset  # type: ignore[attr-defined]
+        return function
+
+    return say
+
+
+@since_opset(18)
 def dequantise(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Return ``(codes - zero point) * scale``: DequantizeLinear with one scale."""
     return node("DequantizeLinear", (codes, scale, zero_point), torch.float32, codes.shape)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ti_fx.numerics.gradients import straight_through
+from ti_fx.numerics.onnx_nodes import since_opset
 from ti_fx.numerics.quantiser import Quantiser, step_of_token
 
 
@@ -44,6 +45,7 @@ def _rounded(value: Tensor, block: int) -> Tensor:
     return codes.mul_(largest / 127).reshape(padded.shape)[..., :length]
 
 
+@since_opset(18)
 def fake_quant_block(value: Tensor, block: int) -> Tensor:
     """Return the fake-quantised value in ONNX; the last dimension may be dynamic."""
     length = value.shape[-1]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ti_fx.numerics import onnx_nodes
 from ti_fx.numerics.gradients import straight_through
+from ti_fx.numerics.onnx_nodes import since_opset
 from ti_fx.numerics.quantiser import Quantiser, one_where_zero, step_of_tensor
 
 
@@ -20,6 +21,7 @@ def _rounded(value: Tensor) -> Tensor:
     return (value / scale).round_().clamp_(-127, 127).mul_(scale)
 
 
+@since_opset(18)
 def quantise_reference(value: Tensor) -> onnx_nodes.Quantised:
     """Return codes, scale and zero point in ONNX: QuantizeLinear around zero point 128.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ti_fx.numerics import onnx_nodes
 from ti_fx.numerics.gradients import straight_through
+from ti_fx.numerics.onnx_nodes import since_opset
 from ti_fx.numerics.quantiser import Quantiser, one_where_zero, step_of_tensor
 
 
@@ -27,6 +28,7 @@ def _rounded(value: Tensor) -> Tensor:
     return codes.sub_(zero_point).mul_(scale)
 
 
+@since_opset(18)
 def quantise_tensor(value: Tensor) -> onnx_nodes.Quantised:
     """Return codes, scale and zero point in ONNX: DynamicQuantizeLinear."""
     codes, scale, zero_point = onnx_nodes.nodes(

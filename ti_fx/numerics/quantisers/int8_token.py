@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ti_fx.numerics import onnx_nodes
 from ti_fx.numerics.gradients import straight_through
+from ti_fx.numerics.onnx_nodes import since_opset
 from ti_fx.numerics.quantiser import Quantiser, one_where_zero, step_of_token
 
 
@@ -24,6 +25,7 @@ def _scale(value: Tensor) -> Tensor:
     return one_where_zero(value.abs().amax(dim=-1, keepdim=True) / 127)
 
 
+@since_opset(21)
 def quantise_token(value: Tensor) -> onnx_nodes.Quantised:
     """Return codes, scale and zero point in ONNX: QuantizeLinear with one block per token around zero point 128.
 
@@ -42,6 +44,7 @@ def quantise_token(value: Tensor) -> onnx_nodes.Quantised:
     return codes, scale, zero_point
 
 
+@since_opset(18)
 def fake_quant_token(value: Tensor) -> Tensor:
     """Return the fake-quantised value in ONNX: exact for any last dimension, a dynamic one too."""
     scale = _scale(value)
