@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from ti_fx.demo.data import MAX_LENGTH, Questions, Row, TokenizedQuestions, tokenized
 from ti_fx.errors import InputError, MissingExtra
-from ti_fx.train.checkpoint import finished_folder
+from ti_fx.train.finished import finished_folder
 
 try:
     from sklearn.metrics import accuracy_score, f1_score
