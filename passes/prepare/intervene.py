@@ -87,7 +87,7 @@ class Intervene(Pass):
 
     def apply(self, gm: GraphModule) -> None:
         """Undo, rewire, detach, block by block."""
-        teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
+        teacher = roles.twin_of(gm.graph)
         undo(gm, self.select(gm))
         for site in self.select(gm) if self.at is not None else ():
             assert self.at is not None
@@ -150,7 +150,7 @@ def consumers(tap: Node) -> list[Node]:
 
 def undo(gm: GraphModule, sites: Iterable[AttentionSite]) -> None:
     """Let the blocks' consumers read the student's own values again and remove the blocks' detaches."""
-    teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
+    teacher = roles.twin_of(gm.graph)
     by_name = {node.name: node for node in gm.graph.nodes}
     inserted: dict[str, list[Node]] = {}
     for node in gm.graph.nodes:

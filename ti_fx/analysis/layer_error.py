@@ -85,7 +85,7 @@ def layer_errors(
 def _against_teacher(
     student: GraphModule, batch: Mapping[str, Tensor], tokens: Tensor | None
 ) -> list[LayerError]:
-    teacher = {node: twin for twin, node in roles.twins(student.graph).items()}
+    teacher = roles.twin_of(student.graph)
     if not teacher:
         raise InputError(
             "the graph has no teacher to compare with; run duplicate-teacher, or give reference="
@@ -93,7 +93,7 @@ def _against_teacher(
     if any(roles.fact(node, "intervened") for node in student.graph.nodes):
         student = fork(student)
         Pipeline(Intervene())(student)
-        teacher = {node: twin for twin, node in roles.twins(student.graph).items()}
+        teacher = roles.twin_of(student.graph)
     pairs = [value for value in _values(student) if value.node in teacher]
     twins = [_Value(*_key(value), teacher[value.node]) for value in pairs]
     found = _run(student, batch, [*pairs, *twins])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ti_fx
-from ti_fx.train.checkpoint import finished_folder
+from ti_fx.train.finished import finished_folder
 
 RESULT = "result.json"
 VERSIONS = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime")

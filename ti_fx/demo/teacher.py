@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from ti_fx.demo.data import MAX_LENGTH, Questions, Row, TokenizedQuestions, tokenized
 from ti_fx.errors import InputError
-from ti_fx.train.checkpoint import finished_folder
+from ti_fx.train.finished import finished_folder
 from ti_fx.train.scores import scores_of
 
 

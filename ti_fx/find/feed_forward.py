@@ -332,7 +332,3 @@ def _is_spread(part: Node, node: Node) -> bool:
     if value.dim() == 0:
         return True
     return constant_size(value.shape[-1]) == 1 and constant_size(whole.shape[-1]) != 1
-
-
-def _is_node(part: object) -> bool:
-    return isinstance(part, Node)

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import pickle
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +25,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ti_fx.errors import CheckpointError, RecipeError, first_line
-from ti_fx.files import atomic_path, atomic_write, reported
+from ti_fx.files import atomic_path, atomic_write
 from ti_fx.frontend.capture import capture
 from ti_fx.ir.pipeline import Pipeline
+from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.passes import Strip
 from ti_fx.recipe import Recipe
 from ti_fx.train.model import TernaryModel, digest
@@ -91,93 +90,6 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:
             raise OSError(None, str(error)) from error
-
-
-@contextmanager
-def finished_folder(
-    target: Path, *, owner: bool = True, barrier: Callable[[], None] = lambda: None
-) -> Iterator[Path]:
-    """Yield a folder to write to; on success it replaces ``target`` whole, else it is removed.
-
-    It is ``.<name>.tmp/<name>`` beside the target, so that what a killed run left there is replaced by the next one.
-
-    Args:
-        target: the folder that is wanted.
-        owner: whether this is the one of several processes that makes and moves the folder.
-        barrier: waits for the other processes.
-
-    Raises:
-        InputError: nothing can be written there, or the disk is full.
-    """
-    outer = target.with_name(f".{target.name}.tmp")
-    temporary, old = outer / target.name, outer / "old"
-    try:
-        with reported(f"checkpoint {target}"):
-            if owner:
-                shutil.rmtree(outer, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            barrier()
-            yield temporary
-            barrier()
-            if owner:
-                _sync(temporary)
-                if target.exists():
-                    os.replace(target, old)
-                os.replace(temporary, target)
-            barrier()
-    except BaseException:
-        if owner and old.exists() and not target.exists():
-            os.replace(old, target)
-        raise
-    finally:
-        if owner:
-            shutil.rmtree(outer, ignore_errors=True)
-
-
-@contextmanager
-def finished_files(target: Path) -> Iterator[Path]:
-    """Yield a folder to write to; on success its files replace those in ``target``, else ``target`` stays as it is.
-
-    Other files in ``target`` are left alone. The facts leave first and come last, so that a run killed in between
-    leaves a folder that is seen to be unfinished.
-
-    Raises:
-        InputError: nothing can be written there, or the disk is full.
-    """
-    outer = target / ".saving"
-    new, old = outer / "new", outer / "old"
-    placed: list[Path] = []
-    try:
-        with reported(f"checkpoint {target}"):
-            shutil.rmtree(outer, ignore_errors=True)
-            new.mkdir(parents=True)
-            old.mkdir()
-            yield new
-            _sync(new)
-            names = sorted((path.name for path in new.iterdir()), key=lambda name: name != DESCRIPTION)
-            for name in names:
-                if (target / name).exists():
-                    os.replace(target / name, old / name)
-            for name in reversed(names):
-                os.replace(new / name, target / name)
-                placed.append(target / name)
-    except BaseException:
-        for path in placed:
-            path.unlink()
-        for path in sorted(old.glob("*"), key=lambda path: path.name == DESCRIPTION):
-            os.replace(path, target / path.name)
-        raise
-    finally:
-        shutil.rmtree(outer, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
@@ -310,7 +222,7 @@ def load_values(gm: GraphModule, tensors: Mapping[str, Tensor], where: str | Pat
     wanted = {
         name: value
         for name, value in [*gm.named_parameters(), *gm.named_buffers()]
-        if not name.startswith("teacher.") and name in gm.state_dict()
+        if not name.startswith(TEACHER_PREFIX) and name in gm.state_dict()
     }
     for name, value in wanted.items():
         found = tensors.get(name)

@@ -14,8 +14,9 @@ from torch.fx import GraphModule
 from ti_fx.errors import InputError
 from ti_fx.ir import text
 from ti_fx.ir.edit import erase_dead, fork, input_names
+from ti_fx.ir.outputs import prepared_result
 from ti_fx.ir.pipeline import Pipeline
-from ti_fx.ir.roles import TEACHER
+from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.passes.deploy.strip import strip_nodes
 from ti_fx.passes.prepare.ternarize import look_up_first
 from ti_fx.recipe import Phase, Recipe
@@ -41,8 +42,7 @@ class TernaryModel(nn.Module):
             InputError: the graph has no losses.
         """
         super().__init__()
-        result = prepared.graph.output_node().args[0]
-        if not (isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}):
+        if prepared_result(prepared) is None:
             raise InputError("the graph has no losses to train; run recipe.prepare(gm) on it first")
         self._modules = dict(prepared._modules)
         self._parameters, self._buffers = prepared._parameters, prepared._buffers
@@ -103,16 +103,15 @@ class TernaryModel(nn.Module):
     def student_state(self) -> dict[str, Tensor]:
         """Return the student's tensors, under the source model's names."""
         return {
-            name: value for name, value in self.state_dict().items() if not name.startswith(f"{TEACHER}.")
+            name: value for name, value in self.state_dict().items() if not name.startswith(TEACHER_PREFIX)
         }
 
     def teacher_digests(self) -> dict[str, str]:
         """Return the SHA-256 of each of the teacher's tensors, by the source model's name."""
-        prefix = f"{TEACHER}."
         return {
-            name.removeprefix(prefix): digest(value)
+            name.removeprefix(TEACHER_PREFIX): digest(value)
             for name, value in self.state_dict().items()
-            if name.startswith(prefix)
+            if name.startswith(TEACHER_PREFIX)
         }
 
 
