@@ -21,7 +21,7 @@ from ti_fx.errors import (
     VersionError,
 )
 from ti_fx.frontend.bind_example import CACHES, bind_example, two_rows
-from ti_fx.frontend.compare import compare, compare_shapes, draws_alike
+from ti_fx.frontend.compare import compare_shapes, compare_values, draws_alike
 from ti_fx.frontend.dynamic_sizes import Dynamic, has_open_sizes, name_size_nodes, named_sizes
 from ti_fx.frontend.patches import one_at_a_time, traceable
 from ti_fx.frontend.source_lines import short
@@ -70,8 +70,8 @@ def capture(
 
     Captures in several threads run one after another, whatever their models. While one runs, the whole process sees
     internals of torch and transformers replaced (``ti_fx.frontend.patches``), Python's, NumPy's and torch's random
-    numbers fixed and the model's own mode and configuration switched; all are put back when it ends. So other threads
-    must not run models or draw random numbers meanwhile: they get plain kernels, and numbers that come again.
+    numbers fixed and the model's own mode and configuration switched; all are put back when it ends. So another thread
+    must not run models or draw random numbers meanwhile: it gets plain kernels, the same numbers again, or an error.
 
     Args:
         model: any nn.Module that torch.export can trace, on any device, in any dtype, in either mode. On the meta
@@ -182,7 +182,7 @@ def _traced(
         if any(value.is_meta for value in tensors.values()):
             unchecked = compare_shapes(model, gm, tensors, constants)
         else:
-            checked, unchecked = compare(model, gm, tensors, constants)
+            checked, unchecked = compare_values(model, gm, tensors, constants)
         to_plain.drop_dead(gm)
     return _Captured(
         gm, static, checked, unchecked, _decided_by_values(gm, found.followed), has_open_sizes(found.program)

@@ -50,7 +50,7 @@ def draws_alike(
     return counts[0] == counts[1]
 
 
-def compare(
+def compare_values(
     model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
 ) -> tuple[dict[str, float], str | None]:
     """Compare the graph with the source model on the example, in both modes; return what could not be."""
