@@ -1,4 +1,4 @@
-"""What a user gives to the functions of ``ti_fx.export``: one line for each thing that can't be used."""
+"""Each function of ``ti_fx.export`` checks here what it is given, and refuses in one line what it can't use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes into and comes out of a captured graph, by name; and the same inputs at other sizes."""
+"""A captured graph takes and gives tensors by name; its inputs are bound, resized, padded and permuted here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export did: where the bytes are, and how closely ONNX Runtime and PyTorch agree."""
+"""A report says what an export did: where the bytes are, and how closely ONNX Runtime and PyTorch agree."""
 
 from __future__ import annotations
 

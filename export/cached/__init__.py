@@ -1,1 +1,1 @@
-"""Language models that read and return their keys and values."""
+"""Cached graphs read keys and values and return them, so that a file of one generates token by token."""

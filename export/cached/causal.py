@@ -1,4 +1,4 @@
-"""A language model that reads and returns its keys and values, so that a file of it generates token by token.
+"""A language model's cached graph reads and returns keys and values, so that a file of it generates token by token.
 
 The cached graph is captured from the model itself, which knows where positions and masks go on after a cache; the
 student's codes, scales, quantisers and full-precision tensors then take the model's place, so both compute the same.

@@ -1,4 +1,4 @@
-"""Keys and values by name, as a graph with a cache takes and gives them, and transformers' caches of the same."""
+"""Keys and values go by name in a cached graph, and are taken from transformers' caches and put into them."""
 
 from __future__ import annotations
 

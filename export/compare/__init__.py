@@ -1,4 +1,4 @@
-"""An exported file against the graph that it came from."""
+"""A file is compared with the graph that it came from: tensors, digests, nodes and outputs."""
 
 from ti_fx.export.compare.whole_file import all_of, check
 

@@ -1,4 +1,4 @@
-"""The file's unpacked constants (biases, norms, masks, tables in full precision) against the graph's, exactly."""
+"""A file's unpacked constants (biases, norms, masks, tables in full precision) must be the graph's, bit by bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime against PyTorch, node by node: each node of the file gets the values that PyTorch's node read.
+"""ONNX Runtime and PyTorch compute each node of a file from the same values, those that PyTorch's node read.
 
 The file's values have the names of the packed graph's nodes. A copy of the model is cut at each of them: what the
 PyTorch node gave goes in, what ONNX Runtime computes from it comes out, all in one run. So an error shows where it is

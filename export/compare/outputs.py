@@ -1,4 +1,4 @@
-"""ONNX Runtime against PyTorch: the same packed student, at other sizes, padded, and with the batch permuted."""
+"""ONNX Runtime's outputs are compared with PyTorch's at other sizes, padded, and with the batch permuted."""
 
 from __future__ import annotations
 

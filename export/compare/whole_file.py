@@ -1,4 +1,4 @@
-"""A file against the graph that it came from: what is stored, what each node computes, what comes out."""
+"""A whole file is compared with its graph: what is stored, what each node computes, what comes out."""
 
 from __future__ import annotations
 

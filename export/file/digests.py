@@ -1,4 +1,4 @@
-"""A record of the file as it was written, in its metadata: whatever was changed since is found, and its node named.
+"""The metadata holds digests of the file as it was written, by which a later change and its node are found.
 
 Comparing numbers can't find an epsilon in its last bit, or a mask's constant beyond the sizes that were run. The record
 holds a digest for each node of the packed graph that the file has, of its operators, their attributes, the values they

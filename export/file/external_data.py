@@ -1,4 +1,4 @@
-"""Tensors in a file beside the model (ONNX external data), as a model above 2 GB needs.
+"""A model above 2 GB keeps large tensors in a data file beside it (ONNX external data), which is checked here.
 
 ::
 

@@ -1,1 +1,1 @@
-"""Using an exported file: sessions, generation, pipelines."""
+"""Exported files run in ONNX Runtime: as sessions, in ``generate`` and in pipelines."""

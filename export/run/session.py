@@ -1,4 +1,4 @@
-"""Run an exported file in ONNX Runtime: the session options that suit it, and inputs checked in one line."""
+"""A session runs an exported file in ONNX Runtime, with the options that suit it; inputs are checked in one line."""
 
 from __future__ import annotations
 

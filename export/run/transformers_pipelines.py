@@ -1,4 +1,4 @@
-"""What ``ti_fx.export.pipeline`` returns: transformers' pipelines around a file in ONNX Runtime."""
+"""transformers' pipelines take a file in ONNX Runtime for their model, as ``ti_fx.export.pipeline`` makes them."""
 
 from __future__ import annotations
 
