@@ -1,4 +1,4 @@
-"""Write a packed student as one ONNX file, and keep it only if ONNX Runtime agrees with PyTorch."""
+"""A packed student is written as one ONNX file, which is kept only if ONNX Runtime agrees with PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file's digests against those that it was written with: what was changed since is found, and its node named."""
+"""A file's digests must be those that it was written with; the first node that was changed since is named."""
 
 from __future__ import annotations
 

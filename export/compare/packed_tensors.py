@@ -1,4 +1,4 @@
-"""The file's codes and scales against the packed graph's, byte by byte, and the tables by which codes are unpacked."""
+"""A file's codes, scales and tables of codes must be the packed graph's, byte by byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What takes up a file's bytes: a row for each stored tensor, largest first."""
+"""Each stored tensor takes up a part of a file's bytes: a row for each, largest first."""
 
 from __future__ import annotations
 

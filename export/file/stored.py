@@ -1,4 +1,4 @@
-"""A tensor as an ONNX file stores it: type, shape and bytes, which are mapped from the data file and not read."""
+"""A stored tensor has a type, a shape and bytes, which are mapped from the data file and not read."""
 
 from __future__ import annotations
 
