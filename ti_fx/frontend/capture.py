@@ -1,7 +1,7 @@
 """The front end: an nn.Module and example inputs become a plain, trainable fx.GraphModule.
 
-torch.export gives training-level ATen; what stands in the way of editing and training that graph is normalised here
-(``ti_fx.passes.normalise.to_plain``), and the result is checked against the source model in both modes.
+torch.export gives training-level ATen; passes take out what stands in the way of editing and training that graph
+(``ti_fx.passes.normalise``), and the result is checked against the source model in both modes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError, V
 from ti_fx.frontend.compare import compare, compare_shapes, draws_alike
 from ti_fx.frontend.decisions import short
 from ti_fx.frontend.export_program import BATCH, Dynamic, has_open_sizes
+from ti_fx.frontend.exported_graph import exported_graph
 from ti_fx.frontend.patches import traceable
 from ti_fx.frontend.trace import Followed, Traced, export, follow, is_about_values
 from ti_fx.ir.checks import check_message
-from ti_fx.ir.edit import aten_name, constant_size, mode
+from ti_fx.ir.edit import constant_size, mode
 from ti_fx.ir.facts import CaptureReport, facts, record_facts, record_sizes
-from ti_fx.ir.shapes import guard_count, refresh
-from ti_fx.passes.normalise import to_plain
-from ti_fx.passes.normalise.canonicalize import Canonicalize
+from ti_fx.ir.inputs import validate_inputs
+from ti_fx.ir.pipeline import Pipeline
+from ti_fx.ir.shapes import guard_count
+from ti_fx.passes.normalise import NORMALISE
+from ti_fx.passes.normalise.drop_dead import DropDead
+from ti_fx.passes.normalise.name_sizes import NameSizes
 
 # Keywords that ask for a cache, which a training graph has not. XLNet's exists in evaluation alone.
 CACHES = ("use_cache", "use_mems")
@@ -149,18 +153,14 @@ def _traced(
     traced = {name: _at_least_two(value) for name, value in tensors.items()} if dynamic != "none" else tensors
     with mode(model, training):
         found = trace(model, traced, constants, dynamic)
-        gm = to_plain.to_plain(found.program, model, found.baked)
+        gm = exported_graph(found.program, model, found.baked)
+        NORMALISE(gm)
+        validate_inputs(gm)
         static = found.static
         for name, value in found.baked.items():
             why = "the model turns its values into Python numbers, so they are constants of the graph"
             static.update({f"{name}.{index}": why for index in range(value.dim())})
-        names = _dims(gm, list(tensors))[1]
-        refresh(gm, gm.graph.nodes)  # torch.export's strides of views are not always what evaluating gives
-        known = set(gm.graph.nodes)
-        Canonicalize().apply(gm)
-        refresh(gm, [node for node in gm.graph.nodes if node not in known])
-        record_sizes(gm, names=names)
-        _name_sizes(gm, names)
+        record_sizes(gm, names=_dims(gm, list(tensors))[1])
         record_facts(gm, guards=guard_count(gm))
         checked: dict[str, float] = {}
         unchecked: str | None
@@ -168,7 +168,7 @@ def _traced(
             unchecked = compare_shapes(model, gm, tensors, constants)
         else:
             checked, unchecked = compare(model, gm, tensors, constants)
-        to_plain.drop_dead(gm)
+        Pipeline(NameSizes(), DropDead())(gm)
     return _Captured(gm, static, checked, unchecked, _said(gm, found.followed), has_open_sizes(found.program))
 
 
@@ -254,12 +254,3 @@ def _dims(gm: GraphModule, inputs: list[str]) -> tuple[dict[str, tuple[str | int
             sizes.append(names[symbol])
         dims[name] = tuple(sizes)
     return dims, names
-
-
-def _name_sizes(gm: GraphModule, names: dict[str, str]) -> None:
-    """Call the node that reads a dynamic size by the size's name."""
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and str(value) in names and aten_name(node) == "sym_size":
-            node._rename(names[str(value)])
-    gm.recompile()

@@ -183,7 +183,8 @@ def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
     parts = [text, type_text(node.meta.get("val"), dims)]
     if path := module_path(node):
         parts.append(f"@{path}")
-    parts.append(f"#{roles.role(node)}")
+    if own := roles.role(node):
+        parts.append(f"#{own}")
     if point := roles.fact(node, "intervened"):
         parts.append(f"tap of {point}")
     return "  ".join(part for part in parts if part)
