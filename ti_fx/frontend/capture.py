@@ -22,7 +22,8 @@ from ti_fx.errors import (
 )
 from ti_fx.frontend.bind_example import CACHES, bind_example, two_rows
 from ti_fx.frontend.compare import compare_shapes, compare_values, draws_alike
-from ti_fx.frontend.dynamic_sizes import Dynamic, has_open_sizes, name_size_nodes, named_sizes
+from ti_fx.frontend.dynamic_sizes import Dynamic, has_open_sizes, named_sizes
+from ti_fx.frontend.exported_graph import exported_graph
 from ti_fx.frontend.patches import one_at_a_time, traceable
 from ti_fx.frontend.source_lines import short
 from ti_fx.frontend.trace import (
@@ -35,9 +36,12 @@ from ti_fx.frontend.trace import (
 from ti_fx.ir.checks import check_message
 from ti_fx.ir.edit import mode
 from ti_fx.ir.facts import CaptureReport, facts, record_facts, record_sizes
-from ti_fx.ir.shapes import guard_count, refresh
-from ti_fx.passes.normalise import to_plain
-from ti_fx.passes.normalise.canonicalize import Canonicalize
+from ti_fx.ir.inputs import validate_inputs
+from ti_fx.ir.pipeline import Pipeline
+from ti_fx.ir.shapes import guard_count
+from ti_fx.passes.normalise import NORMALISE
+from ti_fx.passes.normalise.drop_dead import DropDead
+from ti_fx.passes.normalise.name_sizes import NameSizes
 
 
 class _Captured(NamedTuple):
@@ -164,18 +168,14 @@ def _traced(
     traced = {name: two_rows(value) for name, value in tensors.items()} if dynamic != "none" else tensors
     with mode(model, training):
         found = trace(model, traced, constants, dynamic)
-        gm = to_plain.to_plain(found.program, model, found.baked)
+        gm = exported_graph(found.program, model, found.baked)
+        NORMALISE(gm)
+        validate_inputs(gm)
         static = found.static
         for name, value in found.baked.items():
             why = "the model turns its values into Python numbers, so they are constants of the graph"
             static.update({f"{name}.{index}": why for index in range(value.dim())})
-        names = named_sizes(gm, list(tensors))[1]
-        refresh(gm, gm.graph.nodes)  # torch.export's strides of views are not always what evaluating gives
-        known = set(gm.graph.nodes)
-        Canonicalize().apply(gm)
-        refresh(gm, [node for node in gm.graph.nodes if node not in known])
-        record_sizes(gm, names=names)
-        name_size_nodes(gm, names)
+        record_sizes(gm, names=named_sizes(gm, list(tensors))[1])
         record_facts(gm, guards=guard_count(gm))
         checked: dict[str, float] = {}
         unchecked: str | None
@@ -183,7 +183,7 @@ def _traced(
             unchecked = compare_shapes(model, gm, tensors, constants)
         else:
             checked, unchecked = compare_values(model, gm, tensors, constants)
-        to_plain.drop_dead(gm)
+        Pipeline(NameSizes(), DropDead())(gm)
     return _Captured(
         gm, static, checked, unchecked, _decided_by_values(gm, found.followed), has_open_sizes(found.program)
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from ti_fx.ir.edit import aten_name, constant_size
+from ti_fx.ir.edit import constant_size
 
 Dynamic = Literal["auto", "all", "batch", "none"]
 # Inputs of this many dimensions are images and videos: their sizes as symbols cost minutes of algebra.
@@ -120,12 +120,3 @@ def named_sizes(
             sizes.append(names[symbol])
         dims[name] = tuple(sizes)
     return dims, names
-
-
-def name_size_nodes(gm: GraphModule, names: dict[str, str]) -> None:
-    """Call each node that reads a dynamic size by the size's name."""
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and str(value) in names and aten_name(node) == "sym_size":
-            node._rename(names[str(value)])
-    gm.recompile()

@@ -6,6 +6,7 @@ captured   a plain trainable graph: the student alone  passes/prepare take it
 prepared   student, teacher, losses, interventions     passes/prepare and deploy take it
 packed     the student alone, its weights as codes     passes/lower take it
 lowered    what ONNX can say                           the exporter takes it
+one phase  a fork of a prepared graph, quick to run    the trainer takes it
 =========  ==========================================  ===============================
 """
 
@@ -112,7 +113,26 @@ LOWERED = Stage(
     ),
     advice="lower it with ti_fx.export.lower",
 )
-STAGES: dict[str, Stage] = {stage.name: stage for stage in (EXPORTED, CAPTURED, PREPARED, PACKED, LOWERED)}
+PHASE = Stage(
+    "one phase",
+    "the trainer makes it",
+    (
+        rows.TOPOLOGICAL_ORDER,
+        rows.LINT,
+        rows.PLAIN,
+        rows.ONE_ROLE,
+        rows.FROZEN,
+        rows.TEACHER_DROPOUT,
+        rows.QUANTISED_READS,
+        rows.TIED,
+        rows.SCALAR_LOSSES,
+        rows.META,
+        rows.NO_GUARD,
+    ),
+)
+STAGES: dict[str, Stage] = {
+    stage.name: stage for stage in (EXPORTED, CAPTURED, PREPARED, PACKED, LOWERED, PHASE)
+}
 
 
 def stage_of(gm: GraphModule) -> Stage:
