@@ -43,12 +43,14 @@ class LeafModules(Pass):
 
 
 def _dropout(gm: GraphModule, node: Node) -> None:
-    if gm.training and not node.args[2]:
-        node.replace_all_uses_with(node.args[0])
+    arguments: tuple[Any, ...] = node.args
+    value, probability, active = arguments[:3]
+    if gm.training and not active:
+        node.replace_all_uses_with(value)
         erase(node)
         return
-    leaf = nn.Dropout(float(node.args[1]), inplace=aten_name(node) == "dropout_")
-    replace_by_leaf(gm, node, leaf, (node.args[0],))
+    leaf = nn.Dropout(float(probability), inplace=aten_name(node) == "dropout_")
+    replace_by_leaf(gm, node, leaf, (value,))
 
 
 def _attention(gm: GraphModule, node: Node) -> None:

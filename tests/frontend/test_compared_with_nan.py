@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ti_fx
 from ti_fx.errors import CaptureError
-from ti_fx.frontend.compare import compare
+from ti_fx.frontend.compare import compare_values
 
 INPUT = {"values": torch.linspace(-1, 1, 8).view(2, 4)}
 
@@ -34,10 +34,10 @@ def test_a_number_in_one_alone_is_a_difference(broken: tuple[float, float]) -> N
         for parameter, value in zip(gm.parameters(), broken, strict=True):
             parameter.fill_(value)
     with pytest.raises(CaptureError, match=r"differs from the model in eval mode \(relative inf\)"):
-        compare(model, gm, INPUT, {})
+        compare_values(model, gm, INPUT, {})
 
 
 def test_nan_in_both_is_none() -> None:
     model = Two(1.0, float("nan"))
     gm = ti_fx.capture(model, INPUT)
-    assert compare(model, gm, INPUT, {}) == ({"eval": 0.0, "train": 0.0}, None)
+    assert compare_values(model, gm, INPUT, {}) == ({"eval": 0.0, "train": 0.0}, None)

@@ -115,7 +115,6 @@ LOWERED = Stage(
 )
 PHASE = Stage(
     "one phase",
-    "the trainer makes it",
     (
         rows.TOPOLOGICAL_ORDER,
         rows.LINT,
@@ -129,6 +128,7 @@ PHASE = Stage(
         rows.META,
         rows.NO_GUARD,
     ),
+    advice="the trainer makes it, of a prepared graph",
 )
 STAGES: dict[str, Stage] = {
     stage.name: stage for stage in (EXPORTED, CAPTURED, PREPARED, PACKED, LOWERED, PHASE)
