@@ -116,7 +116,10 @@ def to_onnx(
 
 @dataclass(frozen=True)
 class Options:
-    """What :func:`to_onnx` takes beside the graph; ``beside`` is what else is saved beside the files."""
+    """What :func:`to_onnx` takes beside the graph; ``beside`` is what else is saved beside the files.
+
+    Of several files, each has its graph's texts in a folder of its own in ``dump_dir``.
+    """
 
     encoding: str | None = None
     opset: int | None = None
@@ -151,7 +154,10 @@ def write_files(files: Mapping[Path, tuple[GraphModule, Example]], options: Opti
                 with reported(folder):
                     part.save_pretrained(folder)
         with ExitStack() as places:
-            written = [_write(gm, path, example, options, places) for path, (gm, example) in files.items()]
+            written = [
+                _write(gm, path, example, _own_dumps(options, path, len(files)), places)
+                for path, (gm, example) in files.items()
+            ]
             saved = sorted(file for file in Path(folder).iterdir() if file.is_file())
             for file in saved:
                 shutil.copyfile(file, written[0].beside / file.name)
@@ -159,6 +165,13 @@ def write_files(files: Mapping[Path, tuple[GraphModule, Example]], options: Opti
             external_data.remove(one.replaced, unless=external_data.data_file(path))
     sidecars = tuple(path.with_name(file.name) for file in saved)
     return [replace(one.report, sidecars=(*one.report.sidecars, *sidecars)) for one in written]
+
+
+def _own_dumps(options: Options, path: Path, files: int) -> Options:
+    """Give each of several files a folder of its own for its graph's texts."""
+    if options.dump_dir is None or files == 1:
+        return options
+    return replace(options, dump_dir=options.dump_dir / path.stem)
 
 
 @dataclass(frozen=True)

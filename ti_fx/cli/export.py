@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ import typer
 
 from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import HELP, METAVAR, chosen_encodings
+from ti_fx.cli._lowering import printed_after, require_pass
 from ti_fx.errors import InputError
 
 EXAMPLES = """\b
@@ -16,6 +18,7 @@ Examples:
   ti-fx export runs/ti-g --out student.onnx
   ti-fx export runs/ti-g --out small.onnx --encoding base3
   ti-fx export runs/ti-g --out student.onnx --encoding int8-token --requantize
+  ti-fx export runs/ti-g --out student.onnx --print-after fuse-attention
   ti-fx export runs/digits --out digits.onnx --source mypackage.models:make_model
   ti-fx export ./my-bert --out untrained.onnx --ternarize
   ti-fx export ./my-t5 --out t5.onnx --ternarize --cache --encoding int8-token
@@ -115,6 +118,14 @@ def export(
             metavar="MB",
         ),
     ] = None,
+    print_after: Annotated[
+        str | None,
+        typer.Option(
+            help="Print the graph's text after this pass of those that lower it; all: after each. An unknown name "
+            "lists near ones.",
+            metavar="PASS",
+        ),
+    ] = None,
 ) -> None:
     """Write a student as ONNX with packed ternary weights.
 
@@ -131,6 +142,8 @@ def export(
         raise InputError(
             "a checkpoint has the encodings that its weights were trained with; give GLOB=NAME to ti-fx train"
         )
+    if print_after is not None:
+        require_pass(print_after)
     from ti_fx.cli._student import packed_student, saved_parts
     from ti_fx.export.writer import Options, write_files
 
@@ -158,5 +171,7 @@ def export(
         out.with_name(f"{out.stem}-{part}.onnx") if part else out: (student.graph, student.example)
         for part, student in parts.items()
     }
-    for report in write_files(files, options):
+    with printed_after(print_after) as dump_dir:
+        reports = write_files(files, replace(options, dump_dir=dump_dir))
+    for report in reports:
         output.say(str(report))

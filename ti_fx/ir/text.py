@@ -167,6 +167,8 @@ def operation(gm: GraphModule, node: Node) -> str:
 
 def _size(size: Any, dims: Mapping[str, str]) -> str:
     text = str(size)
+    if isinstance(size, int):
+        return text
     return dims.get(text) or re.sub(r"[A-Za-z_]\w*", lambda symbol: dims.get(symbol[0], symbol[0]), text)
 
 
