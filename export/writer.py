@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ti_fx import __version__
+from ti_fx._version import __version__
 from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.export import arguments, compare
 from ti_fx.export import inputs as io

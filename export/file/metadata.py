@@ -40,7 +40,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import GraphModule
 
-from ti_fx import __version__
+from ti_fx._version import __version__
 from ti_fx.errors import InputError
 from ti_fx.export import inputs as io
 from ti_fx.export.file import content

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup, TyperOption
 
-from ti_fx import __version__
+from ti_fx._version import __version__
 
 _INTRODUCTION = """Rewrite a trained transformer's graph into ternary weights, train it, and export it as packed ONNX.
 

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import jinja2
 from torch.fx import GraphModule
 
-from ti_fx import __version__
+from ti_fx._version import __version__
 from ti_fx.files import atomic_write
 from ti_fx.view.charts import bar_chart, line_chart
 from ti_fx.view.dump_page import Group, dump_groups

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jinja2
 
-from ti_fx import __version__
+from ti_fx._version import __version__
 from ti_fx.files import atomic_write
 from ti_fx.zoo.results import WITH_ATTENTION, Run
 from ti_fx.zoo.summary import by_reason, parts

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import transformers
 from transformers.models.auto import modeling_auto
 
-from ti_fx import __version__
+from ti_fx._version import __version__
 from ti_fx.errors import InputError
 from ti_fx.files import atomic_write
 from ti_fx.zoo.chain import STAGES, Outcome
