@@ -167,6 +167,8 @@ def operation(gm: GraphModule, node: Node) -> str:
 
 def _size(size: Any, dims: Mapping[str, str]) -> str:
     text = str(size)
+    if isinstance(size, int):
+        return text
     return dims.get(text) or re.sub(r"[A-Za-z_]\w*", lambda symbol: dims.get(symbol[0], symbol[0]), text)
 
 
@@ -188,6 +190,11 @@ def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
     if point := roles.fact(node, "intervened"):
         parts.append(f"tap of {point}")
     return "  ".join(part for part in parts if part)
+
+
+def without_role(line: str) -> str:
+    """Return what a line says of a node's value: all but its role and what follows."""
+    return line.partition("  #")[0]
 
 
 def _is_unsaid(key: str, value: Any) -> bool:
