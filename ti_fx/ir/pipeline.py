@@ -56,6 +56,7 @@ class Pass(PassBase):
         """Run inside any torch.fx pass manager; whether it changed the graph is measured."""
         before = text.lines(graph_module)
         after = run_pass(self, graph_module, before)
+        graph_module.recompile()
         return PassResult(graph_module, list(after.items()) != list(before.items()))
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
@@ -184,6 +185,7 @@ class Pipeline:
             rows.append(_measure(str(one), gm, before, after, elapsed, explanation))
             before = after
             self._write(position, name_of(one), after)
+        gm.recompile()
         if self.stage is not None:
             record_facts(gm, stage=self.stage.name)
         return Report(tuple(rows))
@@ -216,6 +218,7 @@ def run_pass(
 ) -> dict[str, str]:
     """Run one pass with every check; ``before`` and the result are the dump's lines by node name.
 
+    Code is generated where the text is another. The text leaves out devices, so the caller generates it once at the end.
     With ``progress``, it is the stage that the passes lead to whose invariants are checked.
     """
     if isinstance(one, Pass):
@@ -228,8 +231,9 @@ def run_pass(
         _apply_foreign(one, gm)
     sort(gm.graph)
     gm.graph.lint()
-    gm.recompile()
     after = text.lines(gm)
+    if list(after.items()) != list(before.items()):
+        gm.recompile()
     evaluated = refresh(gm, _changed_nodes(gm, before, after))
     after |= text.lines(gm, evaluated)
     if progress is None:
@@ -277,11 +281,11 @@ def _apply_foreign(one: PassBase, gm: GraphModule) -> None:
 
 
 def _changed_nodes(gm: GraphModule, before: dict[str, str], after: dict[str, str]) -> list[Node]:
-    """Return the nodes whose line is another, and the reads of tensors that were replaced by other ones."""
+    """Return the nodes whose line is another up to the role, and the reads of tensors that were replaced."""
     return [
         node
         for node in gm.graph.nodes
-        if before.get(node.name) != after[node.name]
+        if text.without_role(before.get(node.name, "")) != text.without_role(after[node.name])
         or "val" not in node.meta
         or (node.op == "get_attr" and signature(node.meta["val"]) != signature(tensor(gm, node.target)))
     ]

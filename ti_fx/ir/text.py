@@ -194,6 +194,11 @@ def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
     return "  ".join(part for part in parts if part)
 
 
+def without_role(line: str) -> str:
+    """Return what a line says of a node's value: all but its role and what follows."""
+    return line.partition("  #")[0]
+
+
 def _is_unsaid(key: str, value: Any) -> bool:
     """Whether a keyword is left out of the text: devices, and what torch.export spells out of the defaults."""
     return key == "device" or (key == "pin_memory" and not value) or value is torch.strided
