@@ -22,6 +22,7 @@ from ti_fx.ir.facts import record_facts
 from ti_fx.ir.pipeline import Pass, Pipeline, name_of
 from ti_fx.ir.shapes import fake_mode, guard_count
 from ti_fx.ir.stages import LOWERED, PACKED, stage_of
+from ti_fx.numerics.quantisers.int8_token import quantise_token
 from ti_fx.passes import DecomposeAttention, Pack, QuantizeActivations, Ternarize
 from ti_fx.passes.lower import (
     LOWER,
@@ -98,12 +99,12 @@ def test_a_weight_that_is_not_float32_is_refused() -> None:
 def test_a_complex_number_that_is_read_without_a_rule_is_refused() -> None:
     class Turned(Small):
         def forward(self, ids: Tensor) -> Tensor:
-            pairs = super().forward(ids).unflatten(-1, (-1, 2))
+            pairs = torch.unflatten(super().forward(ids), -1, (-1, 2))
             return torch.view_as_real(torch.view_as_complex(pairs).conj().resolve_conj() + 1)
 
     class Length(Small):
         def forward(self, ids: Tensor) -> Tensor:
-            return torch.view_as_complex(super().forward(ids).unflatten(-1, (-1, 2))).abs()
+            return torch.view_as_complex(torch.unflatten(super().forward(ids), -1, (-1, 2))).abs()
 
     for model in (Turned(), Length()):
         gm = ti_fx.capture(model, small_example())
@@ -190,7 +191,7 @@ def _unread_module(gm: GraphModule) -> None:
 
 
 def _no_tensor(gm: GraphModule) -> None:
-    gm.settings = 3
+    gm.settings = 3  # type: ignore[assignment]
     with gm.graph.inserting_before(gm.graph.output_node()):
         gm.graph.create_node("get_attr", "settings")
 
@@ -222,7 +223,7 @@ def _unknown(gm: GraphModule) -> None:
 
 def _newer(gm: GraphModule) -> None:
     record_facts(gm, opset=20)
-    _insert(gm, operators.quantise_token)
+    _insert(gm, quantise_token)
 
 
 def _no_value(gm: GraphModule) -> None:

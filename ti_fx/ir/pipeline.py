@@ -218,7 +218,8 @@ def run_pass(
 ) -> dict[str, str]:
     """Run one pass with every check; ``before`` and the result are the dump's lines by node name.
 
-    Code is generated where the text is another. The text leaves out devices, so the caller generates it once at the end.
+    Code is generated where the text is another. The text leaves out devices, so the caller generates it once at the
+    end.
     With ``progress``, it is the stage that the passes lead to whose invariants are checked.
     """
     if isinstance(one, Pass):
