@@ -242,7 +242,7 @@ def _require_finite(gm: GraphModule, inputs: Mapping[str, Tensor]) -> None:
 
 
 def _export(
-    student: GraphModule, inputs: Mapping[str, Tensor], opset: int, dump_dir: Path | None
+    student: GraphModule, inputs: Mapping[str, Tensor], opset: int, dump_dir: Path | None = None
 ) -> ir.Model:
     flat, leaves = io.flat_outputs(student)
     lowered = lower(flat, opset, dump_dir=dump_dir)
