@@ -24,6 +24,7 @@ from ti_fx.passes import (
     Strip,
     Ternarize,
 )
+from ti_fx.passes.prepare.look_up_first import LookUpFirst
 
 PLUGIN = Path(__file__).parents[1] / "support" / "golden_text.py"
 
@@ -81,6 +82,7 @@ GOLDEN: dict[str, tuple[tuple[Pass, ...], Pass]] = {
     "intervene_output": ((DuplicateTeacher(),), Intervene(at="output")),
     "strip": ((DuplicateTeacher(), Ternarize(), Distill(), Intervene(at="output")), Strip()),
     "pack": ((Ternarize(),), Pack()),
+    "look_up_first": ((Ternarize(),), LookUpFirst()),
 }
 
 

@@ -216,10 +216,12 @@ def run_pass(
     else:
         _apply_foreign(one, gm)
     sort(gm.graph)
-    gm.graph.lint()
+    is_rewired = _calls(gm) != calls
+    if is_rewired:
+        gm.graph.lint()
     after = text.lines(gm)
     changed = _changed_nodes(gm, before, after)
-    if changed or _calls(gm) != calls:
+    if is_rewired or changed:
         gm.recompile()
     evaluated = refresh(gm, changed)
     after |= text.lines(gm, evaluated)
