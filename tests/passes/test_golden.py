@@ -25,6 +25,7 @@ from ti_fx.passes import (
     Strip,
     Ternarize,
 )
+from ti_fx.passes.prepare.look_up_first import LookUpFirst
 
 PLUGIN = Path(__file__).parents[1] / "support" / "golden_text.py"
 
@@ -85,6 +86,7 @@ GOLDEN: dict[str, tuple[tuple[Pass, ...], Pass]] = {
     "requantize": ((Ternarize(), QuantizeActivations(), Pack()), Requantize("int8-token")),
     "requantize_to_float": ((Ternarize(), QuantizeActivations(), Pack()), Requantize("float")),
     "requantize_from_float": ((Ternarize(), Pack()), Requantize("int8-token")),
+    "look_up_first": ((Ternarize(),), LookUpFirst()),
 }
 
 

@@ -37,13 +37,12 @@ def _build(graph: Graph, spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
         return kind(children)
     if kind in (dict, OrderedDict):
         return dict(zip(spec.context, children, strict=True))
+    if kind is namedtuple:  # how a TreeSpec writes any named tuple; its own class is the context
+        kind = spec.context
     fields: Any = None
     if issubclass(kind, Mapping) and dataclasses.is_dataclass(kind):
         fields = spec.context
     elif pytree.is_namedtuple_class(kind):
-        fields = kind._fields
-    elif kind is namedtuple:  # how older TreeSpecs write any named tuple
-        kind = spec.context
         fields = kind._fields
     if fields is not None:
         keywords = dict(zip(fields, children, strict=True))

@@ -56,7 +56,6 @@ class Pass(PassBase):
         """Run inside any torch.fx pass manager; whether it changed the graph is measured."""
         before = text.lines(graph_module)
         after = run_pass(self, graph_module, before)
-        graph_module.recompile()
         return PassResult(graph_module, list(after.items()) != list(before.items()))
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
@@ -168,6 +167,7 @@ class Pipeline:
                 and the neighbourhood in the dump.
         """
         rows: list[PassReport] = []
+        calls = _calls(gm)
         before = text.lines(gm)
         self._write(0, str(stage_of(gm)), before)
         progress = None if self.stage is None else Progress(self.stage, gm)
@@ -185,7 +185,8 @@ class Pipeline:
             rows.append(_measure(str(one), gm, before, after, elapsed, explanation))
             before = after
             self._write(position, name_of(one), after)
-        gm.recompile()
+        if _calls(gm) == calls:
+            gm.recompile()  # it may have been edited before, by hand
         if self.stage is not None:
             record_facts(gm, stage=self.stage.name)
         return Report(tuple(rows))
@@ -218,10 +219,10 @@ def run_pass(
 ) -> dict[str, str]:
     """Run one pass with every check; ``before`` and the result are the dump's lines by node name.
 
-    Code is generated where the text is another. The text leaves out devices, so the caller generates it once at the
-    end.
+    Code is generated anew only if a call changed: on a large graph that takes longest.
     With ``progress``, it is the stage that the passes lead to whose invariants are checked.
     """
+    calls = _calls(gm)
     if isinstance(one, Pass):
         one.requires(gm)
         _require_stage(one, gm)
@@ -231,11 +232,14 @@ def run_pass(
     else:
         _apply_foreign(one, gm)
     sort(gm.graph)
-    gm.graph.lint()
+    is_rewired = _calls(gm) != calls
+    if is_rewired:
+        gm.graph.lint()
     after = text.lines(gm)
-    if list(after.items()) != list(before.items()):
+    changed = _changed_nodes(gm, before, after)
+    if is_rewired or changed:
         gm.recompile()
-    evaluated = refresh(gm, _changed_nodes(gm, before, after))
+    evaluated = refresh(gm, changed)
     after |= text.lines(gm, evaluated)
     if progress is None:
         verify(gm, changed=())  # refresh has just evaluated every changed node
@@ -244,6 +248,11 @@ def run_pass(
     if isinstance(one, Pass):
         one.ensures(gm)
     return after
+
+
+def _calls(gm: GraphModule) -> list[tuple[object, ...]]:
+    """Return what code is generated from."""
+    return [(node.name, node.op, node.target, node.args, node.kwargs) for node in gm.graph.nodes]
 
 
 def _require_stage(one: Pass, gm: GraphModule) -> None:

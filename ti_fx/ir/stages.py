@@ -1,13 +1,13 @@
 """The stages that a graph goes through, each with the table of invariants that it keeps there.
 
-=========  ==========================================  ===============================
-exported   what torch.export returned                  passes/normalise takes it
-captured   a plain trainable graph: the student alone  passes/prepare take it
-prepared   student, teacher, losses, interventions     passes/prepare and deploy take it
-packed     the student alone, its weights as codes     passes/lower take it
-lowered    what ONNX can say                           the exporter takes it
-one phase  a fork of a prepared graph, quick to run    the trainer takes it
-=========  ==========================================  ===============================
+==================  ==========================================  =================================
+exported            what torch.export returned                  passes/normalise takes it
+captured            a plain trainable graph: the student alone  passes/prepare take it
+prepared            student, teacher, losses, interventions     passes/prepare and deploy take it
+packed              the student alone, its weights as codes     passes/lower take it
+lowered             what ONNX can say                           the exporter takes it
+made for one phase  a fork of a prepared graph, quick to run    the trainer takes it
+==================  ==========================================  =================================
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ LOWERED = Stage(
     advice="lower it with ti_fx.export.lower",
 )
 PHASE = Stage(
-    "one phase",
+    "made for one phase",
     (
         rows.TOPOLOGICAL_ORDER,
         rows.LINT,

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -166,10 +167,15 @@ def operation(gm: GraphModule, node: Node) -> str:
 
 
 def _size(size: Any, dims: Mapping[str, str]) -> str:
-    text = str(size)
     if isinstance(size, int):
-        return text
+        return str(size)
+    text = _expression(size.node.expr)
     return dims.get(text) or re.sub(r"[A-Za-z_]\w*", lambda symbol: dims.get(symbol[0], symbol[0]), text)
+
+
+@lru_cache(maxsize=4096)
+def _expression(expression: Any) -> str:
+    return str(expression)  # which takes longer than all else in a line
 
 
 def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
