@@ -18,6 +18,8 @@ from contenders import Contender, Kind
 from numpy.typing import NDArray
 from subjects import Feed
 
+from ti_fx.numerics.closeness import relative
+
 Call = Callable[[], object]
 
 SECONDS = 0.15  # least time of one contender in one round
@@ -77,7 +79,7 @@ def machine() -> dict[str, tuple[Call, float]]:
 
 def distance(found: NDArray[Any], expected: NDArray[Any]) -> float:
     """Return the relative L2 distance."""
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return relative(torch.from_numpy(found), torch.from_numpy(expected))
 
 
 def fresh(contenders: list[Contender], model: str, quick: bool, feed: Feed) -> dict[str, dict[str, float]]:

@@ -33,7 +33,9 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 import ti_fx
 from ti_fx.export import to_onnx, with_cache
 from ti_fx.export.compare.nodes import cut_at_nodes
+from ti_fx.export.file.content import open_file
 from ti_fx.export.file.metadata import MINIMUM_RUNTIME
+from ti_fx.numerics.closeness import relative
 from ti_fx.passes import DecomposeAttention, Pack, QuantizeActivations, Ternarize
 
 TOLERANCE = 1e-5
@@ -166,7 +168,7 @@ def packed(model: nn.Module, example: dict[str, Tensor], encoding: str) -> Graph
 def file_of(folder: Path, name: str, student: GraphModule, inputs: dict[str, Tensor], opset: int) -> File:
     path = folder / name.replace(" ", "-")
     report = to_onnx(student, folder / "whole.onnx", inputs, opset=opset)
-    cut = cut_at_nodes(report.path, student, inputs)
+    cut = cut_at_nodes(open_file(report.path), student, inputs)
     minimum = next(entry.value for entry in cut.model.metadata_props if entry.key == MINIMUM_RUNTIME)
     onnx.save(cut.model, f"{path}.onnx")
     feed = {str(index): cut.feed[key] for index, key in enumerate(sorted(cut.feed))}
@@ -221,10 +223,7 @@ def worst(found: list[np.ndarray], expected: Result) -> float:
     distances = [0.0]
     for value, wanted in zip(found, expected, strict=True):
         assert isinstance(wanted, np.ndarray)
-        same = (value == wanted) | ((value != value) & (wanted != wanted))
-        gap = np.where(same, 0.0, value.astype(np.float64) - wanted.astype(np.float64))
-        size = np.linalg.norm(wanted[np.isfinite(wanted)].astype(np.float64))
-        distances.append(float(np.linalg.norm(gap) / max(size, np.finfo(np.float32).tiny)))
+        distances.append(relative(torch.from_numpy(value), torch.from_numpy(wanted)))
     return max(distances)
 
 

@@ -27,9 +27,8 @@ from torch.fx import GraphModule
 from transformers import BertConfig, BertForSequenceClassification
 
 import ti_fx
-from ti_fx.ir.edit import erase_dead
 from ti_fx.passes import Distill, DuplicateTeacher, Intervene, QuantizeActivations, Ternarize
-from ti_fx.passes.prepare.ternarize import look_up_first
+from ti_fx.train.model import FOR_ONE_PHASE
 
 LIMIT = 1.5  # of fine-tuning; a teacher's forward alone makes it 4/3
 POINTS = ("none", "output", "context", "map")
@@ -99,9 +98,7 @@ def phase(gm: GraphModule, point: str) -> GraphModule:
     """Return the graph of one phase as the trainer makes it: a fork, over the same tensors, without dead nodes."""
     forked = ti_fx.fork(gm)
     ti_fx.Pipeline(Intervene(at=None if point == "none" else point))(forked)
-    look_up_first(forked)
-    erase_dead(node for node in forked.graph.nodes if node.op not in ("placeholder", "output"))
-    forked.recompile()
+    FOR_ONE_PHASE(forked)
     return forked
 
 

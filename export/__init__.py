@@ -1,4 +1,4 @@
-"""The back end: a packed graph becomes an ONNX file, checked to run in ONNX Runtime as it does in PyTorch."""
+"""The back end turns a packed graph into an ONNX file that computes in ONNX Runtime what PyTorch does."""
 
 if __name__ != "ti_fx.export":
     raise ImportError(f"import ti_fx.export, not {__name__}: this would make a second copy of its classes")

@@ -1,4 +1,4 @@
-"""What a user gives to the functions of ``ti_fx.export``: one line for each thing that can't be used."""
+"""The functions of ``ti_fx.export`` refuse arguments that can't be used, each in one line."""
 
 from __future__ import annotations
 

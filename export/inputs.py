@@ -1,4 +1,4 @@
-"""What goes into and comes out of a captured graph, by name; and the same inputs at other sizes."""
+"""A captured graph's inputs and outputs have names, and its inputs can be made at other sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pack a graph that was captured without values: weights are read one by one, and only their codes are kept.
+"""``pack_from`` packs a graph without values: it reads weights one by one, and keeps only their codes.
 
 A folder of safetensors, a dict, or a function of the name gives the weights. What is read is made ternary, packed and
 dropped, so the float model is never in memory: of 7 billion parameters, 1.75 GB of codes are.

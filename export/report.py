@@ -1,4 +1,4 @@
-"""What an export did: where the bytes are, and how closely ONNX Runtime and PyTorch agree."""
+"""A report says what an export did: where the bytes are, and how closely ONNX Runtime and PyTorch agree."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ class ParityReport:
         rows = [("output", "case", "max", "p99", "mean", "range", "allowed")] + [
             (row.output, row.case, *(f"{value:.2e}" for value in row.numbers)) for row in self.differences
         ]
-        lines = [_columns(rows), f"allowed: {self.tolerance}"]
+        lines = [_columns(rows)] if self.differences else []
+        lines.append(f"allowed: {self.tolerance}")
         if self.tensors:
             lines.append(f"{self.tensors} stored tensors are equal byte for byte")
         if self.nodes is not None:

@@ -1,28 +1,17 @@
-"""The graph that is exported: packed, alone, and with the encodings it was trained with, or another one on request."""
+"""A student that is exported is packed, stands alone, and has the encodings it was trained with, or one on request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ti_fx import numerics
-from ti_fx.errors import EncodingMismatch, InputError, PreconditionError
-from ti_fx.find.packed import (
-    PRODUCTS,
-    activation_of,
-    encoding_of,
-    fake_quantised,
-    packed_weights,
-    ternary_factor,
-    weight_encodings,
-)
+from ti_fx.errors import EncodingMismatch, PreconditionError
+from ti_fx.find.packed import encoding_of, packed_weights, weight_quantisers
 from ti_fx.ir import roles
-from ti_fx.ir.edit import aten_name, fork
-from ti_fx.ir.facts import facts, record_facts
-from ti_fx.numerics.encodings import Encoding, get_encoding
+from ti_fx.ir.edit import fork
+from ti_fx.ir.pipeline import Pipeline
+from ti_fx.numerics.encodings import WeightEncodings, get_encoding
+from ti_fx.passes.deploy.requantize import Requantize
 
 
 def require_packed(gm: GraphModule) -> None:
@@ -52,86 +41,30 @@ def with_encoding(gm: GraphModule, encoding: str | None, requantize: bool) -> Gr
         EncodingMismatch: it computes something else, and ``requantize`` is false.
     """
     trained = encoding_of(gm)
-    if encoding is None or encoding == trained:
+    if encoding is None or WeightEncodings(encoding) == trained:
         return gm
-    wanted = get_encoding(encoding)
-    found = weight_encodings(gm)
-    differ = [name for name, one in found.items() if one.fake_quant is not wanted.fake_quant]
-    if differ and not requantize:
+    wanted = get_encoding(encoding).quantiser
+    if not requantize and any(quantiser is not wanted for quantiser in weight_quantisers(gm).values()):
         raise EncodingMismatch(
-            f"the student was trained with encoding {trained!r}, and {encoding!r} was asked for; leave encoding out, "
+            f"the student was trained with encoding '{trained}', and {encoding!r} was asked for; leave encoding out, "
             "train with the other one, or pass requantize=True to see what the change costs"
         )
-    copy = _requantised(gm, wanted) if differ else fork(gm)
-    record_facts(copy, encoding=encoding, encodings=dict.fromkeys(found, encoding))
+    copy = fork(gm)
+    Pipeline(Requantize(encoding))(copy)
     return copy
 
 
-def encodings_in(text: str) -> tuple[str, dict[str, str]]:
-    """Return what :func:`encoding_of` wrote: the encoding, and each weight's of another one by its name.
-
-    Raises:
-        InputError: it wrote something else.
-    """
-    most, *rest = text.split(", ")
-    if not all("=" in item for item in rest):
-        raise InputError(f"{text[:80]!r} names no encodings; the file is damaged, export it again")
-    return most, dict(item.rsplit("=", 1) for item in rest)
-
-
-def as_written(gm: GraphModule, encoding: str, requantized_from: str | None) -> GraphModule | None:
-    """Return the graph that computes as a file of ``encoding`` (see :func:`encoding_of`), None if ``gm`` does not."""
-    if requantized_from == encoding_of(gm):
-        return with_encoding(gm, encoding, requantize=True)
-    most, others = encodings_in(encoding)
-    wanted = {name: get_encoding(others.get(name, most)) for name in weight_encodings(gm)}
-    found = weight_encodings(gm)
-    return gm if all(found[name].fake_quant is wanted[name].fake_quant for name in found) else None
+def as_written(
+    gm: GraphModule, encoding: WeightEncodings, requantized_from: WeightEncodings | None
+) -> GraphModule | None:
+    """Return the graph that computes as a file of ``encoding``, None if ``gm`` is not what it was written from."""
+    if requantized_from == encoding_of(gm) and not encoding.others:
+        return with_encoding(gm, encoding.name, requantize=True)
+    found = weight_quantisers(gm)
+    same = all(get_encoding(encoding.of(name)).quantiser is quantiser for name, quantiser in found.items())
+    return gm if same else None
 
 
 def same_numerics(one: GraphModule, other: GraphModule) -> bool:
     """Whether two forks of a student compute the same, however they are stored."""
-    left, right = weight_encodings(one), weight_encodings(other)
-    return all(left[name].fake_quant is right[name].fake_quant for name in left)
-
-
-def _requantised(gm: GraphModule, encoding: Encoding) -> GraphModule:
-    """1. a fake-quantiser is swapped   2. or removed, for float   3. where float was trained, one is inserted."""
-    copy = fork(gm)
-    function = encoding.fake_quant
-    present = [node for node in copy.graph.nodes if fake_quantised(node)]
-    for node in present:
-        if function is None:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            copy.graph.erase_node(node)
-        else:
-            node.target = function
-    if function is not None:
-        # a projection that QuantizeActivations skipped is not recorded, and stays as it is
-        recorded = facts(gm).encodings
-        _quantise_products(copy, function, None if not present and not recorded else set(recorded))
-    copy.recompile()
-    return copy
-
-
-def _quantise_products(gm: GraphModule, function: Callable[..., Any], names: set[str] | None) -> None:
-    """Put a fake-quantiser before each ternary product that has none, of the weights called ``names`` (None: all)."""
-    inserted: dict[Node, Node] = {}
-    for node in list(gm.graph.nodes):
-        weight = ternary_factor(node)
-        if weight is None or fake_quantised(activation_of(node)):
-            continue
-        if names is not None and weight.parameter not in names:
-            continue
-        source = activation_of(node)
-        if source not in inserted:
-            with gm.graph.inserting_before(node):
-                inserted[source] = gm.graph.call_function(function, (source,))
-            inserted[source].meta = dict(source.meta)
-        node.update_arg(PRODUCTS[aten_name(node)], inserted[source])
-
-
-def relative_distance(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return ``|value - reference| / |reference|`` (L2), 0 where both are zero."""
-    distance = (value.double() - reference.double()).norm()
-    return float(distance / reference.double().norm().clamp(min=torch.finfo(torch.float64).tiny))
+    return weight_quantisers(one) == weight_quantisers(other)

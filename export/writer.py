@@ -1,4 +1,4 @@
-"""Write a packed student as one ONNX file, and keep it only if ONNX Runtime agrees with PyTorch."""
+"""A packed student is written as one ONNX file, which is kept only if ONNX Runtime agrees with PyTorch."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ti_fx import __version__
-from ti_fx.errors import ExportError, InputError
+from ti_fx._version import __version__
+from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.export import arguments, compare
 from ti_fx.export import inputs as io
 from ti_fx.export.file import external_data, names
-from ti_fx.export.file.content import FileContent, open_file, resolve_markers
+from ti_fx.export.file.content import open_file
 from ti_fx.export.file.digests import RECORD_KEY, record_of
-from ti_fx.export.file.external_data import SIZE_THRESHOLD
+from ti_fx.export.file.markers import resolve_markers
 from ti_fx.export.file.metadata import metadata_of
+from ti_fx.export.file.sizes import tensor_sizes
+from ti_fx.export.file.write import SIZE_THRESHOLD, write_model
 from ti_fx.export.lowered import lower, opset_for
-from ti_fx.export.report import ExportReport, StoredTensor
-from ti_fx.export.student import relative_distance, require_packed, same_numerics, with_encoding
+from ti_fx.export.report import ExportReport
+from ti_fx.export.student import require_packed, same_numerics, with_encoding
 from ti_fx.files import atomic_files, reported
 from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights
 from ti_fx.ir.edit import mode, tensor
-from ti_fx.numerics.layouts import LAYOUTS
+from ti_fx.numerics.closeness import relative
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
@@ -193,26 +195,26 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
     cost = None
     if not same_numerics(student, gm):
         trained = io.run_graph(gm, inputs)
-        cost = {name: relative_distance(value, trained[name]) for name, value in outputs.items()}
-    model = _export(student, inputs, opset, options.dump_dir)
+        cost = {name: relative(value, trained[name]) for name, value in outputs.items()}
+    model = onnx_model(student, inputs, opset, options.dump_dir)
     _describe(model, gm, student, opset, options.config)
     beside = places.enter_context(atomic_files(path))
     temporary = beside / path.name
-    external_data.write(model, temporary, options.external_data, options.size_threshold)
-    content = open_file(temporary)
-    report = compare.all_of(temporary, student, inputs, content, options.ram_megabytes)
+    write_model(model, temporary, options.external_data, options.size_threshold)
+    file = open_file(temporary)
+    parity = compare.all_of(file, student, inputs, options.ram_megabytes)
     shapes = {weight.codes_name: weight.shape for weight in packed_weights(student)}
     return _Written(
         ExportReport(
             path=path,
-            bytes=sum(file.stat().st_size for file in beside.iterdir()),
+            bytes=sum(part.stat().st_size for part in beside.iterdir()),
             opset=opset,
-            encoding=encoding_of(student),
-            tensors=_stored(content),
+            encoding=str(encoding_of(student)),
+            tensors=tensor_sizes(file),
             ternary_weights=sum(torch.Size(shape).numel() for shape in shapes.values()),
-            parity=report,
+            parity=parity,
             requantized=cost,
-            sidecars=() if content.data is None else (path.with_name(content.data.name),),
+            sidecars=() if file.data is None else (path.with_name(file.data.name),),
             batch_dependent=batch_dependent(student),
         ),
         beside,
@@ -241,9 +243,10 @@ def _require_finite(gm: GraphModule, inputs: Mapping[str, Tensor]) -> None:
                 raise InputError(f"{kind} {name} holds NaN, with which nothing can be compared; mend it")
 
 
-def _export(
+def onnx_model(
     student: GraphModule, inputs: Mapping[str, Tensor], opset: int, dump_dir: Path | None = None
 ) -> ir.Model:
+    """Lower a packed student and return it as an ONNX model, which is neither named, checked nor written yet."""
     flat, leaves = io.flat_outputs(student)
     lowered = lower(flat, opset, dump_dir=dump_dir)
     dims: dict[str, Any] = {name: found or None for name, found in io.dimensions(student).items()}
@@ -260,8 +263,8 @@ def _export(
                 verbose=False,
             )
     except Exception as error:  # torch.onnx wraps whatever went wrong in errors of several modules
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"torch.onnx can't export the graph: {reason[0]}") from error
+        reason = first_line(error.__cause__ or error)
+        raise ExportError(f"torch.onnx can't export the graph: {reason}") from error
     assert program is not None
     assert program.exported_program is not None
     _register_constants(program.model.graph)
@@ -338,14 +341,3 @@ def _share_equal(graph: ir.Graph, apart: set[str]) -> None:
             if same is not value:
                 ir.convenience.replace_all_uses_with(value, same)
                 del graph.initializers[value.name]
-
-
-def _stored(content: FileContent) -> tuple[StoredTensor, ...]:
-    known = {item.initializer: item for item in reversed(content.tensors)}
-    rows = []
-    for name, value in content.initializers.items():
-        item = known.get(name)
-        kind = "other" if item is None else "codes" if item.kind in LAYOUTS else "scale"
-        label = name if item is None else item.target
-        rows.append(StoredTensor(label, kind, tuple(value.dims), content.raw(name).nbytes))
-    return tuple(sorted(rows, key=lambda row: (-row.bytes, row.name)))

@@ -1,9 +1,10 @@
-"""Every rewrite of a graph, one a file, in four folders in the order of the pipeline."""
+"""Passes rewrite a graph: each has a file, in four folders in the order of the pipeline."""
 
 if __name__ != "ti_fx.passes":
     raise ImportError(f"import ti_fx.passes, not {__name__}: this would make a second copy of every pass")
 
 from ti_fx.passes.deploy.pack import Pack
+from ti_fx.passes.deploy.requantize import Requantize
 from ti_fx.passes.deploy.strip import Strip
 from ti_fx.passes.normalise.canonicalize import Canonicalize
 from ti_fx.passes.prepare.decompose_attention import DecomposeAttention
@@ -21,6 +22,7 @@ __all__ = [
     "Intervene",
     "Pack",
     "QuantizeActivations",
+    "Requantize",
     "Strip",
     "Ternarize",
 ]

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from ti_fx import cli
 
 pytest_plugins = ["golden_text", "models", "classifier"]
+HERE = Path(__file__).parent
+# `make quick` runs these rooms, less what takes seconds: marked so, or by what it asks for.
+QUICK = [HERE / name for name in ("numerics", "ir", "find", "repository")]
+TAKE_SECONDS = {"tiny", "request", "gpt2", "t5", "vit", "llama", "wheel", "checkout"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as quick what is in the quick rooms and takes no seconds; BERT is the one model that it captures."""
+    for item in items:
+        asked = TAKE_SECONDS.intersection(getattr(item, "fixturenames", ()))
+        marked = item.get_closest_marker("slow") or item.get_closest_marker("seconds")
+        if HERE / item.path.relative_to(HERE).parts[0] in QUICK and not asked and not marked:
+            item.add_marker("quick")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Where the packages lie: the folders ``passes/`` and ``export/`` are ``ti_fx.passes`` and ``ti_fx.export``.
+"""A checkout needs two links: the folders ``passes/`` and ``export/`` are ``ti_fx.passes`` and ``ti_fx.export``.
 
 In a checkout, two committed symbolic links (``ti_fx/passes -> ../passes``) make that so. An installed copy
 needs none.

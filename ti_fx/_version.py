@@ -1,3 +1,3 @@
-"""The version, which importing anything else is not needed to read."""
+"""This file holds the version, so that reading it imports nothing else."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Every error that ti_fx raises on purpose.
+"""Every error that ti_fx raises on purpose is a class of this file.
 
 A message is one line that says what is wrong, where, and what to do next. ``exit_code`` is what the command line
 returns: 2 for bad input, 1 for a check that failed.
@@ -28,8 +28,21 @@ class RandomnessError(CaptureError):
     """The model decides something by Python's or NumPy's random numbers, which a trace would freeze."""
 
 
+class VersionError(CaptureError):
+    """An internal of an installed library is not what ti_fx knows, so what it replaces there would not fit."""
+
+
 class PreconditionError(TiFxError):
-    """A pass was run on a graph that is not ready for it; the message names what is missing."""
+    """A pass was run on a graph that is not ready for it; the message names what is missing.
+
+    Attributes:
+        missing: the pass to run first, as text (``duplicate-teacher``), which the message then ends with; None where
+            no pass would help.
+    """
+
+    def __init__(self, message: str, missing: str | None = None) -> None:
+        super().__init__(message if missing is None else f"{message}; run {missing} first")
+        self.missing = missing
 
 
 class PostconditionError(TiFxError):

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new one, never half of either."""
+"""Files are written so that a reader sees the old content or the new one, never half of either."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ti_fx.errors import InputError
+from ti_fx.errors import InputError, first_line
 
 try:
     import fcntl
@@ -174,9 +174,8 @@ def reported(target: str) -> Iterator[None]:
         # torch raises RuntimeError, safetensors its own error, and tokenizers a bare Exception.
         if not (isinstance(error, OSError | RuntimeError | SafetensorError) or type(error) is Exception):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"can't write {target}: {reason}; free some space or choose another folder"
+            f"can't write {target}: {first_line(error)}; free some space or choose another folder"
         ) from error
 
 

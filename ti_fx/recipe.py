@@ -1,4 +1,4 @@
-"""Recipe: everything needed to rebuild the same training graphs from the same model, as JSON or YAML.
+"""A Recipe holds everything needed to rebuild the same training graphs from the same model, as JSON or YAML.
 
 Schedules of the presets are the published ones (arXiv 2302.11812, section 4 and its code): with s = 60 intervention
 steps, TI-G intervenes at the output until s/6, at the context until s/3 and at the map to the end; then plain
@@ -19,7 +19,7 @@ import yaml
 from torch import nn
 from torch.fx import GraphModule
 
-from ti_fx.errors import RecipeError, did_you_mean
+from ti_fx.errors import RecipeError, did_you_mean, first_line
 from ti_fx.files import atomic_write
 from ti_fx.find.attention import POINTS
 from ti_fx.ir import options
@@ -66,6 +66,8 @@ class Recipe:
         ternarize, activations, distill: options of the prepare passes.
         schedule: the phases, in order.
         steps: optimiser steps in all; None: as TrainingArguments say.
+        extra_passes: run after the prepare passes, in order: those of other distributions, for example. A recipe's file
+            has them as text: ``["round-weights{bits=4}"]``.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Recipe:
     distill: Distill = field(default_factory=Distill)
     schedule: tuple[Phase, ...] = (Phase("quantise"),)
     steps: int | None = None
+    extra_passes: tuple[Pass, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no model can be trained by.
@@ -145,6 +148,7 @@ class Recipe:
             self.ternarize,
             self.activations,
             self.distill,
+            *self.extra_passes,
         )
 
     def prepare(self, gm: GraphModule, *, teacher: nn.Module | None = None) -> Report:
@@ -160,6 +164,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON values."""
+        extra = {"extra_passes": [str(one) for one in self.extra_passes]} if self.extra_passes else {}
         return {
             "format": FORMAT,
             "name": self.name,
@@ -176,6 +181,7 @@ class Recipe:
                 for phase in self.schedule
             ],
             "steps": self.steps,
+            **extra,
         }
 
     @staticmethod
@@ -207,6 +213,8 @@ class Recipe:
                 made[key] = _construct(kind, values[key], f"{where}.{key}")
         if "schedule" in values:
             made["schedule"] = _schedule(values["schedule"], f"{where}.schedule")
+        if "extra_passes" in values:
+            made["extra_passes"] = _passes(values["extra_passes"], f"{where}.extra_passes")
         return Recipe(**made)
 
     def save(self, path: str | Path) -> None:
@@ -234,14 +242,14 @@ class Recipe:
         except OSError as error:
             raise RecipeError(f"can't read recipe {path}: {error.strerror or error}") from None
         except (ValueError, yaml.YAMLError) as error:
-            first = str(error).splitlines()[0]
-            raise RecipeError(f"recipe {path} is not {'YAML' if is_yaml else 'JSON'}: {first}") from None
+            kind = "YAML" if is_yaml else "JSON"
+            raise RecipeError(f"recipe {path} is not {kind}: {first_line(error)}") from None
         return Recipe.from_dict(values, where=str(path))
 
     def __str__(self) -> str:
         rows = [
             f"recipe {self.name}",
-            *(f"  {one}" for one in (self.ternarize, self.activations, self.distill)),
+            *(f"  {one}" for one in (self.ternarize, self.activations, self.distill, *self.extra_passes)),
         ]
         for phase in self.schedule:
             length = "to the end" if phase.steps is None else f"{phase.steps} steps"
@@ -285,6 +293,15 @@ def _construct(kind: type[Any], values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise RecipeError(f"{where} holds {values!r}; it must hold options and values")
     return options.construct(kind, {str(key): value for key, value in values.items()}, where)
+
+
+def _passes(values: Any, where: str) -> tuple[Pass, ...]:
+    if not isinstance(values, list) or not all(isinstance(written, str) for written in values):
+        raise RecipeError(f"{where} holds {values!r}; it must be a list of passes as text")
+    try:
+        return tuple(Pass.parse(written) for written in values)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def _schedule(values: Any, where: str) -> tuple[Phase, ...]:

@@ -1,1 +1,1 @@
-"""Language models that read and return their keys and values."""
+"""Language models take their keys and values as inputs and return them as outputs."""

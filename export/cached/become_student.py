@@ -1,18 +1,20 @@
-"""A captured graph of a model becomes its packed student: codes, scales, quantisers, tensors kept in full precision."""
+"""A newly captured graph gets the packed student's codes, scales, quantisers and full-precision tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.fx import GraphModule
 
-from ti_fx.errors import ExportError
-from ti_fx.find.packed import fake_quantised, packed_weights, weight_encodings
+from ti_fx.errors import ExportError, PostconditionError
+from ti_fx.find.packed import PackedWeight, packed_weights, weight_encodings
 from ti_fx.ir.edit import aten_name, register, tensor
 from ti_fx.ir.facts import facts, record_facts
-from ti_fx.ir.pipeline import Pipeline
-from ti_fx.ir.shapes import refresh
+from ti_fx.ir.inserted import quantiser_of
+from ti_fx.ir.pipeline import Pass, Pipeline
+from ti_fx.ir.stages import CAPTURED, PACKED, PREPARED
 from ti_fx.passes import Pack, QuantizeActivations
 from ti_fx.passes.deploy.pack import half_name
 from ti_fx.passes.prepare.ternarize import quantise
@@ -23,38 +25,107 @@ def become(gm: GraphModule, student: GraphModule) -> list[str]:
 
     Returns the student's ternary parameters that the graph does not read.
     """
-    weights = {weight.parameter: weight for weight in packed_weights(student)}
-    found = {str(node.target): node for node in gm.graph.find_nodes(op="get_attr")}
-    kept = {str(node.target) for node in student.graph.find_nodes(op="get_attr")}
-    missing = sorted(weights.keys() - found.keys())
-    weights = {name: weight for name, weight in weights.items() if name in found}
-    both = sorted(weights.keys() & kept)
-    if both:
-        raise ExportError(
-            f"{both[0]} is read both packed and in full precision (Ternarize(tied='embedding')); "
-            "a cached graph takes tied='both'"
-        )
-    for name, weight in weights.items():
-        quantise(found[name], "row" if tensor(student, weight.scale_name).dim() else "tensor")
-    refresh(gm, ())
-    halves = False
-    for name in found.keys() - weights.keys():
-        if is_constant(name):
-            continue
-        half = half_name(name)
-        if name in kept:
-            register(gm, name, tensor(student, name))
-        elif half in kept:
-            halves = True
-            register(gm, name, nn.Parameter(tensor(student, half).float(), requires_grad=False))
-        elif isinstance(tensor(gm, name), nn.Parameter):
-            raise ExportError(f"the cached graph reads {name}, and the student does not; is this its model?")
-    Pipeline(_quantisers(student, weights), Pack(kept="float16" if halves else "float32"))(gm)
-    for weight in weights.values():
-        for target in (weight.codes_name, weight.scale_name):
-            register(gm, target, tensor(student, target))
-    record_facts(gm, recipe=facts(student).recipe)
-    return missing
+    weights = {weight.parameter for weight in packed_weights(student)}
+    read = _stored(gm)
+    Pipeline(
+        BecomeStudent(student),
+        _quantisers(student, weights & read),
+        Pack(kept="float16" if any(half_name(name) in _stored(student) for name in read) else "float32"),
+        TakeCodes(student),
+    )(gm)
+    return sorted(weights - read)
+
+
+@dataclass(frozen=True)
+class BecomeStudent(Pass):
+    """Each weight that is ternary in the student is read through its quantiser; every other tensor is the student's.
+
+    before:  %w = w                              after:  %w = w
+             %h = linear(%x, %w)                         %w_q = ternary(%w)
+                                                         %h = linear(%x, %w_q)
+
+    1. a ternary weight keeps its values, which ``Pack`` needs and :class:`TakeCodes` replaces
+    2. of a tensor that the student keeps in half precision, the float32 values are taken, which ``Pack`` halves again
+    3. what the forward made itself is no tensor of the model's, and stays
+
+    Attributes:
+        student: a packed graph of the same model.
+    """
+
+    takes = (CAPTURED,)
+    gives = PREPARED
+
+    student: GraphModule = field(compare=False, repr=False)
+
+    def requires(self, gm: GraphModule) -> None:
+        """The student's own model, each tensor of which is either ternary or not.
+
+        Raises:
+            ExportError: a weight is read both ways, or the student lacks one that the graph reads.
+        """
+        kept, weights = _stored(self.student), _weights(self.student)
+        both = sorted(weights.keys() & kept & _stored(gm))
+        if both:
+            raise ExportError(
+                f"{both[0]} is read both packed and in full precision (Ternarize(tied='embedding')); "
+                "a cached graph takes tied='both'"
+            )
+        for name in sorted(_stored(gm) - weights.keys()):
+            known = is_constant(name) or name in kept or half_name(name) in kept
+            if not known and isinstance(tensor(gm, name), nn.Parameter):
+                raise ExportError(
+                    f"the cached graph reads {name}, and the student does not; is this its model?"
+                )
+
+    def apply(self, gm: GraphModule) -> None:
+        """Insert the weights' quantisers, and take the other tensors."""
+        kept, weights = _stored(self.student), _weights(self.student)
+        for node in gm.graph.find_nodes(op="get_attr"):
+            name, half = str(node.target), half_name(str(node.target))
+            if name in weights:
+                by_row = tensor(self.student, weights[name].scale_name).dim()
+                quantise(node, "row" if by_row else "tensor")
+            elif is_constant(name):
+                continue
+            elif name in kept:
+                register(gm, name, tensor(self.student, name))
+            elif half in kept:
+                value = tensor(self.student, half).float()
+                register(gm, name, nn.Parameter(value, requires_grad=False))
+        record_facts(gm, recipe=facts(self.student).recipe)
+
+
+@dataclass(frozen=True)
+class TakeCodes(Pass):
+    """The codes and the scale of each packed weight are the student's; the nodes stay.
+
+    Attributes:
+        student: a packed graph of the same model.
+    """
+
+    takes = (PACKED,)
+
+    student: GraphModule = field(compare=False, repr=False)
+
+    def apply(self, gm: GraphModule) -> None:
+        """Replace the tensors."""
+        for weight in packed_weights(gm):
+            for target in (weight.codes_name, weight.scale_name):
+                register(gm, target, tensor(self.student, target))
+
+    def ensures(self, gm: GraphModule) -> None:
+        """Both graphs hold the same tensors."""
+        for weight in packed_weights(gm):
+            if tensor(gm, weight.codes_name) is not tensor(self.student, weight.codes_name):
+                raise PostconditionError(f"take-codes left {weight.codes_name}")
+
+
+def _stored(gm: GraphModule) -> set[str]:
+    return {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+
+
+def _weights(student: GraphModule) -> dict[str, PackedWeight]:
+    return {weight.parameter: weight for weight in packed_weights(student)}
 
 
 def is_constant(name: str) -> bool:
@@ -67,9 +138,9 @@ def _quantisers(student: GraphModule, weights: Collection[str]) -> QuantizeActiv
     encodings = {name: one.name for name, one in weight_encodings(student).items() if name in weights}
     attention = any(
         aten_name(reader) in ("matmul", "bmm")
-        and all(fake_quantised(source) for source in reader.all_input_nodes)
+        and all(quantiser_of(source) for source in reader.all_input_nodes)
         for node in student.graph.nodes
-        if fake_quantised(node)
+        if quantiser_of(node)
         for reader in node.users
     )
     most = next(iter(encodings.values()), "float")

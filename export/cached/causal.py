@@ -1,4 +1,4 @@
-"""A language model that reads and returns its keys and values, so that a file of it generates token by token.
+"""``with_cache`` gives a causal language model's graph its keys and values as inputs and outputs, for generation.
 
 The cached graph is captured from the model itself, which knows where positions and masks go on after a cache; the
 student's codes, scales, quantisers and full-precision tensors then take the model's place, so both compute the same.
@@ -44,11 +44,12 @@ from ti_fx.export.cached.names import (
 from ti_fx.export.inputs import other_sizes, resized
 from ti_fx.export.student import require_packed
 from ti_fx.frontend.capture import capture
-from ti_fx.frontend.export_program import Dynamic
-from ti_fx.frontend.patches import forward_of_tensors
+from ti_fx.frontend.dynamic_sizes import Dynamic
+from ti_fx.frontend.model_for_trace import forward_of_tensors
 from ti_fx.ir.edit import constant_size, erase_dead_writes, input_names, mode, prune, register
 from ti_fx.ir.facts import facts, record_sizes
 from ti_fx.ir.shapes import move_to_cpu
+from ti_fx.numerics.closeness import largest
 
 SEQUENCE, PAST, TOTAL, SOURCE = "sequence", "past", "total", "source"
 PAST_AXES = (0, 2)  # of keys and values: batch and tokens
@@ -300,19 +301,14 @@ def stand_ins(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _gap(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, relative to the largest value."""
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
 def _require_same(model: nn.Module, found: Tensor, expected: Tensor) -> None:
     """Refuse a model that gives a token other logits after a cache than without one.
 
     Raises:
         InputError: it does.
     """
-    gap = _gap(found, expected)
-    if not gap <= SAME:
+    gap = largest(found, expected)
+    if gap > SAME:
         raise InputError(
             f"{type(model).__name__} gives a token other logits after a cache than without one (relative {gap:.1e}, "
             "in a batch with padding): more is kept than keys and values, or the mask is read otherwise; "
@@ -329,7 +325,7 @@ def _require_windows(model: nn.Module, ids: Tensor, mask: Tensor, expected: Tens
     before = run_with_cache(model, input_ids=ids[:, :-1], attention_mask=mask[:, :-1])
     cache = before["past_key_values"]
     last = run_with_cache(model, input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
-    if not _gap(last["logits"][:, -1], expected) <= SAME:
+    if largest(last["logits"][:, -1], expected) > SAME:
         raise InputError(
             f"the configuration of {type(model).__name__} has a sliding window that its attention lacks, so that its "
             "generate forgets tokens which the student attends to; set sliding_window to None there"

@@ -1,4 +1,4 @@
-"""An encoder-decoder as two graphs, so that what the decoder reads of the encoder is computed once.
+"""``encoder_decoder_with_cache`` splits an encoder-decoder into two graphs, so that the encoder runs once.
 
 encoder  input_ids, attention_mask [batch, source] (or what else the model encodes)
          -> cross_key_0, cross_value_0 [batch, heads, source, size], ...   one pair for each layer of the decoder

@@ -1,4 +1,4 @@
-"""Keys and values by name, as a graph with a cache takes and gives them, and transformers' caches of the same."""
+"""Graphs with a cache name their keys and values here, and turn them into transformers' caches and back."""
 
 from __future__ import annotations
 

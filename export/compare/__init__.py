@@ -1,4 +1,4 @@
-"""An exported file against the graph that it came from."""
+"""An exported file is compared with the graph that it came from."""
 
 from ti_fx.export.compare.whole_file import all_of, check
 

@@ -1,8 +1,7 @@
-"""The file's unpacked constants (biases, norms, masks, tables in full precision) against the graph's, exactly."""
+"""An export compares the file's unpacked constants with the graph's, bit by bit: biases, norms, masks, tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from ti_fx.ir.text import where
 _ALIKE = 0.9
 
 
-def compare_constants(content: FileContent, gm: GraphModule) -> int:
+def compare_constants(file: FileContent, gm: GraphModule) -> int:
     """Compare every stored tensor that the graph has, too, bit by bit; return how many there are.
 
     One with the graph's name is the graph's tensor. One without is, if it has most of a matrix's values, perhaps
@@ -32,8 +31,7 @@ def compare_constants(content: FileContent, gm: GraphModule) -> int:
     Raises:
         ParityError: a constant differs; names the first node that reads it.
     """
-    packed = {item.initializer for item in content.tensors}
-    stored = {name: _widened(content.array(name)) for name in _floats(content, packed)}
+    stored = _constants(file)
     readers = {str(node.target): node for node in reversed(list(gm.graph.find_nodes(op="get_attr")))}
     own = {
         name: _array(tensor(gm, name))
@@ -72,14 +70,14 @@ def _is_the_same(found: NDArray[Any], expected: NDArray[Any]) -> bool:
     return bool(counted.any()) and float(np.mean(_same(found, expected)[counted])) > _ALIKE
 
 
-def _floats(content: FileContent, packed: set[str]) -> Mapping[str, onnx.TensorProto]:
+def _constants(file: FileContent) -> dict[str, NDArray[Any]]:
     """Return the tensors that are compared here; one that has not the bytes it needs is left to the record."""
-    proto = onnx.TensorProto
+    proto, packed = onnx.TensorProto, file.packed
     kinds = (proto.FLOAT, proto.FLOAT16, proto.BFLOAT16, proto.DOUBLE, proto.INT64, proto.BOOL)
     return {
-        name: value
-        for name, value in content.initializers.items()
-        if name not in packed and value.data_type in kinds and content.is_whole(name)
+        name: _widened(one.array)
+        for name, one in file.stored.items()
+        if name not in packed and one.dtype in kinds and one.is_whole
     }
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime against PyTorch, node by node: each node of the file gets the values that PyTorch's node read.
+"""An export compares each node of the file with PyTorch's, on the values that PyTorch's node read.
 
 The file's values have the names of the packed graph's nodes. A copy of the model is cut at each of them: what the
 PyTorch node gave goes in, what ONNX Runtime computes from it comes out, all in one run. So an error shows where it is
@@ -8,11 +8,9 @@ made, and nowhere else.
 from __future__ import annotations
 
 import operator
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -23,12 +21,14 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ti_fx.errors import ParityError
 from ti_fx.export import inputs as io
+from ti_fx.export.file.content import FileContent
 from ti_fx.export.report import NodeReport
 from ti_fx.export.run.session import session_of
-from ti_fx.find.packed import as_packed, fake_quantised
+from ti_fx.find.packed import as_packed
 from ti_fx.ir.edit import aten_name, mode, tensor, written_arguments
+from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.text import where
-from ti_fx.numerics.encodings import ENCODINGS
+from ti_fx.numerics import closeness
 
 # A float node: two correct implementations of one operation on the same values, relative L2.
 NODE_TOLERANCE = 1e-5
@@ -38,32 +38,65 @@ _ORDERS = ("topk", "sort")
 _UNINITIALISED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
-def compare_nodes(
-    path: str | os.PathLike[str], student: GraphModule, inputs: Mapping[str, Tensor]
-) -> NodeReport:
+def compare_nodes(file: FileContent, student: GraphModule, inputs: Mapping[str, Tensor]) -> NodeReport:
     """Compare every node that the file has a value of with PyTorch's, in the file's order.
 
     Args:
-        path: the file.
+        file: the file.
         student: the packed graph of the same encoding.
         inputs: by name, of any size that the graph takes.
 
     Raises:
         ParityError: names the first node that differs, its module and layer.
     """
-    cut = cut_at_nodes(path, student, inputs)
-    runtime = session_of(cut.model.SerializeToString(), Path(path).name, folder=Path(path).parent)
+    cut = cut_at_nodes(file, student, inputs)
+    name = file.path.name
+    runtime = session_of(cut.model.SerializeToString(), name, folder=file.path.parent)
     try:
-        computed = runtime.run(cut.compared, cut.feed)
+        computed = runtime.run(list(cut.expected), cut.feed)
     except Exception as error:  # ONNX Runtime's errors share no base class but Exception
         reason = " ".join(str(error).split())
-        named = _RUNNING.search(reason)
-        node = cut.nodes.get(named[1].partition("/")[0]) if named else None
+        running = _RUNNING.search(reason)
+        node = cut.nodes.get(running[1].partition("/")[0]) if running else None
         raise ParityError(
-            f"ONNX Runtime can't run {where(node) if node else 'a node'} of {Path(path).name} on PyTorch's inputs: "
-            f"{reason[:300]}"
+            f"ONNX Runtime can't run {where(node) if node else 'a node'} of {name} on PyTorch's inputs: {reason[:300]}"
         ) from error
-    return _compared(cut.gm, dict(zip(cut.compared, computed, strict=True)), cut.nodes, cut.values)
+    return _compared(dict(zip(cut.expected, computed, strict=True)), cut.expected)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which values topk or sort chose: they may take equals in any order, and without ``sorted`` all.
+
+    Attributes:
+        dim: along which they chose.
+        source: what they chose from, where it is the places of values that are compared; None of values.
+    """
+
+    dim: int
+    source: Tensor | None
+
+    def in_order(self, chosen: Tensor) -> Tensor:
+        """Return the values that were chosen, in order."""
+        values = chosen if self.source is None else self.source.gather(self.dim, chosen.long())
+        return values.sort(self.dim).values
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What PyTorch computed for a node, and what ONNX Runtime may compute instead.
+
+    Attributes:
+        node: PyTorch's.
+        value: what it gave.
+        choice: of what topk or sort gave, what they chose.
+        step: of a product of a quantised activation, what one step of its quantiser changes at most.
+    """
+
+    node: Node
+    value: Tensor
+    choice: Choice | None
+    step: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -71,30 +104,25 @@ class CutModel:
     """A model in which every reader of a node's value reads PyTorch's value instead.
 
     Attributes:
-        model: it gives the values of ``compared``.
+        model: it gives the values that are compared.
         feed: what it takes.
-        compared: names of values, in the file's order.
-        gm: the graph that PyTorch ran.
-        nodes: its node of each name.
-        values: what PyTorch computed.
+        expected: those values as PyTorch computed them, by name, in the file's order.
+        nodes: the node of the graph that PyTorch ran, of each name.
     """
 
     model: onnx.ModelProto
     feed: dict[str, NDArray[Any]]
-    compared: list[str]
-    gm: GraphModule
+    expected: dict[str, Expected]
     nodes: dict[str, Node]
-    values: dict[Node, Tensor]
 
 
-def cut_at_nodes(
-    path: str | os.PathLike[str], student: GraphModule, inputs: Mapping[str, Tensor]
-) -> CutModel:
+def cut_at_nodes(file: FileContent, student: GraphModule, inputs: Mapping[str, Tensor]) -> CutModel:
     """Run the graph in PyTorch, and cut the file's model at each value that both have; arguments as above."""
     flat, leaves = io.flat_outputs(student)
     nodes = {node.name: node for node in flat.graph.nodes}
     nodes |= {name: nodes[node.name] for name, node in leaves.items()}
-    model = onnx.load(os.fspath(path), load_external_data=False)
+    model = onnx.ModelProto()
+    model.CopyFrom(file.model)
     named = {nodes[name] for node in model.graph.node for name in node.output if name in nodes}
     with mode(flat, False), torch.no_grad():
         recorder = _Recorder(flat, named)
@@ -104,7 +132,14 @@ def cut_at_nodes(
     cut = _cut(model, {name: values[node] for name, node in nodes.items() if node in values})
     feed = {f"{_GIVEN}{name}": values[nodes[name]].contiguous().numpy() for name in cut.given}
     feed |= {name: value.numpy() for name, value in inputs.items() if name in cut.inputs}
-    return CutModel(model, feed, cut.compared, flat, nodes, values)
+    expected = {name: _expected(flat, nodes[name], values) for name in cut.compared}
+    return CutModel(model, feed, expected, nodes)
+
+
+def _expected(gm: GraphModule, node: Node, values: Mapping[Node, Tensor]) -> Expected:
+    value = values[node]
+    step = _product_step(gm, node, values) if value.is_floating_point() else None
+    return Expected(node, value, choice_of(node, value, values), step)
 
 
 class _Recorder(Interpreter):
@@ -119,7 +154,7 @@ class _Recorder(Interpreter):
         self._kept = {
             node
             for node in gm.graph.nodes
-            if node in named or fake_quantised(node) or any(aten_name(user) in _ORDERS for user in node.users)
+            if node in named or quantiser_of(node) or any(aten_name(user) in _ORDERS for user in node.users)
         }
         self._seen: dict[Node, Tensor] = {}
         self._written: list[Tensor] = []  # kept, so that no other tensor gets their memory
@@ -174,29 +209,28 @@ def _cut(model: onnx.ModelProto, values: Mapping[str, Tensor]) -> _Cut:
     return _Cut(compared, given, inputs)
 
 
-def _compared(
-    gm: GraphModule, found: Mapping[str, Any], nodes: Mapping[str, Node], values: Mapping[Node, Tensor]
-) -> NodeReport:
+def _compared(found: Mapping[str, Any], wanted: Mapping[str, Expected]) -> NodeReport:
     worst, worst_node, most, most_node = 0.0, "", 0.0, ""
     for name, array in found.items():
-        node = nodes[name]
+        node, expected, step = wanted[name].node, wanted[name].value, wanted[name].step
         if array.dtype.kind not in "biuf":
             raise ParityError(f"{where(node)} is the first node that differs: no numbers in ONNX Runtime")
-        got, expected = torch.from_numpy(array), values[node]
+        got = torch.from_numpy(array)
         if got.shape != expected.shape or got.dtype != expected.dtype:
             raise ParityError(
                 f"{where(node)} is the first node that differs: {got.dtype}{list(got.shape)} in ONNX Runtime, "
                 f"{expected.dtype}{list(expected.shape)} in PyTorch"
             )
-        gap = _gap(*_chosen(node, values, got, expected))
+        choice = wanted[name].choice
+        pair = (got, expected) if choice is None else (choice.in_order(got), choice.in_order(expected))
+        gap = closeness.gap(*pair)
         if not expected.is_floating_point():  # indices, masks
             if gap.any():
                 raise ParityError(
                     f"{where(node)} is the first node that differs: {int((gap > 0).sum())} of {gap.numel()} values"
                 )
             continue
-        distance = _relative(gap, expected)
-        step = _product_step(gm, node, values)
+        distance = closeness.norm_beside(gap, expected)
         if step is None or distance <= NODE_TOLERANCE:
             if not distance <= NODE_TOLERANCE:
                 raise ParityError(
@@ -216,39 +250,23 @@ def _compared(
     return NodeReport(len(found), worst, worst_node, most, most_node)
 
 
-def _chosen(
-    node: Node, values: Mapping[Node, Tensor], got: Tensor, expected: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return what topk and sort chose, in order: they may take equals in any, and without ``sorted`` all."""
+def choice_of(node: Node, value: Tensor, values: Mapping[Node, Tensor]) -> Choice | None:
+    """Return what topk or sort chose, None if ``value`` is not theirs.
+
+    Args:
+        node: whose value it is.
+        value: what the node gave.
+        values: of other nodes.
+    """
     while aten_name(node) == "to":
         node = node.args[0]  # type: ignore[assignment]
     whole = node.args[0] if node.target is operator.getitem else None
     if not isinstance(whole, Node) or aten_name(whole) not in _ORDERS:
-        return got, expected
+        return None
     source: Any = whole.args[0]
     position = 2 if aten_name(whole) == "topk" else 1
     dim: Any = whole.args[position] if len(whole.args) > position else whole.kwargs.get("dim", -1)
-    if not got.is_floating_point() and source in values:
-        got, expected = (values[source].gather(dim, places.long()) for places in (got, expected))
-    return got.sort(dim).values, expected.sort(dim).values
-
-
-def _gap(found: Tensor, expected: Tensor) -> Tensor:
-    """Return the absolute difference; equal infinities and NaNs are none, and a NaN in one alone is infinite."""
-    same = (
-        (found == expected) | (found.isnan() & expected.isnan())
-        if found.is_floating_point()
-        else found == expected
-    )
-    gap = (found.double() - expected.double()).abs().nan_to_num(float("inf"), float("inf"))
-    return gap.masked_fill(same, 0.0)
-
-
-def _relative(gap: Tensor, expected: Tensor) -> float:
-    if not gap.numel() or not gap.any():
-        return 0.0
-    size = expected.double().masked_fill(~expected.isfinite(), 0).norm()
-    return float(gap.norm() / size.clamp(min=torch.finfo(torch.float32).tiny))
+    return Choice(dim, None if value.is_floating_point() else values.get(source))
 
 
 def _place(gap: Tensor) -> list[int]:
@@ -267,15 +285,15 @@ def _product_step(gm: GraphModule, node: Node, values: Mapping[Node, Tensor]) ->
         rows = values[node].shape[:-1]
         return step if step is None or not step.dim() else step.reshape(*rows, 1)
     for argument in node.all_input_nodes:
-        encoding = fake_quantised(argument)
-        if encoding is None:
+        quantiser = quantiser_of(argument)
+        if quantiser is None:
             continue
-        size, result = values[argument].abs(), values[node]
-        by_row = ENCODINGS[encoding].batch_invariant and size.shape[:-1] == result.shape[:-1]
-        largest = size.amax(-1, keepdim=True) if by_row else size.max()
+        step = quantiser.step(values[argument])
+        if step.shape[:-1] != values[node].shape[:-1]:
+            step = step.max()  # its rows are not the product's
         weights = [as_packed(_untransposed(other)) for other in node.all_input_nodes]
         scales = [tensor(gm, weight.scale_name) for weight in weights if weight is not None]
-        return largest.double() / 127 * max((float(scale.abs().max()) for scale in scales), default=1.0)
+        return step * max((float(scale.abs().max()) for scale in scales), default=1.0)
     return None
 
 

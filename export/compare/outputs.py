@@ -1,10 +1,9 @@
-"""ONNX Runtime against PyTorch: the same packed student, at other sizes, padded, and with the batch permuted."""
+"""An export compares ONNX Runtime's outputs with PyTorch's, at other sizes, padded, and with the batch permuted."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ti_fx.errors import InputError, ParityError, first_line
 from ti_fx.export import inputs as io
-from ti_fx.export.compare.nodes import compare_nodes
+from ti_fx.export.file.content import FileContent
 from ti_fx.export.report import OutputDifference
-from ti_fx.export.run.session import Runtime
+from ti_fx.export.run.session import Runtime, session_of
 from ti_fx.ir.edit import aten_name, constant_size, mode
 from ti_fx.ir.facts import facts
+from ti_fx.numerics.closeness import gap, p99
 
 # Float: two correct float32 implementations, sums in another order; relative to the largest value above 1.
 FLOAT_TOLERANCE = 1e-4
@@ -31,21 +31,49 @@ NOISE_CAP = 0.25
 _PRODUCTS = frozenset({"linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "layer_norm", "softmax", "gelu"})
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why outputs are not equal: what an error says, and the inputs that show it.
+
+    ``cause`` is ONNX Runtime's own error where the file can't be run.
+    """
+
+    text: str
+    inputs: dict[str, Tensor]
+    cause: InputError | None = None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the comparison of outputs found.
+
+    Attributes:
+        rows: one for each output and case, up to the first that differs.
+        skipped: cases that the model does not take, and why.
+        failure: of the first case that differs, None if none does.
+    """
+
+    rows: tuple[OutputDifference, ...]
+    skipped: tuple[str, ...]
+    failure: Failure | None = None
+
+
 def compare_outputs(
-    path: str | os.PathLike[str], student: GraphModule, bound: dict[str, Tensor], exact: bool
-) -> tuple[tuple[OutputDifference, ...], tuple[str, ...]]:
-    """Compare outputs at other sizes, padded, and with the batch permuted; return a row each, and what was skipped.
+    file: FileContent, student: GraphModule, bound: dict[str, Tensor], exact: bool
+) -> Outputs:
+    """Compare outputs at other sizes, padded, and with the batch permuted.
 
     Args:
-        path: the file.
+        file: the file.
         student: the packed graph of the same encoding.
         bound: inputs of the graph, by name.
         exact: whether no activation is quantised, so that outputs differ by rounding only.
 
     Raises:
-        ParityError: outputs differ, or the file can't be run.
+        ParityError: an output has another shape or type than the graph's.
     """
-    runtime = Runtime(path)
+    path = str(file.path)
+    runtime = Runtime(path, loaded=session_of(path, path))  # its data file was checked as it was opened
     rows: list[OutputDifference] = []
     skipped: list[str] = []
     cases = list(_cases(student, bound))
@@ -66,22 +94,20 @@ def compare_outputs(
         try:
             found = runtime(inputs)
         except InputError as error:
-            compare_nodes(path, student, inputs)
-            raise ParityError(f"{Path(path).name} can't be run at {case}: {error}") from error
+            text = f"{file.path.name} can't be run at {case}: {error}"
+            return Outputs(tuple(rows), tuple(skipped), Failure(text, inputs, error))
         for name, value in expected.items():
             allowed = _allowed(value, None if noise is None else noise[name])
             row = _difference(name, case, torch.from_numpy(found[name]), value, allowed)
             rows.append(row)
-            if not (row.maximum if exact else row.p99) <= row.allowed:  # NaN fails, too
-                compare_nodes(
-                    path, student, inputs
-                )  # names the node, if it is one that differs at these sizes
-                raise ParityError(
-                    f"{Path(path).name}: output {row.output!r} differs from PyTorch at {row.case}: max "
+            if (row.maximum if exact else row.p99) > row.allowed:  # a NaN in one alone is infinite
+                text = (
+                    f"{file.path.name}: output {row.output!r} differs from PyTorch at {row.case}: max "
                     f"{row.maximum:.2e}, p99 {row.p99:.2e}, range {row.span:.2e}, allowed {row.allowed:.2e}; "
                     "please report this with the graph's ti_fx.dump"
                 )
-    return tuple(rows), tuple(skipped)
+                return Outputs(tuple(rows), tuple(skipped), Failure(text, inputs))
+    return Outputs(tuple(rows), tuple(skipped))
 
 
 def _cases(
@@ -146,19 +172,8 @@ def nudged_outputs(gm: GraphModule, inputs: Mapping[str, Tensor], seed: int = 0)
 def _rounding_noise(
     gm: GraphModule, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    return {
-        name: _p99((value.double() - expected[name].double()).abs().nan_to_num(0.0, 0.0))
-        for name, value in nudged_outputs(gm, inputs).items()
-    }
-
-
-def _p99(difference: Tensor) -> float:
-    # torch.quantile takes no more than 16 million elements
-    return (
-        float(difference.flatten().kthvalue(max(1, round(0.99 * difference.numel()))).values)
-        if difference.numel()
-        else 0.0
-    )
+    found = {name: gap(value, expected[name]) for name, value in nudged_outputs(gm, inputs).items()}
+    return {name: p99(value.masked_fill(value.isinf(), 0.0)) for name, value in found.items()}
 
 
 def _allowed(expected: Tensor, noise: float | None) -> float:
@@ -197,11 +212,7 @@ def _difference(name: str, case: str, found: Tensor, expected: Tensor, allowed: 
             f"output {name!r} is {found.dtype}{list(found.shape)} in ONNX Runtime and "
             f"{expected.dtype}{list(expected.shape)} in PyTorch, at {case}"
         )
-    difference = (found.double() - expected.double()).abs()
-    # Equal infinities and equal NaNs are no difference.
-    same = (found == expected) | (found.isnan() & expected.isnan())
-    difference = torch.where(same, torch.zeros_like(difference), difference)
+    difference = gap(found, expected)
     maximum = float(difference.max()) if difference.numel() else 0.0
     mean = float(difference.mean()) if difference.numel() else 0.0
-    p99 = float("nan") if maximum != maximum else _p99(difference)
-    return OutputDifference(name, case, maximum, p99, mean, _span(expected), allowed)
+    return OutputDifference(name, case, maximum, p99(difference), mean, _span(expected), allowed)

@@ -1,4 +1,4 @@
-"""A file against the graph that it came from: what is stored, what each node computes, what comes out."""
+"""``all_of`` compares a file with its graph: what is stored, what each node computes, what comes out."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ti_fx.errors import EncodingMismatch
+from ti_fx.errors import EncodingMismatch, ParityError
 from ti_fx.export import arguments
 from ti_fx.export import inputs as io
 from ti_fx.export.compare.constants import compare_constants
+from ti_fx.export.compare.digests import compare_digests
 from ti_fx.export.compare.nodes import compare_nodes
 from ti_fx.export.compare.outputs import compare_outputs, tolerance_text
-from ti_fx.export.file.content import FileContent, compare_tensors, open_file
-from ti_fx.export.file.digests import compare_record
+from ti_fx.export.compare.packed_tensors import compare_tensors
+from ti_fx.export.file.content import FileContent, open_file
 from ti_fx.export.report import ParityReport
 from ti_fx.export.student import as_written, require_packed
-from ti_fx.find.packed import encoding_of, is_quantised, looked_up, packed_weights, weight_encodings
+from ti_fx.find.packed import encoding_of, is_quantised, looked_up, packed_weights, weight_quantisers
 from ti_fx.ir.edit import tensor
 from ti_fx.ir.inputs import require_inputs
-from ti_fx.passes.lower.products import BY_FUNCTION
 
 
 def check(
@@ -49,41 +49,43 @@ def check(
     """
     require_packed(arguments.graph(gm))
     path, ram_megabytes = arguments.file_path(path), arguments.megabytes(ram_megabytes)
-    content = open_file(path)
-    student = as_written(gm, content.encoding, content.requantized_from)
+    file = open_file(path)
+    student = as_written(gm, file.encoding, file.requantized_from)
     if student is None:
         raise EncodingMismatch(
-            f"{path} has encoding {content.encoding!r}, and the graph {encoding_of(gm)!r}; "
+            f"{path} has encoding '{file.encoding}', and the graph '{encoding_of(gm)}'; "
             "check it with the graph it came from"
         )
-    return all_of(path, student, example, content, ram_megabytes)
+    return all_of(file, student, example, ram_megabytes)
 
 
 def all_of(
-    path: str | os.PathLike[str],
+    file: FileContent,
     student: GraphModule,
     example: Mapping[str, Any] | tuple[Any, ...],
-    content: FileContent,
     ram_megabytes: float | None = None,
 ) -> ParityReport:
     """Compare a file with a graph of the same encoding: stored tensors, digests, each node, and outputs at other sizes.
 
     Arguments and errors are those of :func:`check`.
     """
-    count = compare_tensors(content, student) + compare_constants(content, student)
-    compare_record(content, student)
+    count = compare_tensors(file, student) + compare_constants(file, student)
+    compare_digests(file, student)
     bound = io.bind(student, example)
     require_inputs(student, (), bound)
-    needed = _megabytes(student)
+    needed = runtime_megabytes(student)
     if ram_megabytes is not None and needed > ram_megabytes:
         why = (
             f"the weights take about {needed:,.0f} MB in ONNX Runtime, and ram_megabytes is {ram_megabytes:g}"
         )
         return ParityReport((), "stored tensors alone were compared", count, skipped=(f"any size: {why}",))
-    single = compare_nodes(path, student, _with_padding(student, bound))
+    single = compare_nodes(file, student, _with_padding(student, bound))
     exact = not is_quantised(student)
-    rows, skipped = compare_outputs(path, student, bound, exact)
-    return ParityReport(rows, tolerance_text(exact), count, single, skipped)
+    outputs = compare_outputs(file, student, bound, exact)
+    if outputs.failure is not None:
+        compare_nodes(file, student, outputs.failure.inputs)  # names the node, if one differs at these sizes
+        raise ParityError(outputs.failure.text) from outputs.failure.cause
+    return ParityReport(outputs.rows, tolerance_text(exact), count, single, outputs.skipped)
 
 
 def _with_padding(student: GraphModule, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,21 +100,19 @@ def _with_padding(student: GraphModule, inputs: dict[str, Tensor]) -> dict[str, 
     return padded
 
 
-def _megabytes(student: GraphModule) -> float:
+def runtime_megabytes(student: GraphModule) -> float:
     """Estimate the memory that the weights take in ONNX Runtime: once as stored, once as its operators read them.
 
     Those read two bits by blocks and from tables, a byte in other products of quantised activations, else floats twice.
     """
     tables = {table.codes_name for node in student.graph.nodes if (table := looked_up(node)) is not None}
-    encodings, weights = (
-        weight_encodings(student),
-        {weight.codes_name: weight for weight in packed_weights(student)},
-    )
+    quantisers = weight_quantisers(student)
+    weights = {weight.codes_name: weight for weight in packed_weights(student)}
     total = 0.0
     for name, weight in weights.items():
-        fake_quant = encodings[weight.parameter].fake_quant
-        blocks = fake_quant is not None and BY_FUNCTION[fake_quant].block
-        each = 0.25 if name in tables or blocks else 1.0 if fake_quant else 8.0
+        quantiser = quantisers[weight.parameter]
+        blocks, integers = (quantiser.block, quantiser.codes) if quantiser else (0, None)
+        each = 0.25 if name in tables or blocks else 1.0 if integers else 8.0
         total += (0.25 + each) * torch.Size(weight.shape).numel()
     stored = {str(node.target) for node in student.graph.find_nodes(op="get_attr")} - weights.keys()
     for value in (tensor(student, name) for name in stored):

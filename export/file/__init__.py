@@ -1,1 +1,1 @@
-"""The bytes of an exported file, and what it says of itself."""
+"""An exported file holds packed tensors, and says of itself what it is."""

@@ -1,33 +1,24 @@
-"""Packed tensors in the finished ONNX graph: markers become INT2 initialisers, and a table says what is where."""
+"""An exported file is read: its graph, the table of its stored tensors, and what its metadata says of them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnx_ir as ir
-import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.fx import GraphModule
 
-from ti_fx.errors import InputError, ParityError
-from ti_fx.export.file import external_data
-from ti_fx.find.packed import packed_weights
-from ti_fx.ir.edit import tensor
-from ti_fx.ir.text import where
-from ti_fx.numerics.layouts import INT2, LAYOUTS, Layout
-from ti_fx.passes.lower.operators import MARKER_DOMAIN
+from ti_fx.errors import InputError
+from ti_fx.export.file.external_data import DataFile, require_data
+from ti_fx.export.file.stored import StoredArray, stored_array
+from ti_fx.numerics.encodings import WeightEncodings
 
-ENCODING_KEY = "ti_fx.encoding"
-REQUANTIZED_KEY = "ti_fx.requantized_from"
+ENCODING_KEY, WEIGHTS_KEY = "ti_fx.encoding", "ti_fx.weight_encodings"
+REQUANTIZED_KEY, REQUANTIZED_WEIGHTS_KEY = "ti_fx.requantized_from", "ti_fx.weights_requantized_from"
 TENSORS_KEY = "ti_fx.tensors"
 
 
@@ -65,70 +56,48 @@ def from_json(text: str) -> list[PackedTensor]:
     return found
 
 
-def resolve_markers(model: ir.Model, gm: GraphModule) -> list[PackedTensor]:
-    """Take every marker out of the graph, store what they mark, and return where it is.
+def encoding_entries(encoding: WeightEncodings) -> dict[str, str]:
+    """Return the metadata that says by what encodings a file's weights are stored and compute."""
+    return _entries(encoding, ENCODING_KEY, WEIGHTS_KEY)
 
-    int2 (transposed):    %c = Packed(%stand_in)   becomes   %c = Cast(%codes: INT2 initialiser, to=INT8)
-    others with codes:    %c = Packed(%stand_in)   becomes   %codes
-    others:               %s = Packed(%stored)     becomes   %stored, and of a constant no entry is returned
 
-    Codes are lazy: they are brought into their layout when the file is written, one weight after the other.
+def requantized_entries(trained: WeightEncodings) -> dict[str, str]:
+    """Return the metadata that says with what other encodings the weights were trained."""
+    return _entries(trained, REQUANTIZED_KEY, REQUANTIZED_WEIGHTS_KEY)
 
-    Args:
-        model: the exported model.
-        gm: the packed graph that it was made from.
+
+def _entries(encoding: WeightEncodings, key: str, weights_key: str) -> dict[str, str]:
+    others = {weights_key: json.dumps(dict(encoding.others))} if encoding.others else {}
+    return {key: encoding.name, **others}
+
+
+def encoding_in(metadata: Mapping[str, str]) -> WeightEncodings:
+    """Return the encodings of a file's weights; raises KeyError if ti_fx did not write it.
+
+    Raises:
+        InputError: what the metadata says of single weights is damaged.
     """
-    shapes = {weight.codes_name: weight.shape for weight in packed_weights(gm)}
-    found: dict[str, PackedTensor] = {}
-    graph = model.graph
-    for node in [node for node in graph if node.domain == MARKER_DOMAIN]:
-        stored = node.inputs[0]
-        assert stored is not None
-        assert stored.name is not None
-        kind = node.attributes["kind"].as_string()
-        target = node.attributes["target"].as_string()
-        if kind in LAYOUTS:
-            codes = graph.initializers.get(target) or _codes(
-                tensor(gm, target), target, LAYOUTS[kind], shapes[target], stored.shape
-            )
-            graph.initializers[target] = codes
-            found[target] = PackedTensor(target, target, kind)
-            node.replace_input_with(0, codes)
-            if not stored.uses():
-                del graph.initializers[stored.name]
-            stored = codes
-        elif kind != "constant":
-            found[target] = PackedTensor(target, stored.name or target, kind)
-        if kind.startswith(INT2.name):
-            cast = ir.Node("", "Cast", [stored], [ir.AttrInt64("to", ir.DataType.INT8)], num_outputs=1)
-            ir.convenience.replace_nodes_and_values(graph, node, [node], [cast], node.outputs, cast.outputs)
-        else:
-            # Not replace_nodes_and_values: it would give the initialiser the marker's name.
-            ir.convenience.replace_all_uses_with(node.outputs[0], stored)
-            graph.remove(node, safe=True)
-    model.opset_imports.pop(MARKER_DOMAIN, None)
-    return list(found.values())
+    return WeightEncodings(metadata[ENCODING_KEY], _others(metadata, WEIGHTS_KEY))
 
 
-def _codes(
-    packed: Tensor, name: str, layout: Layout, shape: tuple[int, ...], bytes_shape: ir.Shape | None
-) -> ir.Value:
-    """Return an initialiser of a weight's codes, which are brought into their layout whenever they are read."""
-    assert bytes_shape is not None
-    is_int2 = layout.name.startswith(INT2.name)
-    dtype = ir.DataType.INT2 if is_int2 else ir.DataType.UINT8
-    size = ir.Shape(layout.written(shape)) if is_int2 else bytes_shape
+def requantized_in(metadata: Mapping[str, str]) -> WeightEncodings | None:
+    """Return the encodings that a file's weights were trained with, None where they are the file's own.
 
-    def encoded() -> ir.TensorProtocol:
-        content = layout.encode(packed, shape).numpy()
-        return (
-            ir.PackedTensor(content, dtype, shape=size)
-            if is_int2
-            else ir.tensor(content.reshape(size.numpy()))
-        )
+    Raises:
+        InputError: what the metadata says of single weights is damaged.
+    """
+    if REQUANTIZED_KEY not in metadata:
+        return None
+    return WeightEncodings(metadata[REQUANTIZED_KEY], _others(metadata, REQUANTIZED_WEIGHTS_KEY))
 
-    value = ir.Value(name=name, shape=size, type=ir.TensorType(dtype))
-    value.const_value = ir.LazyTensor(encoded, dtype, size, name=name)
+
+def _others(metadata: Mapping[str, str], key: str) -> dict[str, str]:
+    try:
+        value = json.loads(metadata.get(key, "{}"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
+        raise InputError(f"the file's metadata {key} is damaged; export it again")
     return value
 
 
@@ -137,49 +106,33 @@ class FileContent:
     """An exported file, read but not run.
 
     Attributes:
-        encoding: its encoding.
-        requantized_from: the encoding it was trained with, where that is another one.
+        path: where it is.
+        encoding: the encodings of its weights.
+        requantized_from: those it was trained with, where they are others.
         tensors: where the packed tensors are.
         inputs: the shape of each input by name: numbers, and names of dynamic axes.
         outputs: the same of each output.
-        initializers: every stored tensor by name; its values may lie in the data file.
+        stored: every stored tensor by name; its values may lie in the data file.
         metadata: all metadata by name.
-        folder: where the data file is, if there is one.
-        data: what that file is, None if there is none.
+        data: what the data file is, None if there is none.
         model: all of it.
     """
 
-    encoding: str
-    requantized_from: str | None
+    path: Path
+    encoding: WeightEncodings
+    requantized_from: WeightEncodings | None
     tensors: tuple[PackedTensor, ...]
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
-    initializers: dict[str, onnx.TensorProto]
+    stored: dict[str, StoredArray]
     metadata: dict[str, str]
-    folder: Path
-    data: external_data.DataFile | None
+    data: DataFile | None
     model: onnx.ModelProto
 
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """Return a stored tensor's bytes, flat; of a data file, they are mapped, not read."""
-        stored = self.initializers[name]
-        if external_data.is_external(stored):
-            return external_data.external_bytes(stored, self.folder)
-        if stored.HasField("raw_data"):
-            return np.frombuffer(stored.raw_data, dtype=np.uint8)
-        return np.frombuffer(onnx.numpy_helper.to_array(stored).tobytes(), dtype=np.uint8)
-
-    def is_whole(self, name: str) -> bool:
-        """Whether a stored tensor has as many bytes as its type and shape say."""
-        return self.raw(name).nbytes == external_data.size_of(self.initializers[name])
-
-    def array(self, name: str) -> NDArray[Any]:
-        """Return a stored tensor that is whole, of a type that NumPy has."""
-        stored = self.initializers[name]
-        if not external_data.is_external(stored):
-            return onnx.numpy_helper.to_array(stored)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(stored.data_type)
-        return self.raw(name).view(dtype).reshape(tuple(stored.dims))
+    @property
+    def packed(self) -> set[str]:
+        """The names of the packed tensors in the file."""
+        return {item.initializer for item in self.tensors}
 
 
 def open_file(path: str | os.PathLike[str]) -> FileContent:
@@ -199,30 +152,25 @@ def open_file(path: str | os.PathLike[str]) -> FileContent:
         ) from error
     except DecodeError as error:
         raise InputError(f"{path} is not an ONNX file, or it was cut short; export it again") from error
-    data = external_data.require_data(path, model)
+    data = require_data(path, model)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
     try:
-        return content_of(model, path.parent, data)
+        return FileContent(
+            path=path,
+            encoding=encoding_in(metadata),
+            requantized_from=requantized_in(metadata),
+            tensors=tuple(from_json(metadata[TENSORS_KEY])),
+            inputs=_shapes(model.graph.input),
+            outputs=_shapes(model.graph.output),
+            stored={tensor.name: stored_array(tensor, path.parent) for tensor in model.graph.initializer},
+            metadata=metadata,
+            data=data,
+            model=model,
+        )
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(
             f"{path} was not written by ti_fx.export.to_onnx, or it was cut short ({error}); export it again"
         ) from error
-
-
-def content_of(model: onnx.ModelProto, folder: Path, data: external_data.DataFile | None) -> FileContent:
-    """Return a model's content; raises KeyError, ValueError or TypeError if ti_fx did not write it."""
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    return FileContent(
-        encoding=metadata[ENCODING_KEY],
-        requantized_from=metadata.get(REQUANTIZED_KEY),
-        tensors=tuple(from_json(metadata[TENSORS_KEY])),
-        inputs=_shapes(model.graph.input),
-        outputs=_shapes(model.graph.output),
-        initializers={tensor.name: tensor for tensor in model.graph.initializer},
-        metadata=metadata,
-        folder=folder,
-        data=data,
-        model=model,
-    )
 
 
 def _shapes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, tuple[int | str, ...]]:
@@ -230,67 +178,3 @@ def _shapes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, tuple[int | str,
         value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
         for value in values
     }
-
-
-def compare_tensors(content: FileContent, gm: GraphModule) -> int:
-    """Compare codes and scales in a file with those of the packed graph, exactly; return how many there are.
-
-    Raises:
-        ParityError: a tensor is missing or differs.
-    """
-    stored = {item.target: item for item in content.tensors}
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    for weight in packed_weights(gm):
-        shapes |= {weight.codes_name: weight.shape, weight.scale_name: None}
-    for target, shape in sorted(shapes.items()):
-        item = stored.get(target)
-        if item is None or item.initializer not in content.initializers:
-            raise ParityError(
-                f"the file has no packed tensor {target}, which {_reader(gm, target)} reads; check it with the graph "
-                "it came from"
-            )
-        value = tensor(gm, target).detach()
-        if shape is not None and item.kind in LAYOUTS:
-            value = LAYOUTS[item.kind].encode(value, shape)
-        expected = value.contiguous().view(-1).view(torch.uint8).numpy()
-        found = content.raw(item.initializer)
-        if not np.array_equal(found, expected):
-            raise ParityError(
-                f"packed tensor {target}, read by {_reader(gm, target)}, is not the graph's in the file: "
-                f"{_difference(found, expected)}; check it with the graph it came from"
-            )
-    # one table serves all weights of a layout, transposed or not; the first of them names it in a message
-    readers = {
-        LAYOUTS[item.kind].table_name: item for item in reversed(stored.values()) if item.kind in LAYOUTS
-    }
-    for name in readers.keys() & content.initializers.keys():
-        _compare_table(content, gm, readers[name])
-    return len(shapes)
-
-
-def _compare_table(content: FileContent, gm: GraphModule, item: PackedTensor) -> None:
-    """Compare the table by which a weight's codes are unpacked."""
-    layout = LAYOUTS[item.kind]
-    found, expected = content.raw(layout.table_name), layout.table().numpy()
-    if list(content.initializers[layout.table_name].dims) != list(expected.shape) or not np.array_equal(
-        found, expected.view(np.uint8).reshape(-1)
-    ):
-        raise ParityError(
-            f"table {layout.table_name}, by which {item.target}, read by {_reader(gm, item.target)}, is unpacked, is "
-            "not what was written; export the file again"
-        )
-
-
-def _reader(gm: GraphModule, target: str) -> str:
-    """Return the first node that computes with a packed weight."""
-    for weight in packed_weights(gm):
-        if target in (weight.codes_name, weight.scale_name):
-            return where(next(iter(weight.node.users), weight.node))
-    raise AssertionError(target)
-
-
-def _difference(found: NDArray[Any], expected: NDArray[Any]) -> str:
-    if found.shape != expected.shape:
-        return f"{found.size} bytes instead of {expected.size}"
-    differing = np.flatnonzero(found != expected)
-    return f"{differing.size} of {expected.size} bytes differ, the first at {differing[0]}"

@@ -1,4 +1,4 @@
-"""A record of the file as it was written, in its metadata: whatever was changed since is found, and its node named.
+"""An exported file holds a digest of each node, by which a later change is found and its node named.
 
 Comparing numbers can't find an epsilon in its last bit, or a mask's constant beyond the sizes that were run. The record
 holds a digest for each node of the packed graph that the file has, of its operators, their attributes, the values they
@@ -17,13 +17,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from torch.fx import GraphModule, Node
 
-from ti_fx.errors import InputError, ParityError
-from ti_fx.export import inputs as io
+from ti_fx.errors import InputError
 from ti_fx.export.file.content import FileContent
 from ti_fx.export.file.external_data import DATA_KEY
-from ti_fx.ir.text import where
 
 RECORD_KEY = "ti_fx.record"
 _DIGITS = 8
@@ -60,39 +57,25 @@ def record_of(model: ir.Model, packed: Collection[str]) -> str:
     return json.dumps(parts | digests, separators=(",", ":"))
 
 
-def compare_record(content: FileContent, gm: GraphModule) -> int:
-    """Compare a file with its record; return how many nodes of the graph it has.
+def digests_of(file: FileContent) -> dict[str, str]:
+    """Return what the record of a file would be, were it written now: a digest by the name of a node or a part."""
+    packed = file.packed
+    constants = {
+        name: _of_tensor(one.dtype, one.shape, None if name in packed else one.raw)
+        for name, one in file.stored.items()
+    }
+    graph = file.model.graph
+    opsets = {entry.domain: entry.version for entry in file.model.opset_import}
+    parts = _parts(opsets, graph.input, graph.output, file.metadata)
+    return parts | _digests(graph.node, constants)
+
+
+def recorded(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the record that a file was written with.
 
     Raises:
-        InputError: the file has no record.
-        ParityError: names the first node that was changed, its module and layer, or the part of the file.
+        InputError: the file has none, or it is damaged.
     """
-    recorded = _recorded(content.metadata)
-    model, packed = content.model, {item.initializer for item in content.tensors}
-    constants = {
-        name: _of_tensor(value.data_type, value.dims, None if name in packed else content.raw(name))
-        for name, value in content.initializers.items()
-    }
-    nodes = _digests(model.graph.node, constants)
-    opsets = {entry.domain: entry.version for entry in model.opset_import}
-    parts = _parts(opsets, model.graph.input, model.graph.output, content.metadata)
-    found = parts | nodes
-    for name in recorded | found:  # in the order of the file
-        if recorded.get(name) == found.get(name):
-            continue
-        if name.startswith("/"):
-            raise ParityError(
-                f"the file's {name.removeprefix('/')} are not those that were written; export it again"
-            )
-        node = _place(name, model, gm)
-        raise ParityError(
-            f"{name if node is None else where(node)} is the first node that differs: its operators and constants in "
-            "the file are not those that were written; export it again"
-        )
-    return len(nodes)
-
-
-def _recorded(metadata: Mapping[str, str]) -> dict[str, str]:
     try:
         return dict(json.loads(metadata[RECORD_KEY]))
     except (KeyError, ValueError, TypeError):
@@ -106,7 +89,7 @@ def _digests(nodes: Iterable[onnx.NodeProto], constants: Mapping[str, bytes]) ->
     found: dict[str, hashlib._Hash] = {}
     unread = dict(constants)
     for node in nodes:
-        digest = found.setdefault(_owner(node), hashlib.sha256())
+        digest = found.setdefault(owner(node), hashlib.sha256())
         plain = onnx.NodeProto()
         plain.CopyFrom(node)
         for field in ("name", "doc_string", "metadata_props"):
@@ -155,27 +138,11 @@ def _flat_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _owner(node: onnx.NodeProto) -> str:
+def owner(node: onnx.NodeProto) -> str:
     """Return the packed graph's node that an operator is, or leads to (see ``ti_fx.export.file.names``)."""
-    return _owner_of(node.output[0]) if node.output else node.op_type
+    return owner_of(node.output[0]) if node.output else node.op_type
 
 
-def _place(name: str, model: onnx.ModelProto, gm: GraphModule) -> Node | None:
-    """Return the node of that name, or the first that its values lead to."""
-    nodes: dict[str, Node] = {node.name: node for node in gm.graph.nodes} | io.flat_outputs(gm)[
-        1
-    ]  # outputs have their own names
-    if name in nodes:
-        return nodes[name]
-    reached = {name}
-    for node in model.graph.node:
-        if reached & {_owner_of(value) for value in node.input}:
-            owner = _owner(node)
-            if owner in nodes:
-                return nodes[owner]
-            reached.add(owner)
-    return None
-
-
-def _owner_of(value: str) -> str:
+def owner_of(value: str) -> str:
+    """Return the packed graph's node that a value of the file is, or leads to."""
     return value.partition("/")[0]

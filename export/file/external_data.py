@@ -1,4 +1,4 @@
-"""Tensors in a file beside the model (ONNX external data), as a model above 2 GB needs.
+"""A model above 2 GB keeps its tensors in a data file beside it (ONNX external data).
 
 ::
 
@@ -13,28 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import onnx
-import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from numpy.typing import NDArray
 
-from ti_fx.errors import ExportError, InputError
+from ti_fx.errors import InputError
+from ti_fx.export.file.stored import is_external, size_of, span_of
 
 DATA_KEY = "ti_fx.data"
-LIMIT = 2_000_000_000  # protobuf refuses messages of 2 GiB; the graph needs some room, too
-SIZE_THRESHOLD = 1024  # as onnx.save_model's: what is smaller stays in the model
-# ONNX asks for offsets that can be mapped into memory: pages have 4 KiB, on Windows a mapping begins at 64 KiB.
-_PAGE, _GRANULE, _LARGE = 4096, 65536, 2**20
-_DIGITS = 16
+DIGITS = 16  # of the SHA-256 in the data file's name
 
 
 @dataclass(frozen=True)
@@ -52,71 +45,6 @@ class DataFile:
     sha256: str
 
 
-def write(model: ir.Model, path: Path, external: bool | None, size_threshold: int) -> None:
-    """Write a model, and its large tensors to a data file beside it, one in memory at a time. Not atomic.
-
-    Args:
-        model: its initialisers may be lazy; those that go to the data file are external tensors afterwards.
-        path: of the model; the data file is named after it.
-        external: whether to write a data file; None writes one above 2 GB.
-        size_threshold: bytes from which on a tensor goes there.
-
-    Raises:
-        ExportError: the model does not fit a single file.
-    """
-    stored = {
-        value: value.const_value
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-    }
-    size = sum(tensor.nbytes for tensor in stored.values())
-    if external is False and size > LIMIT:
-        raise ExportError(f"{size / 1e9:.2f} GB don't fit one ONNX file (2 GB); leave external_data out")
-    if external or size > LIMIT:
-        _write_data(
-            model, [value for value, tensor in stored.items() if _moves(tensor, size_threshold)], path
-        )
-    try:
-        content = ir.serde.serialize_model(model).SerializeToString()
-    except Exception as error:  # protobuf says EncodeError or ValueError, by version
-        raise ExportError(f"the model does not fit one ONNX file (2 GB): {error}") from error
-    path.write_bytes(content)
-
-
-def _moves(tensor: ir.TensorProtocol, size_threshold: int) -> bool:
-    # ONNX Runtime needs sizes and shapes, which are small integers, before it reads the data
-    is_size = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32)
-    return tensor.nbytes >= max(1, size_threshold, SIZE_THRESHOLD if is_size else 0)
-
-
-def _write_data(model: ir.Model, values: list[ir.Value], path: Path) -> None:
-    digest, places = hashlib.sha256(), []
-    unnamed = path.with_name(f"{path.name}.data")
-    with open(unnamed, "wb") as file:
-        for value in values:
-            assert value.const_value is not None
-            content = value.const_value.tobytes()
-            step = _GRANULE if len(content) >= _LARGE else _PAGE
-            gap = bytes(-file.tell() % step)
-            digest.update(gap)
-            file.write(gap)
-            places.append((file.tell(), len(content)))
-            digest.update(content)
-            file.write(content)
-        size = file.tell()
-    data = DataFile(f"{path.name}.{digest.hexdigest()[:_DIGITS]}.data", size, digest.hexdigest())
-    unnamed.rename(path.with_name(data.name))
-    for value, (offset, length) in zip(values, places, strict=True):
-        old = value.const_value
-        assert old is not None
-        assert value.name is not None
-        shape = ir.Shape(old.shape.numpy())
-        value.const_value = ir.ExternalTensor(
-            data.name, offset, length, old.dtype, shape=shape, name=value.name, base_dir=path.parent
-        )
-    model.metadata_props[DATA_KEY] = json.dumps(asdict(data))
-
-
 def require_data(path: Path, model: onnx.ModelProto) -> DataFile | None:
     """Check the data file that a model names: its place, size and SHA-256. Return what it is, None if it needs none.
 
@@ -128,7 +56,7 @@ def require_data(path: Path, model: onnx.ModelProto) -> DataFile | None:
     data = _recorded(path, {entry.key: entry.value for entry in model.metadata_props})
     if data is None and not outside:
         return None
-    named = {_entries(tensor).get("location", "") for tensor in outside}
+    named = {span_of(tensor).location for tensor in outside}
     for location in sorted(named | ({data.name} if data is not None else set())):
         if location != Path(location).name or location in ("", ".", "..") or "\\" in location:
             raise InputError(
@@ -141,8 +69,8 @@ def require_data(path: Path, model: onnx.ModelProto) -> DataFile | None:
     assert data is not None
     _require_unchanged(path, data)
     for tensor in outside:
-        offset, length = _span(tensor)
-        if offset < 0 or length != size_of(tensor) or offset + length > data.bytes:
+        span = span_of(tensor)
+        if span.offset < 0 or span.length != size_of(tensor) or span.offset + span.length > data.bytes:
             raise InputError(
                 f"{path} names bytes that {data.name} does not have, or not as many as {tensor.name} takes: it was "
                 "changed; export it again"
@@ -166,7 +94,7 @@ def data_file(path: Path) -> Path | None:
         data = _recorded(path, _metadata(path)) if path.is_file() else None
     except InputError:
         return None
-    own = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{{_DIGITS}}}\.data")
+    own = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{{DIGITS}}}\.data")
     return None if data is None or own.fullmatch(data.name) is None else path.with_name(data.name)
 
 
@@ -185,18 +113,6 @@ def remove(replaced: Path | None, unless: Path | None) -> None:
             f"the new files are written, but {replaced}, which the old model used, can't be removed: "
             f"{error.strerror or error}; remove it"
         ) from error
-
-
-def is_external(tensor: onnx.TensorProto) -> bool:
-    """Whether a tensor's bytes lie in another file."""
-    return tensor.data_location == onnx.TensorProto.EXTERNAL
-
-
-def external_bytes(tensor: onnx.TensorProto, folder: Path) -> NDArray[np.uint8]:
-    """Return the bytes of an external tensor, mapped from a file that :func:`require_data` has checked."""
-    offset, length = _span(tensor)
-    place = folder / _entries(tensor)["location"]
-    return np.memmap(place, dtype=np.uint8, mode="r", offset=offset, shape=(length,))
 
 
 def _require_unchanged(path: Path, data: DataFile) -> None:
@@ -250,29 +166,6 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _tensors(attribute.g)
             for inner in attribute.graphs:
                 yield from _tensors(inner)
-
-
-def _entries(tensor: onnx.TensorProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in tensor.external_data}
-
-
-def _span(tensor: onnx.TensorProto) -> tuple[int, int]:
-    """Return offset and length; (-1, -1) where they are not both given as numbers."""
-    entries = _entries(tensor)
-    try:
-        return int(entries["offset"]), int(entries["length"])
-    except (KeyError, ValueError):
-        return -1, -1
-
-
-def size_of(tensor: onnx.TensorProto) -> int | None:
-    """Return how many bytes a tensor takes, None of a type that has no size."""
-    try:
-        each: float = ir.DataType(tensor.data_type).itemsize
-    except (ValueError, TypeError):
-        return None
-    count: int = math.prod(tensor.dims)
-    return math.ceil(count * each)
 
 
 _METADATA_FIELD = 14  # of ModelProto

@@ -1,24 +1,26 @@
-"""What a file says of itself, in its metadata, so that it is understood without the graph it came from.
+"""An exported file says in its metadata what it is, so that it is understood without the graph it came from.
 
-========================  =====================================================================================
-ti_fx.encoding            of the weights, and after it each weight of another one: ``int8-token, fc=nbits2``
-ti_fx.requantized_from    the encoding it was trained with, where that is another one
-ti_fx.batch_dependent     JSON list of the weights whose activation has one range for the whole batch, so that a
-                          row's result depends on what else is in it; ``attention`` is the products of attention
-ti_fx.tensors             JSON: the names of the packed tensors by layout
-ti_fx.kept                JSON: the floating types of the tensors that are not packed, and how many there are of each
-ti_fx.tensors_sha256      of all tensors of the packed graph
-ti_fx.recipe              JSON: the recipe that the student was trained by
-ti_fx.recipe_sha256       of that text
-ti_fx.source              JSON: the model's class, and its name on the hub where its configuration has one
-ti_fx.largest             JSON: the largest size that the model takes of a dynamic dimension
-ti_fx.rows                JSON: how many rows the table has that an input of ids looks up, by the input's name
-ti_fx.opset               the ONNX opset
-ti_fx.minimum_onnxruntime the oldest ONNX Runtime that computes what this one does
-ti_fx.versions            JSON: what wrote it
-ti_fx.record              JSON: a digest of each node's operators and of each other part of the file, by which
-                          ``check`` finds what was changed afterwards (``ti_fx.export.file.digests``)
-========================  =====================================================================================
+=============================== =====================================================================================
+ti_fx.encoding                  the encoding of the weights, by name: ``int8-token``
+ti_fx.weight_encodings          JSON, where some weights have another: their encodings by their names
+ti_fx.requantized_from          the encoding it was trained with, where that is another one
+ti_fx.weights_requantized_from  JSON, where some weights were trained with another than that
+ti_fx.batch_dependent           JSON list of the weights whose activation has one range for the whole batch, so that a
+                                row's result depends on what else is in it; ``attention`` is the products of attention
+ti_fx.tensors                   JSON: the names of the packed tensors by layout
+ti_fx.kept                      JSON: the floating types of the tensors that are not packed, and how many of each
+ti_fx.tensors_sha256            of all tensors of the packed graph
+ti_fx.recipe                    JSON: the recipe that the student was trained by
+ti_fx.recipe_sha256             of that text
+ti_fx.source                    JSON: the model's class, and its name on the hub where its configuration has one
+ti_fx.largest                   JSON: the largest size that the model takes of a dynamic dimension
+ti_fx.rows                      JSON: how many rows the table has that an input of ids looks up, by the input's name
+ti_fx.opset                     the ONNX opset
+ti_fx.minimum_onnxruntime       the oldest ONNX Runtime that computes what this one does
+ti_fx.versions                  JSON: what wrote it
+ti_fx.record                    JSON: a digest of each node's operators and of each other part of the file, by which
+                                ``check`` finds what was changed afterwards (``ti_fx.export.file.digests``)
+=============================== =====================================================================================
 
 Nothing of the machine is among them: no path, no time, no name of a user.
 """
@@ -38,7 +40,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import GraphModule
 
-from ti_fx import __version__
+from ti_fx._version import __version__
 from ti_fx.errors import InputError
 from ti_fx.export import inputs as io
 from ti_fx.export.file import content
@@ -81,12 +83,12 @@ def metadata_of(
     """
     largest = {name: size for name, (_, size) in io.limits(gm).items() if size is not None}
     found = {
-        content.ENCODING_KEY: encoding_of(student),
+        **content.encoding_entries(encoding_of(student)),
         content.TENSORS_KEY: content.to_json(tensors),
         TENSORS_HASH: tensors_hash(student),
         BATCH_DEPENDENT: json.dumps(batch_dependent(student)),
         KEPT: json.dumps(kept_types(student)),
-        SOURCE: json.dumps(_source(gm, config)),
+        SOURCE: json.dumps(source_of(gm, config)),
         LARGEST: json.dumps(largest),
         ROWS: json.dumps(table_rows(student)),
         OPSET: str(model.opset_imports[""]),
@@ -94,7 +96,7 @@ def metadata_of(
         VERSIONS: json.dumps({"ti_fx": __version__, **{name: version(name) for name in _WRITERS}}),
     }
     if not same_numerics(student, gm):
-        found[content.REQUANTIZED_KEY] = encoding_of(gm)
+        found |= content.requantized_entries(encoding_of(gm))
     recipe = facts(gm).recipe
     if recipe is not None:
         found[RECIPE] = recipe if isinstance(recipe, str) else json.dumps(recipe)
@@ -137,7 +139,7 @@ def table_rows(gm: GraphModule) -> dict[str, int]:
     return found
 
 
-def _source(gm: GraphModule, config: Any) -> dict[str, str]:
+def source_of(gm: GraphModule, config: Any) -> dict[str, str]:
     """Return the source model's class, and its name on the hub if its configuration has one."""
     found = {"class": type(gm).__name__}
     name = str(getattr(config, "_name_or_path", None) or "")
@@ -155,7 +157,8 @@ def value_of(metadata: Mapping[str, str], key: str, default: Any) -> Any:
     """Return a JSON value of the metadata, the default where the file has none.
 
     Raises:
-        InputError: it is no JSON, or none of the default's kind without lists and dicts in it; None takes any.
+        InputError: the text is not JSON, its kind is not the default's, or a list or dict in it holds another. A
+            default of None takes any JSON.
     """
     if key not in metadata:
         return default

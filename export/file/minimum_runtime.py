@@ -1,4 +1,4 @@
-"""The oldest ONNX Runtime that computes what a file says, as ``benchmarks/runtimes.py`` measured it.
+"""A table says which ONNX Runtime is the oldest to compute a file, as ``benchmarks/runtimes.py`` measured it.
 
 That script cuts files of every encoding at each of their nodes, runs them in other versions, and compares every node
 with the installed one's on the same inputs. What it found on 2026-11-22, on an x86 CPU, in the last patch of each

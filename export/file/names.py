@@ -1,4 +1,4 @@
-"""Which node of the packed graph each value of the ONNX graph is: the value gets the node's name.
+"""Each value of the ONNX graph gets the name of the packed graph's node that it comes from.
 
 The exporter traces the graph twice, and each trace makes names of its own, but notes with every operation the node that
 it comes from (torch.fx's ``from_node``).

@@ -1,1 +1,1 @@
-"""Using an exported file: sessions, generation, pipelines."""
+"""An exported file is run, generated with, and wrapped in a pipeline."""

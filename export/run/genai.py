@@ -1,4 +1,4 @@
-"""The configuration by which onnxruntime-genai loads a decoder with a cache."""
+"""``write_genai_config`` writes the configuration by which onnxruntime-genai loads a decoder with a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generate text with exported language models: transformers' own ``generate`` around ONNX Runtime."""
+"""Exported language models generate text: transformers' own ``generate`` calls ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exported file as a function of texts or images: transformers' own pipelines, with ONNX Runtime in them.
+"""``pipeline`` makes a function of texts or images from an exported file, with transformers' own pipelines.
 
 What a file is for is read from its inputs and outputs, and what goes with it from the files beside it, which
 ``to_onnx`` wrote there: config.json and the tokenizer's or the image processor's.

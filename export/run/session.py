@@ -1,4 +1,4 @@
-"""Run an exported file in ONNX Runtime: the session options that suit it, and inputs checked in one line."""
+"""``Runtime`` runs an exported file in ONNX Runtime, with options that suit it, and refuses unfit inputs."""
 
 from __future__ import annotations
 
@@ -95,8 +95,14 @@ class Runtime:
         rows: how many rows the table has that an input of ids looks up, by the input's name.
     """
 
-    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
-        self.session = session(path, threads)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        threads: int | None = None,
+        loaded: onnxruntime.InferenceSession | None = None,
+    ) -> None:
+        """Load a file as :func:`session` does, unless ``loaded`` is a session of it."""
+        self.session = session(path, threads) if loaded is None else loaded
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)

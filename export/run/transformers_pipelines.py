@@ -1,4 +1,4 @@
-"""What ``ti_fx.export.pipeline`` returns: transformers' pipelines around a file in ONNX Runtime."""
+"""Transformers' pipelines run an exported file in ONNX Runtime instead of a model."""
 
 from __future__ import annotations
 

@@ -75,10 +75,10 @@ def require_ternary(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
         if roles.role(node) in ("teacher", "loss"):
             raise PreconditionError(
-                f"pack needs the student alone, and %{node.name} is {roles.role(node)}; run strip first"
+                f"pack needs the student alone, and %{node.name} is {roles.role(node)}", missing="strip"
             )
     if not any(node.target in (numerics.ternary, numerics.unpack_ternary) for node in gm.graph.nodes):
-        raise PreconditionError("pack finds no ternary weight; run ternarize first")
+        raise PreconditionError("pack finds no ternary weight", missing="ternarize")
 
 
 def pack_weight(gm: GraphModule, node: Node, weight: Tensor) -> None:

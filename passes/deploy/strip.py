@@ -25,28 +25,29 @@ class Strip(Pass):
              return {loss: %loss, losses: {...}, outputs: %outputs}
 
     1. losses   2. interventions and detaches   3. teacher nodes   4. nodes nobody reads any more   5. unread tensors
+
+    Attributes:
+        keep_tensors: tensors and modules stay, for a fork that shares their containers with graphs in training.
     """
 
     takes = (CAPTURED, PREPARED, PACKED)
 
+    keep_tensors: bool = False
+
     def apply(self, gm: GraphModule) -> None:
         """Remove what only training needs."""
-        strip_nodes(gm)
-        prune(gm)
+        distill.remove(gm)
+        if any(roles.is_teacher(node) for node in gm.graph.nodes):
+            intervene.undo(gm, find_attention(gm))
+        for node in reversed(list(gm.graph.nodes)):
+            if roles.is_teacher(node):
+                erase(node)
+        erase_dead(gm.graph.nodes)
+        if not self.keep_tensors:
+            prune(gm)
 
     def ensures(self, gm: GraphModule) -> None:
         """No teacher and no loss is left."""
         for node in gm.graph.nodes:
             if roles.role(node) in ("teacher", "loss"):
                 raise PostconditionError(f"strip left {roles.role(node)} %{node.name}")
-
-
-def strip_nodes(gm: GraphModule) -> None:
-    """Edit the graph only: tensors and modules stay, for a fork that shares them with graphs in training."""
-    distill.remove(gm)
-    if any(roles.is_teacher(node) for node in gm.graph.nodes):
-        intervene.undo(gm, find_attention(gm))
-    for node in reversed(list(gm.graph.nodes)):
-        if roles.is_teacher(node):
-            erase(node)
-    erase_dead(node for node in gm.graph.nodes if node.op not in ("placeholder", "output"))

@@ -1,8 +1,7 @@
 """ONNX nodes as functions on tensors: each call becomes exactly the ONNX nodes it names when the graph is exported.
 
-They compute nothing in PyTorch (``torch.onnx.ops.symbolic`` returns zeros of the right shape), so they only ever stand
-in the private copy that the exporter traces. What a node of the domain ``ti_fx`` stands for is put in its place by
-``ti_fx.export.file.content`` after the trace.
+They only ever stand in the private copy that the exporter traces (see ``ti_fx.numerics.onnx_nodes``). What a node of
+the domain ``ti_fx`` stands for is put in its place by ``ti_fx.export.file.markers`` after the trace.
 """
 
 from __future__ import annotations
@@ -13,28 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ti_fx.numerics.onnx_nodes import since_opset
+from ti_fx.numerics.onnx_nodes import Size, node, nodes, since_opset
 
 MARKER_DOMAIN = "ti_fx"
 MARKER = "Packed"
 ZERO_CODES = 0b10101010  # four times the code 0, each stored as code + 2
-
-Quantised = tuple[Tensor, Tensor, Tensor]  # codes (uint8), scale (float32), zero point (uint8)
-Size = Sequence[int | torch.SymInt]
-
-
-def _node(
-    name: str, inputs: Sequence[Tensor | None], dtype: torch.dtype, shape: Size, **attributes: Any
-) -> Tensor:
-    domain = name.partition("::")[0] if "::" in name else ""
-    version = 1 if domain else None
-    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=version)
-
-
-def _many(
-    name: str, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype], shapes: Sequence[Size]
-) -> Sequence[Tensor]:
-    return torch.onnx.ops.symbolic_multi_out(name, inputs, {}, dtypes=dtypes, shapes=shapes)
 
 
 @since_opset(18)
@@ -47,7 +29,7 @@ def packed(stored: Tensor, target: str, kind: str, shape: Size, dtype: torch.dty
     attributes = {"target": target, "kind": kind} | (
         {"codes_shape": list(shape)} if dtype == torch.int8 else {}
     )
-    return _node(f"{MARKER_DOMAIN}::{MARKER}", (stored,), dtype, shape, **attributes)
+    return node(f"{MARKER_DOMAIN}::{MARKER}", (stored,), dtype, shape, **attributes)
 
 
 @since_opset(18)
@@ -87,7 +69,7 @@ def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> T
     """
     scale = scale.expand(codes.shape[0], 1)
     block = max(16, 1 << (columns - 1).bit_length())  # one block a row: the scale needs no repetition
-    return _node(
+    return node(
         "com.microsoft::GatherBlockQuantized",
         (codes, ids, scale),
         torch.float32,
@@ -110,85 +92,11 @@ def look_up_by_table(codes: Tensor, scale: Tensor, table: Tensor, ids: Tensor, c
         ids: integers, any shape.
         columns: codes in a row.
     """
-    stored = _node("Gather", (codes, ids), torch.uint8, [*ids.shape, codes.shape[1]])
+    stored = node("Gather", (codes, ids), torch.uint8, [*ids.shape, codes.shape[1]])
     found = torch.nn.functional.embedding(stored.to(torch.int32), table).flatten(-2)
     if found.shape[-1] != columns:
         found = found[..., :columns]
     return found.to(torch.float32) * (torch.nn.functional.embedding(ids, scale) if scale.dim() else scale)
-
-
-@since_opset(18)
-def quantise_tensor(value: Tensor) -> Quantised:
-    """DynamicQuantizeLinear: ``numerics.int8_tensor`` before it is dequantised."""
-    codes, scale, zero_point = _many(
-        "DynamicQuantizeLinear", (value,), (torch.uint8, torch.float32, torch.uint8), (value.shape, (), ())
-    )
-    return codes, scale, zero_point
-
-
-@since_opset(18)
-def quantise_reference(value: Tensor) -> Quantised:
-    """QuantizeLinear around zero point 128: ``numerics.int8_reference``. int8 activations would be 5-10x slower."""
-    # amax() over every dimension has no translation in torch 2.13.
-    scale = _symmetric_scale(_node("ReduceMax", (value.abs(),), torch.float32, (), keepdims=0))
-    zero_point = torch.full((), 128, dtype=torch.uint8)
-    codes = _node("QuantizeLinear", (value, scale, zero_point), torch.uint8, value.shape)
-    return codes, scale, zero_point
-
-
-@since_opset(21)
-def quantise_token(value: Tensor) -> Quantised:
-    """QuantizeLinear with one block per token around zero point 128: ``numerics.int8_token``.
-
-    The returned zero point is the scalar that MatMulInteger takes. The last dimension must be static.
-    """
-    scale = _token_scale(value)
-    zero_point = torch.full((), 128, dtype=torch.uint8)
-    codes = _node(
-        "QuantizeLinear",
-        (value, scale, zero_point.expand(scale.shape)),
-        torch.uint8,
-        value.shape,
-        axis=-1,
-        block_size=int(value.shape[-1]),
-    )
-    return codes, scale, zero_point
-
-
-def _symmetric_scale(largest: Tensor) -> Tensor:
-    scale = largest / 127
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
-
-
-def _token_scale(value: Tensor) -> Tensor:
-    return _symmetric_scale(value.abs().amax(dim=-1, keepdim=True))
-
-
-@since_opset(18)
-def dequantise(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return ``(codes - zero point) * scale``: DequantizeLinear with one scale."""
-    return _node("DequantizeLinear", (codes, scale, zero_point), torch.float32, codes.shape)
-
-
-@since_opset(18)
-def fake_quant_token(value: Tensor) -> Tensor:
-    """``numerics.int8_token`` in floating point: exact for any last dimension, a dynamic one too."""
-    scale = _token_scale(value)
-    return (value / scale).round().clamp(-127, 127) * scale
-
-
-@since_opset(18)
-def fake_quant_block(value: Tensor, block: int) -> Tensor:
-    """``numerics.int8_block_128`` and its kin in floating point; the last dimension may be dynamic."""
-    length = value.shape[-1]
-    blocks = (length + block - 1) // block  # of positive numbers: ONNX divides negative ones in another way
-    padded = torch.nn.functional.pad(value, (0, blocks * block - length))
-    parts = padded.reshape([*value.shape[:-1], blocks, block])
-    largest = parts.abs().amax(dim=-1, keepdim=True)
-    inverse = torch.full_like(largest, 127) / largest
-    inverse = torch.where(torch.isinf(inverse), torch.zeros_like(inverse), inverse)
-    codes = (parts * inverse).round().clamp(-127, 127)
-    return (codes * (largest / 127)).reshape(padded.shape)[..., :length]
 
 
 @since_opset(18)
@@ -218,7 +126,7 @@ def block_linear(
         codes = codes.reshape(outputs, blocks, block // 4)
     scale = scale.reshape(-1, 1).expand(outputs, blocks)
     given = [value, codes, scale]
-    return _node(
+    return node(
         "com.microsoft::MatMulNBits",
         given if bias is None else [*given, None, None, bias],
         torch.float32,
@@ -244,7 +152,7 @@ def integer_linear(
     """Return the linear layer of quantised activations and a ternary weight, summed in integers.
 
     Args:
-        codes: from one of the quantisers above, ``(..., inputs)``.
+        codes: from the quantiser of the activation (``Quantiser.codes``), ``(..., inputs)``.
         scale: from the same quantiser.
         zero_point: from the same quantiser.
         weight: int8 ``(inputs, outputs)``.
@@ -253,7 +161,7 @@ def integer_linear(
         per_token: whether ``scale`` has one entry per token.
     """
     shape = [*codes.shape[:-1], weight.shape[1]]
-    total = _node("MatMulInteger", (codes, weight, zero_point), torch.int32, shape)
+    total = node("MatMulInteger", (codes, weight, zero_point), torch.int32, shape)
     result = total.to(torch.float32)
     # Per token in this order: with the scales multiplied first, ONNX Runtime 1.31 fuses MatMulIntegerToFloat and loses
     # the bias wherever the activation scale is per row.
@@ -267,7 +175,7 @@ def sum_for_norm(left: Tensor, right: Tensor) -> Tensor:
 
     Its SkipLayerNormalization takes 5x the time of Sum and LayerNormalization together on the CPU (1.31).
     """
-    return _node("Sum", (left, right), left.dtype, (left + right).shape)
+    return node("Sum", (left, right), left.dtype, (left + right).shape)
 
 
 @since_opset(23)
@@ -279,7 +187,7 @@ def rms_norm(value: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         weight: float32 ``(size,)``.
         epsilon: added to the mean square.
     """
-    return _node("RMSNormalization", (value, weight), value.dtype, value.shape, axis=-1, epsilon=epsilon)
+    return node("RMSNormalization", (value, weight), value.dtype, value.shape, axis=-1, epsilon=epsilon)
 
 
 @since_opset(23)
@@ -295,7 +203,7 @@ def rotary(value: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
     batch = value.shape[0]
     tables = (cosine.expand(batch, -1, -1), sine.expand(batch, -1, -1))
     merged = {"num_heads": heads} if heads else {}
-    return _node("RotaryEmbedding", (value, *tables), value.dtype, value.shape, **merged)
+    return node("RotaryEmbedding", (value, *tables), value.dtype, value.shape, **merged)
 
 
 @since_opset(23)
@@ -321,7 +229,7 @@ def attention(
     """
     inputs = (query, key, value) if mask is None else (query, key, value, mask)
     attributes = _attention_attributes(query, scale, heads, shared_heads)
-    return _node("Attention", inputs, query.dtype, _attended(query, value, heads, shared_heads), **attributes)
+    return node("Attention", inputs, query.dtype, _attended(query, value, heads, shared_heads), **attributes)
 
 
 @since_opset(23)
@@ -354,12 +262,12 @@ def attention_with_cache(
         [past.shape[0], past.shape[1], past.shape[2] + length, past.shape[3]]
         for past in (past_key, past_value)
     ]
-    found = torch.onnx.ops.symbolic_multi_out(
+    found = nodes(
         "Attention",
         (query, key, value, mask, past_key, past_value),
-        _attention_attributes(query, scale, heads, shared_heads),
-        dtypes=(query.dtype,) * 3,
-        shapes=(_attended(query, value, heads, shared_heads), *longer),
+        (query.dtype,) * 3,
+        (_attended(query, value, heads, shared_heads), *longer),
+        **_attention_attributes(query, scale, heads, shared_heads),
     )
     return found[0], found[1], found[2]
 

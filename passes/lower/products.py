@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.fx import Graph, Node
 
-from ti_fx import numerics
 from ti_fx.find.packed import PackedWeight, as_packed
 from ti_fx.ir.edit import aten_name, constant_size
-from ti_fx.passes.lower import operators
-
-
-@dataclass(frozen=True)
-class Quantiser:
-    """The ONNX side of one activation fake-quantiser.
-
-    Attributes:
-        function: the fake-quantiser in the graph.
-        codes: gives codes, scale and zero point for an integer product; None: the product's operator quantises.
-        value: gives the fake-quantised float value where no integer product reads it; None: dequantise the codes.
-        opset: the first opset that can express it.
-        per_token: whether the scale has one entry per token.
-        block: neighbours of a token that share a scale within MatMulNBits; 0: another product.
-    """
-
-    function: Callable[[Tensor], Tensor]
-    codes: Callable[[Tensor], operators.Quantised] | None
-    value: Callable[..., Tensor] | None
-    opset: int
-    per_token: bool = False
-    block: int = 0
-
-
-QUANTISERS: tuple[Quantiser, ...] = (
-    Quantiser(numerics.int8_tensor, operators.quantise_tensor, None, 18),
-    Quantiser(numerics.int8_token, operators.quantise_token, operators.fake_quant_token, 21, per_token=True),
-    Quantiser(numerics.int8_reference, operators.quantise_reference, None, 18),
-    Quantiser(numerics.int8_block_128, None, operators.fake_quant_block, 18, block=128),
-    Quantiser(numerics.int8_block_64, None, operators.fake_quant_block, 18, block=64),
-    Quantiser(numerics.int8_block_32, None, operators.fake_quant_block, 18, block=32),
-)
-BY_FUNCTION: dict[object, Quantiser] = {quantiser.function: quantiser for quantiser in QUANTISERS}
-
-
-def quantiser_of(argument: object) -> Quantiser | None:
-    """Return the quantiser whose fake-quantiser a node calls; None for any other node, and for what is no node."""
-    if not isinstance(argument, Node) or argument.op != "call_function":
-        return None
-    return BY_FUNCTION.get(argument.target)
+from ti_fx.ir.inserted import quantiser_of
+from ti_fx.numerics.quantiser import Quantiser
 
 
 @dataclass(frozen=True)
@@ -118,6 +77,8 @@ def match_product(node: Node) -> Product | None:
         return None
     if not transposed and weight.scale.meta["val"].dim():
         return None  # one scale per input can't leave the sum
+    if quantiser.codes is None and not quantiser.block:
+        return None  # no operator of ONNX multiplies what it gives but as floats
     if quantiser.per_token and constant_size(activation.meta["val"].shape[-1]) is None:
         return None
     flat = activation.args[0]

@@ -7,7 +7,7 @@ import operator
 from torch.fx import Node
 
 from ti_fx.ir.edit import call
-from ti_fx.passes.lower.products import Quantiser
+from ti_fx.numerics.quantiser import Quantiser
 
 
 def quantised(value: Node, quantiser: Quantiser, before: Node) -> list[Node]:

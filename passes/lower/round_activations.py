@@ -9,10 +9,11 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.errors import PostconditionError
 from ti_fx.ir.edit import call, supersede
+from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import PACKED
-from ti_fx.passes.lower import operators
-from ti_fx.passes.lower.products import Quantiser, quantiser_of
+from ti_fx.numerics import onnx_nodes
+from ti_fx.numerics.quantiser import Quantiser
 from ti_fx.passes.lower.quantised import quantised
 
 
@@ -48,4 +49,4 @@ def _rounded(node: Node, quantiser: Quantiser) -> Node:
     if quantiser.value is not None:
         options = (quantiser.block,) if quantiser.block else ()
         return call(node, quantiser.value, (source, *options))
-    return call(node, operators.dequantise, tuple(quantised(source, quantiser, node)))
+    return call(node, onnx_nodes.dequantise, tuple(quantised(source, quantiser, node)))

@@ -1,38 +1,51 @@
-"""What asserts in an exported program: torch.export's own assertions go, checks of decisions stay."""
+"""Drop what asserts in an exported program: torch.export's own assertions go, open checks of decisions stay."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from ti_fx.errors import CaptureError, RandomnessError
-from ti_fx.ir.checks import MARK, check_message, is_random
+from ti_fx.ir.checks import MARK, check_message, is_assertion, is_random
 from ti_fx.ir.edit import aten_name, erase, tensor
+from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import EXPORTED
 
-ASSERTIONS = (
-    "_assert_tensor_metadata",
-    "_assert_scalar",
-    "_assert_async",
-    "sym_constrain_range_for_size",
-    "sym_constrain_range",
-)
 # Tests that come out alike for every sound set of weights.
 FINITENESS = ("isfinite", "isinf", "isnan")
 
 
-def drop_assertions(gm: GraphModule) -> None:
-    """Drop torch.export's assertions, and those of our checks that only constants decide.
+@dataclass(frozen=True)
+class DropAssertions(Pass):
+    """Nothing asserts but the checks of decisions that another input could fail.
 
-    Raises:
-        CaptureError: a weight decides, or a random number; training changes the one, and every run the other.
+    before:  %size = sym_size(%x, 0)                           after:  %y = relu(%x)
+             %ge = ge(%size, 2)
+             %assert = _assert_scalar(%ge, "size >= 2")
+             %y = relu(%x)
+
+    1. torch.export's own assertions: inputs are validated before the call instead
+    2. a check of a decision (``ti_fx.ir.checks``) stays if inputs or buffers decide, and goes if only constants do; one
+       that a weight or a random number decides is refused: training changes the one, and every run the other
+
+    What only an assertion read has no reader any more; it goes with everything else that is dead.
     """
-    for node in reversed(list(gm.graph.nodes)):
-        asserts = aten_name(node) in ASSERTIONS or node.target is torch._check
-        if asserts and not (check_message(node) and _varies(gm, node)):
-            erase(node)
+
+    takes = (EXPORTED,)
+
+    def apply(self, gm: GraphModule) -> None:
+        """Erase them, last first.
+
+        Raises:
+            CaptureError: a weight decides what the model computes; names the line.
+            RandomnessError: a random number does.
+        """
+        for node in reversed(list(gm.graph.nodes)):
+            if is_assertion(node) or (check_message(node) is not None and not _varies(gm, node)):
+                erase(node)
 
 
 def _varies(gm: GraphModule, check: Node) -> bool:

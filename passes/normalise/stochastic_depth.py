@@ -1,36 +1,51 @@
-"""Stochastic depth (Huang et al., 2016, arXiv 1603.09382), which Python turns off in evaluation, as a leaf module.
-
-A model drops whole branches of rows in training alone (DropPath): ``if not self.training: return hidden``. A trace in
-training mode has its random numbers for good, one in eval mode never. What each of these comes to is found by its form:
-
-transformers          mul(div(%x, keep), floor(add(rand(rows), keep)))      becomes   DropPath{p}(%x)
-timm, torchvision     mul(%x, div_(bernoulli_(empty(rows), keep), keep))    becomes   DropPath{p}(%x)
-"""
+"""Write stochastic depth (Huang et al., 2016, arXiv 1603.09382), which Python turns off in evaluation, as a leaf."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from ti_fx.ir.edit import aten_name, constant_size, erase, replace_by_leaf
 from ti_fx.ir.leaves import DropPath
+from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import EXPORTED
 
 
-def replace_drop_paths(gm: GraphModule) -> None:
-    """Replace every product that drops rows at random by a leaf that does so in training, with the same numbers."""
-    for node in list(gm.graph.nodes):
-        if aten_name(node) not in ("mul", "mul_") or len(node.args) != 2:
-            continue
-        for value, factor in (node.args, node.args[::-1]):
-            found = _dropped(value, factor)
-            if found is not None:
-                leaf, kept, chain = found
-                replace_by_leaf(gm, node, leaf, (kept,))
-                for link in chain:
-                    if not link.users:
-                        erase(link)
-                break
+@dataclass(frozen=True)
+class StochasticDepth(Pass):
+    """A product that drops whole branches of rows at random is a leaf that does so in training alone.
+
+    before:  %drawn = bernoulli_(%rows, keep)    after:  %y = DropPath{p=1 - keep}(%x)
+             %factor = div_(%drawn, keep)
+             %y = mul(%x, %factor)
+
+    1. transformers          mul(div(%x, keep), floor(add(rand(rows), keep)))
+    2. timm, torchvision     mul(%x, div_(bernoulli_(empty(rows), keep), keep))
+
+    A model writes ``if not self.training: return hidden`` (DropPath): a trace in training mode has the random numbers
+    for good, one in eval mode never. The leaf draws the same numbers. A graph that was traced in eval mode is left.
+    """
+
+    takes = (EXPORTED,)
+
+    def apply(self, gm: GraphModule) -> None:
+        """Replace each such product."""
+        if not gm.training:
+            return
+        for node in list(gm.graph.nodes):
+            if aten_name(node) not in ("mul", "mul_") or len(node.args) != 2:
+                continue
+            for value, factor in (node.args, node.args[::-1]):
+                found = _dropped(value, factor)
+                if found is not None:
+                    leaf, kept, chain = found
+                    replace_by_leaf(gm, node, leaf, (kept,))
+                    for link in chain:
+                        if not link.users:
+                            erase(link)
+                    break
 
 
 def _dropped(value: Any, factor: Any) -> tuple[DropPath, Node, list[Node]] | None:

@@ -14,7 +14,7 @@ from ti_fx.find.attention import AttentionSite, block_outputs, find_attention, s
 from ti_fx.ir import roles
 from ti_fx.ir.edit import ancestors, aten_name, call, erase
 from ti_fx.ir.facts import record_facts
-from ti_fx.ir.outputs import named_leaves
+from ti_fx.ir.outputs import PreparedResult, model_outputs, named_leaves, prepared_result
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import CAPTURED, PREPARED
 from ti_fx.numerics import losses
@@ -64,7 +64,7 @@ class Distill(Pass):
     def requires(self, gm: GraphModule) -> None:
         """A teacher, and what the chosen terms compare."""
         if not any(roles.is_teacher(node) for node in gm.graph.nodes):
-            raise PreconditionError("distill needs a teacher; run duplicate-teacher first")
+            raise PreconditionError("distill needs a teacher", missing="duplicate-teacher")
         if self.logits and not _logits(gm):
             raise PreconditionError("distill{logits} needs an output called logits; set logits=0")
         sites = find_attention(gm)
@@ -77,8 +77,8 @@ class Distill(Pass):
             for site in sites:
                 if site.scores is None:
                     raise PreconditionError(
-                        f"distill can't see the scores of {site.where} (%{site.context.name}); "
-                        "run decompose-attention first"
+                        f"distill can't see the scores of {site.where} (%{site.context.name})",
+                        missing="decompose-attention",
                     )
         if self.mask_padding and not any(_masks(gm, sites).values()):
             raise PreconditionError("distill{mask_padding=true} finds no attention mask among the inputs")
@@ -90,7 +90,7 @@ class Distill(Pass):
         remove(gm)
         output = gm.graph.output_node()
         outputs = output.args[0]
-        teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
+        teacher = roles.twin_of(gm.graph)
         masks = _masks(gm, find_attention(gm)) if self.mask_padding else {}
         flat: dict[Node, Node] = {}
         each: dict[str, Node] = {}
@@ -110,18 +110,17 @@ class Distill(Pass):
             each[name] = call(output, losses.total, (parts,), f"loss_{name}", "loss")
             weights.append(weight)
         total = call(output, losses.weighted, (list(each.values()), weights), "loss", "loss")
-        output.args = ({"loss": total, "losses": each, "outputs": outputs},)
+        output.args = (PreparedResult(total, each, outputs)._asdict(),)
         record_facts(gm, task=self.task)
 
     def ensures(self, gm: GraphModule) -> None:
         """The output is a dict with a scalar loss."""
-        result = gm.graph.output_node().args[0]
-        if not (isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}):
+        if prepared_result(gm) is None:
             raise PostconditionError("distill did not add its losses to the output")
 
     def _terms(self, gm: GraphModule) -> Iterable[tuple[str, list[tuple[Node, int]], float]]:
         """Yield each term's name, the student nodes it compares with the stack each belongs to, and its weight."""
-        teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
+        teacher = roles.twin_of(gm.graph)
         sites = find_attention(gm)
         towers = _towers(sites)
         last = max(towers, default=0)
@@ -165,10 +164,7 @@ def _masks(gm: GraphModule, sites: list[AttentionSite]) -> dict[int, Node | None
 
 def remove(gm: GraphModule) -> None:
     """Remove every loss node and return the student's outputs again."""
-    output = gm.graph.output_node()
-    result = output.args[0]
-    if isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}:
-        output.args = (result["outputs"],)
+    gm.graph.output_node().args = (model_outputs(gm),)
     for node in reversed(list(gm.graph.nodes)):
         if roles.role(node) == "loss":
             erase(node)
@@ -177,10 +173,7 @@ def remove(gm: GraphModule) -> None:
 
 def _logits(gm: GraphModule) -> list[Node]:
     """Return the outputs that are logits: named so, or the first output of a model that names none."""
-    result = gm.graph.output_node().args[0]
-    if isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}:
-        result = result["outputs"]
-    named = named_leaves(result)
+    named = named_leaves(model_outputs(gm))
     found = [node for name, node in named.items() if name == "logits" or name.endswith("_logits")]
     unnamed = all(name == "output" or name.split(".")[0].isdigit() for name in named)
     if not found and unnamed:

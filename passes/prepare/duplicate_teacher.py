@@ -16,7 +16,7 @@ from ti_fx.ir.edit import insert, register, tensor
 from ti_fx.ir.inserted import is_ours
 from ti_fx.ir.leaves import is_dropout
 from ti_fx.ir.pipeline import Pass
-from ti_fx.ir.roles import TEACHER
+from ti_fx.ir.roles import TEACHER, TEACHER_PREFIX
 from ti_fx.ir.stages import CAPTURED, PREPARED
 
 
@@ -107,7 +107,7 @@ def _copy_values(gm: GraphModule, values: dict[str, Tensor] | None) -> None:
                 f"the teacher's {target} is {tuple(value.shape)}, the student's {tuple(own.shape)}"
             )
         copy = value.detach().clone().to(own.device)
-        register(gm, f"{TEACHER}.{target}", nn.Parameter(copy, requires_grad=False))
+        register(gm, TEACHER_PREFIX + target, nn.Parameter(copy, requires_grad=False))
 
 
 def _twin(gm: GraphModule, node: Node, twins: dict[Node, Node]) -> Node:
@@ -118,9 +118,9 @@ def _twin(gm: GraphModule, node: Node, twins: dict[Node, Node]) -> Node:
     kwargs: dict[str, Any] = torch.fx.node.map_arg(dict(node.kwargs), read)
     target: Any = node.target
     if node.op == "get_attr":
-        target = f"{TEACHER}.{node.target}"
+        target = f"{TEACHER_PREFIX}{node.target}"
     elif node.op == "call_module":
-        target = f"{TEACHER}.{node.target}"
+        target = f"{TEACHER_PREFIX}{node.target}"
         register(gm, target, leaves.Frozen(gm.get_submodule(str(node.target))))
     twin = insert(node.next, node.op, target, args, kwargs, name=f"{node.name}_t", role="teacher", like=node)
     roles.record(twin, twin=node.name)

@@ -62,7 +62,7 @@ class Intervene(Pass):
         if self.at is not None and self.at not in POINTS:
             raise SelectionError(f"intervene can't act at {self.at!r}{did_you_mean(self.at, POINTS)}")
         if not any(roles.is_teacher(node) for node in gm.graph.nodes):
-            raise PreconditionError("intervene needs a teacher to read from; run duplicate-teacher first")
+            raise PreconditionError("intervene needs a teacher to read from", missing="duplicate-teacher")
         sites = self.select(gm)
         if not sites:
             raise SelectionError(
@@ -76,7 +76,8 @@ class Intervene(Pass):
         for site in sites if self.at is not None else ():
             if site.map is None:
                 raise PreconditionError(
-                    f"attention is one fused node in {site.where} (%{site.context.name}); run decompose-attention first"
+                    f"attention is one fused node in {site.where} (%{site.context.name})",
+                    missing="decompose-attention",
                 )
             if self.at is not None and site.at(self.at) is None:
                 raise PreconditionError(
@@ -86,7 +87,7 @@ class Intervene(Pass):
 
     def apply(self, gm: GraphModule) -> None:
         """Undo, rewire, detach, block by block."""
-        teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
+        teacher = roles.twin_of(gm.graph)
         undo(gm, self.select(gm))
         for site in self.select(gm) if self.at is not None else ():
             assert self.at is not None
@@ -149,7 +150,7 @@ def consumers(tap: Node) -> list[Node]:
 
 def undo(gm: GraphModule, sites: Iterable[AttentionSite]) -> None:
     """Let the blocks' consumers read the student's own values again and remove the blocks' detaches."""
-    teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
+    teacher = roles.twin_of(gm.graph)
     by_name = {node.name: node for node in gm.graph.nodes}
     inserted: dict[str, list[Node]] = {}
     for node in gm.graph.nodes:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ti_fx import numerics
@@ -17,15 +16,12 @@ from ti_fx.find.weights import projections, skipped
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, call, erase
 from ti_fx.ir.facts import facts, record_facts
-from ti_fx.ir.inserted import is_ours
+from ti_fx.ir.inserted import is_ours, quantiser_of
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import CAPTURED, PREPARED
-from ti_fx.numerics.encodings import ENCODINGS, Encoding, get_encoding
+from ti_fx.numerics.encodings import Encoding, get_encoding
+from ti_fx.numerics.quantiser import Quantiser
 
-_FAKE_QUANTS = frozenset(encoding.fake_quant for encoding in ENCODINGS.values() if encoding.fake_quant)
-
-
-FakeQuant = Callable[[Tensor], Tensor]
 Read = tuple[Node, int]  # a node, and which of its arguments is read
 
 
@@ -66,7 +62,7 @@ class QuantizeActivations(Pass):
         for name in (self.encoding, *self.encodings.values()):
             get_encoding(name)
         if not any(node.target is numerics.ternary for node in gm.graph.nodes):
-            raise PreconditionError("quantize-activations needs ternary weights; run ternarize first")
+            raise PreconditionError("quantize-activations needs ternary weights", missing="ternarize")
         several = self.encodings or len(set(facts(gm).encodings.values())) > 1
         if several and any(node.target is numerics.detach for node in gm.graph.nodes):
             raise PreconditionError(
@@ -76,8 +72,8 @@ class QuantizeActivations(Pass):
             for site in find_attention(gm):
                 if site.map is None:
                     raise PreconditionError(
-                        f"quantize-activations can't see the map of {site.where} (%{site.context.name}); "
-                        "run decompose-attention first"
+                        f"quantize-activations can't see the map of {site.where} (%{site.context.name})",
+                        missing="decompose-attention",
                     )
 
     def apply(self, gm: GraphModule) -> None:
@@ -85,22 +81,21 @@ class QuantizeActivations(Pass):
         wanted = self.select(gm)
         reads = self._reads(gm, wanted)
         # all that go, first: a quantiser that comes may then take the name of one that went
-        for reader, position, function in reads:
-            present = _quantiser(reader, position)
-            if present is not None and present.target is not function:
+        for reader, position, quantiser in reads:
+            present = _present(reader, position)
+            if present is not None and quantiser_of(present) is not quantiser:
                 _remove(reader, position, present)
         twins = roles.twins(gm.graph)
-        for reader, position, function in reads:
-            if function is not None and _quantiser(reader, position) is None:
-                _insert(twins, reader, position, function)
+        for reader, position, quantiser in reads:
+            if quantiser is not None and _present(reader, position) is None:
+                _insert(twins, reader, position, quantiser)
         recorded = {name: encoding.name for name, encoding in wanted.items()}
         record_facts(gm, encoding=self.encoding, encodings={**facts(gm).encodings, **recorded})
 
     def ensures(self, gm: GraphModule) -> None:
         """Every selected read goes through its encoding's quantiser, and only through it."""
-        for reader, position, function in self._reads(gm, self.select(gm)):
-            found = _quantiser(reader, position)
-            if (found.target if found is not None else None) is not function:
+        for reader, position, quantiser in self._reads(gm, self.select(gm)):
+            if quantiser_of(_present(reader, position)) is not quantiser:
                 raise PostconditionError(f"quantize-activations did not set the input of %{reader.name}")
 
     def select(self, gm: GraphModule) -> dict[str, Encoding]:
@@ -123,11 +118,11 @@ class QuantizeActivations(Pass):
 
     def _reads(
         self, gm: GraphModule, wanted: Mapping[str, Encoding]
-    ) -> list[tuple[Node, int, FakeQuant | None]]:
+    ) -> list[tuple[Node, int, Quantiser | None]]:
         """Return every selected read and the quantiser that it goes through, None for none."""
-        own = get_encoding(self.encoding).fake_quant if self.attention else None
+        own = get_encoding(self.encoding).quantiser if self.attention else None
         products = [
-            (node, 1 if aten_name(node) == "addmm" else 0, wanted[name].fake_quant)
+            (node, 1 if aten_name(node) == "addmm" else 0, wanted[name].quantiser)
             for node, name in _projections(gm).items()
             if name in wanted
         ]
@@ -194,21 +189,22 @@ def _chain(reader: Node, position: int) -> list[Node]:
     return chain
 
 
-def _quantiser(reader: Node, position: int) -> Node | None:
-    return next((node for node in _chain(reader, position) if node.target in _FAKE_QUANTS), None)
+def _present(reader: Node, position: int) -> Node | None:
+    """Return the fake-quantiser between a read and its source, None if there is none."""
+    return next((node for node in _chain(reader, position) if quantiser_of(node) is not None), None)
 
 
-def _insert(twins: dict[Node, Node], reader: Node, position: int, function: FakeQuant) -> None:
+def _insert(twins: dict[Node, Node], reader: Node, position: int, quantiser: Quantiser) -> None:
     """Let a read go through the source's quantiser of this kind, or through a new one."""
     *between, source = _chain(reader, position)
-    quantiser = next(
-        (user for user in source.users if user.target is function and roles.is_student(user)), None
+    node = next(
+        (user for user in source.users if quantiser_of(user) is quantiser and roles.is_student(user)), None
     )
     below = between[-1] if between else reader
-    if quantiser is None:
+    if node is None:
         base = twins.get(source, source).name
-        quantiser = call(below, function, (source,), f"{base}_int8", "student")
-    below.replace_input_with(source, quantiser) if between else _replace_argument(reader, position, quantiser)
+        node = call(below, quantiser.function, (source,), f"{base}_int8", "student")
+    below.replace_input_with(source, node) if between else _replace_argument(reader, position, node)
 
 
 def _replace_argument(reader: Node, position: int, new: Node) -> None:

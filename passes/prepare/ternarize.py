@@ -13,7 +13,7 @@ from ti_fx import numerics
 from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.find.weights import Fate, fates, heads, table, word_embeddings
 from ti_fx.ir import roles
-from ti_fx.ir.edit import aten_name, call, erase
+from ti_fx.ir.edit import call
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import CAPTURED, PREPARED
 from ti_fx.numerics.ternary_weights import Granularity
@@ -131,28 +131,3 @@ def quantise(
         wanted, other = (weight, quantiser) if reader in kept else (quantiser, weight)
         reader.replace_input_with(other, wanted)
         roles.record(reader, exempt=[weight.target] if reader in kept else None)
-
-
-def look_up_first(gm: GraphModule) -> None:
-    """Quantise only the rows of a word embedding that a batch looks up; values and gradients stay bit-equal.
-
-    before:  %w_q = ternary(%w, granularity=row)       after:  %rows = ternary_embedding(%w, %ids)
-             %rows = embedding(%w_q, %ids)
-
-    For the fork of one phase: the table is the largest weight, and a step reads few of its rows. A table with other
-    readers (tied to a head) is left. No pass runs on a graph after this.
-    """
-    for node in [node for node in gm.graph.nodes if aten_name(node) == "embedding"]:
-        quantiser = node.args[0]
-        if (
-            not isinstance(quantiser, Node)
-            or quantiser.target is not numerics.ternary
-            or len(quantiser.users) > 1
-        ):
-            continue
-        if quantiser.kwargs.get("granularity") != "row":
-            continue
-        node.args = (*quantiser.args, *node.args[1:])
-        node.kwargs = {**node.kwargs, "clip": quantiser.kwargs["clip"]}
-        node.target = numerics.ternary_embedding
-        erase(quantiser)

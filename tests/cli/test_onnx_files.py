@@ -14,7 +14,7 @@ from models import bert_model, llama_model, t5_model
 
 import ti_fx
 from ti_fx.cli._encodings import chosen_encodings
-from ti_fx.cli.train import _with_encodings
+from ti_fx.cli.train import with_encodings
 from ti_fx.errors import InputError
 from ti_fx.export import pipeline
 from ti_fx.export.file.content import open_file
@@ -127,6 +127,8 @@ def test_weights_that_are_read_one_at_a_time_give_the_same_file(tmp_path: Path) 
     ran = ti_fx_command("check", outs[0], tmp_path / "bert", *options)
     assert ran.code == 0, ran.err
     assert "stored tensors alone were compared" in ran.out
+    assert "not compared at any size: the weights take about" in ran.out
+    assert "None" not in ran.out
 
 
 def test_reading_weights_one_at_a_time_needs_a_plain_model_in_a_folder(tmp_path: Path, factory: str) -> None:
@@ -195,7 +197,8 @@ def test_damaged_metadata_is_one_line(mixed: Path, tmp_path: Path) -> None:
         ("ti_fx.versions", "3", "metadata ti_fx.versions is damaged"),
         ("ti_fx.largest", '{"sequence": []}', "metadata ti_fx.largest is damaged"),
         ("ti_fx.batch_dependent", '"all"', "metadata ti_fx.batch_dependent is damaged"),
-        ("ti_fx.encoding", "float, fc", "'float, fc' names no encodings"),
+        ("ti_fx.weight_encodings", "float, fc", "metadata ti_fx.weight_encodings is damaged"),
+        ("ti_fx.weight_encodings", '{"fc": 3}', "metadata ti_fx.weight_encodings is damaged"),
     ):
         model = onnx.load(mixed)
         next(entry for entry in model.metadata_props if entry.key == key).value = text
@@ -238,11 +241,11 @@ def test_encodings_are_read_from_options() -> None:
 
 def test_options_take_the_place_of_a_recipes_encodings() -> None:
     recipe = Recipe("own", activations=QuantizeActivations("int8-token", encodings={"a": "nbits2"}))
-    both = _with_encodings(recipe, chosen_encodings(["b=float"])).activations
+    both = with_encodings(recipe, chosen_encodings(["b=float"])).activations
     assert (both.encoding, both.encodings) == ("int8-token", {"a": "nbits2", "b": "float"})
-    all_of_it = _with_encodings(recipe, chosen_encodings(["reference"])).activations
+    all_of_it = with_encodings(recipe, chosen_encodings(["reference"])).activations
     assert (all_of_it.encoding, all_of_it.encodings) == ("reference", {})
-    assert _with_encodings(recipe, chosen_encodings(None)) is recipe
+    assert with_encodings(recipe, chosen_encodings(None)) is recipe
 
 
 def test_choose_prints_its_choice(factory: str) -> None:

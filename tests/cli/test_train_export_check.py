@@ -13,12 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 from classifier import LABELS, ROWS, Train, ti_fx_command, write_rows
-from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoTokenizer, BertForSequenceClassification, EvalPrediction
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 import ti_fx
 from ti_fx import Phase, Recipe
-from ti_fx.cli._scores import scores
 from ti_fx.errors import DataError
 from ti_fx.export import Runtime
 from ti_fx.ir.facts import facts
@@ -236,13 +234,3 @@ def test_a_data_file_that_does_not_fit_is_refused(
 def test_a_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no column 'txet'; did you mean 'text'"):
         read_texts(write_rows(tmp_path / "a.csv"), NAMES, text_column="txet")
-
-
-def test_scores_are_scikit_learns() -> None:
-    random = np.random.default_rng(0)
-    for _ in range(20):
-        logits, labels = random.normal(size=(12, 4)), random.integers(0, 3, 12)
-        found = scores(EvalPrediction(logits, labels))
-        predicted = logits.argmax(-1)
-        assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
-        assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))

@@ -320,11 +320,12 @@ def test_a_file_of_results_reads_back(tmp_path: Path) -> None:
         Run.read(tmp_path / "absent.json")
 
 
-def test_the_readme_shows_the_committed_results() -> None:
+def test_the_page_of_architectures_shows_the_committed_results() -> None:
     kept = ZOO_RESULTS
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
     table = markdown(Run.read(kept))
-    assert replaced(readme, table) == readme, "run: python -m ti_fx.zoo.summary docs/zoo.json README.md"
+    again = "run: python -m ti_fx.zoo.summary docs/zoo.json docs/architectures.md"
+    assert replaced(page, table) == page, again
     assert str(ROOT) not in kept.read_text(encoding="utf-8")
     with pytest.raises(InputError, match="has no place for the table"):
-        replaced(readme.replace(BEGIN, "").replace(END, ""), table)
+        replaced(page.replace(BEGIN, "").replace(END, ""), table)

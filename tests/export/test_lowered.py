@@ -22,6 +22,7 @@ from ti_fx.ir.facts import record_facts
 from ti_fx.ir.pipeline import Pass, Pipeline, name_of
 from ti_fx.ir.shapes import fake_mode, guard_count
 from ti_fx.ir.stages import LOWERED, PACKED, stage_of
+from ti_fx.numerics.quantisers.int8_token import quantise_token
 from ti_fx.passes import DecomposeAttention, Pack, QuantizeActivations, Ternarize
 from ti_fx.passes.lower import (
     LOWER,
@@ -224,7 +225,7 @@ def _unknown(gm: GraphModule) -> None:
 
 def _newer(gm: GraphModule) -> None:
     record_facts(gm, opset=20)
-    _insert(gm, operators.quantise_token)
+    _insert(gm, quantise_token)
 
 
 def _no_value(gm: GraphModule) -> None:

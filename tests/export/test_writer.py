@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ti_fx
-from ti_fx.errors import InputError
+from ti_fx.errors import InputError, ParityError
 from ti_fx.export import ExportReport, Runtime, check, to_onnx
 from ti_fx.export import inputs as io
 from ti_fx.export.writer import Options, write_files
@@ -207,3 +207,15 @@ def test_other_sizes_stay_within_the_models_limits(student: GraphModule) -> None
     inputs = io.padded(student, io.resized(student, bert_example(), {"batch": 5, "sequence": 9}))
     assert inputs["input_ids"].shape == (5, 9)
     assert inputs["attention_mask"].sum(1).tolist() == [9, 8, 7, 6, 9]
+
+
+def test_a_mask_that_is_not_read_is_found_with_an_example_without_padding(
+    exported: ExportReport, student: GraphModule, tmp_path: Path
+) -> None:
+    model = onnx.load(exported.path)
+    attention = next(node for node in model.graph.node if node.op_type == "Attention")
+    attention.input[3] = ""
+    onnx.save(model, tmp_path / "unmasked.onnx")
+    whole = {**bert_example(), "attention_mask": torch.ones_like(bert_example()["input_ids"])}
+    with pytest.raises(ParityError, match=r"%\w+ \(.*layer 0\) is the first node that differs"):
+        check(tmp_path / "unmasked.onnx", student, whole)

@@ -28,6 +28,8 @@ from ti_fx.passes import (
 )
 from ti_fx.zoo import build
 
+pytestmark = pytest.mark.seconds
+
 
 @dataclass(frozen=True)
 class Case:

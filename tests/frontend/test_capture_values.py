@@ -15,7 +15,7 @@ import ti_fx
 from ti_fx import numerics
 from ti_fx.errors import CaptureError, InputError, RandomnessError
 from ti_fx.export import to_onnx
-from ti_fx.frontend.decisions import positions
+from ti_fx.frontend.checks import positions
 from ti_fx.ir.roles import is_student
 from ti_fx.passes import Distill, DuplicateTeacher, Pack, QuantizeActivations, Strip, Ternarize
 

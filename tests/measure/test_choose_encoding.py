@@ -14,7 +14,7 @@ from ti_fx.errors import ExportError, InputError
 from ti_fx.export import to_onnx
 from ti_fx.ir.facts import facts, record_facts
 from ti_fx.measure import choose, choose_encoding
-from ti_fx.measure.choose import Measured, _choice, resolve
+from ti_fx.measure.choose import Measured, fastest_that_fits, resolve
 from ti_fx.passes import Pack, QuantizeActivations, Strip
 
 
@@ -24,18 +24,18 @@ def measured(encoding: str, milliseconds: float, megabytes: float | None) -> Mea
 
 def test_the_fastest_encoding_that_fits_is_chosen() -> None:
     rows = (measured("int8-tensor", 10, 140), measured("int8-token", 13, 140), measured("nbits2", 30, 80))
-    assert _choice(rows, None).encoding == "int8-tensor"
-    small = _choice(rows, 100)
+    assert fastest_that_fits(rows, None).encoding == "int8-tensor"
+    small = fastest_that_fits(rows, 100)
     assert (small.encoding, small.reason) == ("nbits2", "the fastest, 30.00 ms, of 1 that run in 100 MB")
     with pytest.raises(ExportError, match="no encoding runs in 50 MB: nbits2 needs the least, 80 MB"):
-        _choice(rows, 50)
+        fastest_that_fits(rows, 50)
     with pytest.raises(InputError, match="leave ram_megabytes out"):
-        _choice((measured("float", 1, None),), 50)
+        fastest_that_fits((measured("float", 1, None),), 50)
 
 
 def test_of_two_as_fast_the_one_whose_rows_stand_alone_is_chosen() -> None:
     rows = (measured("int8-tensor", 10, 140), measured("int8-token", 10.4, 140), measured("nbits2", 11, 80))
-    found = _choice(rows, None)
+    found = fastest_that_fits(rows, None)
     assert (found.encoding, found.reason.partition(",")[0]) == ("int8-token", "as fast as int8-tensor")
 
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ti_fx import numerics
-from ti_fx.numerics.encodings import ENCODINGS
+from ti_fx.numerics.quantisers import QUANTISERS
 
 GRANULARITIES: tuple[numerics.Granularity, ...] = ("tensor", "row")
-FAKE_QUANTS = [encoding.fake_quant for encoding in ENCODINGS.values() if encoding.fake_quant is not None]
+FAKE_QUANTS = [quantiser.function for quantiser in QUANTISERS.values()]
 Array = NDArray[numpy.float32]
 
 
@@ -185,6 +185,7 @@ def test_statistics_are_in_float32_under_autocast(function: Callable[[Tensor], T
     assert torch.equal(under, function(value))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("function", [numerics.ternary, lambda w: numerics.ternary(w, "row"), *FAKE_QUANTS])
 def test_compiled_equals_eager(function: Callable[[Tensor], Tensor]) -> None:
     compiled = torch.compile(function, dynamic=True, fullgraph=True, backend="aot_eager")

@@ -29,6 +29,7 @@ from transformers import (
 import ti_fx
 from ti_fx import numerics
 from ti_fx.ir import roles
+from ti_fx.ir.stages import PHASE
 from ti_fx.numerics import losses
 from ti_fx.passes import (
     DecomposeAttention,
@@ -40,7 +41,7 @@ from ti_fx.passes import (
     Strip,
     Ternarize,
 )
-from ti_fx.passes.prepare.ternarize import look_up_first
+from ti_fx.passes.prepare.look_up_first import LookUpFirst
 
 POINTS = ("map", "context", "output")
 MODELS = ("bert", "gpt2", "llama", "t5")
@@ -424,8 +425,7 @@ def test_quantising_only_the_looked_up_rows_changes_no_value_and_no_gradient(nam
 
     loss, gradients = step(gm)
     fork = ti_fx.fork(gm)
-    look_up_first(fork)
-    fork.recompile()
+    ti_fx.Pipeline(LookUpFirst(), stage=PHASE)(fork)
     tied = name == "t5" or name == "gpt2"  # the head reads the table as well
     assert any(node.target is numerics.ternary_embedding for node in fork.graph.nodes) is not tied
     again, others = step(fork)

@@ -21,9 +21,11 @@ from ti_fx.passes import (
     Intervene,
     Pack,
     QuantizeActivations,
+    Requantize,
     Strip,
     Ternarize,
 )
+from ti_fx.passes.prepare.look_up_first import LookUpFirst
 
 PLUGIN = Path(__file__).parents[1] / "support" / "golden_text.py"
 
@@ -81,6 +83,10 @@ GOLDEN: dict[str, tuple[tuple[Pass, ...], Pass]] = {
     "intervene_output": ((DuplicateTeacher(),), Intervene(at="output")),
     "strip": ((DuplicateTeacher(), Ternarize(), Distill(), Intervene(at="output")), Strip()),
     "pack": ((Ternarize(),), Pack()),
+    "requantize": ((Ternarize(), QuantizeActivations(), Pack()), Requantize("int8-token")),
+    "requantize_to_float": ((Ternarize(), QuantizeActivations(), Pack()), Requantize("float")),
+    "requantize_from_float": ((Ternarize(), Pack()), Requantize("int8-token")),
+    "look_up_first": ((Ternarize(),), LookUpFirst()),
 }
 
 

@@ -27,6 +27,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ti_fx.errors import InputError
 
+pytestmark = pytest.mark.seconds
+
 
 def timing(label: str, over_fp32: float, over_int8: float = 1.0, threads: int = 1, batch: int = 1) -> Timing:
     return Timing(threads, batch, 128, label, 0.01, over_fp32, over_int8, 0.1, 0.5, 1e10, 1e11)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.seconds
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LINES = 100
 SCORES = re.compile(

@@ -38,8 +38,6 @@ LAYERS = (
     "cli",
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
-# Set before anything is imported, so any module may read it.
-NAMES_FOR_ALL = {"__version__"}
 
 
 def source_files(root: Path) -> dict[str, Path]:
@@ -78,8 +76,6 @@ def imports(module: str, path: Path, modules: dict[str, Path]) -> Iterator[tuple
                 start = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*start, *filter(None, [node.module])])
             names = [alias.name for alias in node.names]
-            if base == "ti_fx":
-                names = [name for name in names if name not in NAMES_FOR_ALL]
             # `from package import module` names a module; `from module import name` names what is in it.
             targets = [f"{base}.{name}" if f"{base}.{name}" in modules else base for name in names]
         else:
@@ -160,10 +156,6 @@ def test_an_import_that_points_upwards_is_found(tmp_path: Path, file: str, text:
     (line,) = check_layers(root)
     assert line.startswith(file)
     assert f"imports {target}," in line
-
-
-def test_the_version_may_be_read_from_anywhere(tmp_path: Path) -> None:
-    assert check_layers(tree(tmp_path, {"ti_fx/files.py": "from ti_fx import __version__\n"})) == []
 
 
 def test_a_module_without_a_layer_is_refused(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from ti_fx.passes import (
     Ternarize,
 )
 
+pytestmark = pytest.mark.seconds
+
 LAYERS = (2, 3, 4)  # exact counts: what is not linear shows at any three
 MODELS: dict[str, Callable[[int], torch.nn.Module]] = {
     "bert": bert_model,

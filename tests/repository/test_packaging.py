@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from places import ROOT
 
 FOLDERS = {"ti_fx": "ti_fx", "ti_fx/passes": "passes", "ti_fx/export": "export"}
@@ -39,8 +40,8 @@ def declared() -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
     pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
     return {canonicalize_name(name): version for name, version in pairs}
 
@@ -164,7 +165,7 @@ def imported_projects(path: Path) -> set[str]:
             names.add(node.module or "")
     folders = ("tests", "benchmarks")  # their modules import each other
     ours = {"ti_fx", "examples", *folders} | {
-        path.stem for folder in folders for path in (ROOT / folder).iterdir()
+        path.stem for folder in folders for path in (ROOT / folder).rglob("*.py")
     }
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - ours
 
@@ -181,16 +182,28 @@ def test_every_import_of_another_project_is_declared(folder: str) -> None:
     assert missing == set()
 
 
-def test_everything_declared_is_pinned_within_its_range() -> None:
-    versions = pins()
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-newest.txt"])
+def test_everything_declared_is_pinned_within_its_range(file: str) -> None:
+    versions = pins(file)
     ours = {name: requirement for name, requirement in declared().items() if name != "ti-fx"}
     assert versions.keys() == ours.keys() | DATA_PACKAGES
     outside = [str(wanted) for name, wanted in ours.items() if not wanted.specifier.contains(versions[name])]
     assert outside == []
 
 
-def test_torch_is_pinned_first() -> None:
-    assert next(iter(pins())) == "torch"
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-newest.txt"])
+def test_torch_is_pinned_first(file: str) -> None:
+    assert next(iter(pins(file))) == "torch"
+
+
+def test_the_newest_releases_are_no_older() -> None:
+    own = pins()
+    older = [
+        name
+        for name, version in pins("constraints-newest.txt").items()
+        if Version(version) < Version(own[name])
+    ]
+    assert older == []
 
 
 def test_the_wheel_holds_every_file_once_and_nothing_else(wheel: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 from places import ROOT
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
+pytestmark = pytest.mark.seconds
+
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

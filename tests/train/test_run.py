@@ -85,7 +85,7 @@ def test_the_optimiser_is_kept_and_its_state_cleared_at_the_restart(run: Run) ->
 
 
 def test_what_a_phase_does_not_train_has_no_gradient(run: Run) -> None:
-    """Under TI-O nothing reads V and W_O but the teacher's twin; under TI-C, V (FACTS.md: the published code)."""
+    """Under TI-O nothing reads V and W_O but the teacher's twin; under TI-C, V, as in the published code."""
     layers = [f"bert.encoder.layer.{index}.attention." for index in range(2)]
     value = {f"{layer}self.value.{part}" for layer in layers for part in ("weight", "bias")}
     output = {f"{layer}output.dense.{part}" for layer in layers for part in ("weight", "bias")}

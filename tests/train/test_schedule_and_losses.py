@@ -101,13 +101,13 @@ def test_the_recipes_steps_are_taken_where_the_arguments_have_none(tmp_path: Pat
 
 
 def test_auto_compiles_long_phases_only(tmp_path: Path) -> None:
-    from ti_fx.train.trainer import _compile
+    from ti_fx.train.trainer import compile_choice
 
     recipe = Recipe.preset("ti-o")
-    assert _compile("auto", arguments(tmp_path, max_steps=100), recipe) == "off"
-    assert _compile("auto", arguments(tmp_path, max_steps=2 * AUTO_COMPILE_STEPS), recipe) == "on"
+    assert compile_choice("auto", arguments(tmp_path, max_steps=100), recipe) == "off"
+    assert compile_choice("auto", arguments(tmp_path, max_steps=2 * AUTO_COMPILE_STEPS), recipe) == "on"
     with pytest.raises(InputError, match="compile is 'maybe'; use 'on', 'off' or 'auto'"):
-        _compile("maybe", arguments(tmp_path), recipe)
+        compile_choice("maybe", arguments(tmp_path), recipe)
 
 
 # --- accumulation and mixed precision -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every architecture that the zoo's results say passes the chain does; a few of each kind here, all of them when slow."""
+"""Every architecture that passed the chain still does; a few of each kind here, all of them when slow."""
 
 from __future__ import annotations
 

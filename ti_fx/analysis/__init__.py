@@ -1,4 +1,4 @@
-"""Measuring a student against its teacher, and a model against what would be ternary in it."""
+"""Analysis measures a student against its teacher, and a model against what would be ternary in it."""
 
 from ti_fx.analysis.layer_error import LayerError, layer_errors
 from ti_fx.analysis.weights import StoredWeight, stored_weights

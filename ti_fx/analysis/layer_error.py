@@ -1,4 +1,4 @@
-"""How far the student is from its full-precision teacher, block by block, on one batch."""
+"""``layer_errors`` measures on one batch how far each block of the student is from its full-precision teacher."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ti_fx.find.attention import POINTS, find_attention, streams
 from ti_fx.ir import roles
 from ti_fx.ir.edit import fork, mode
 from ti_fx.ir.pipeline import Pipeline
+from ti_fx.numerics.closeness import relative
 from ti_fx.passes import Intervene
 
 LAYER_OUTPUT = "layer output"
@@ -84,7 +85,7 @@ def layer_errors(
 def _against_teacher(
     student: GraphModule, batch: Mapping[str, Tensor], tokens: Tensor | None
 ) -> list[LayerError]:
-    teacher = {node: twin for twin, node in roles.twins(student.graph).items()}
+    teacher = roles.twin_of(student.graph)
     if not teacher:
         raise InputError(
             "the graph has no teacher to compare with; run duplicate-teacher, or give reference="
@@ -92,7 +93,7 @@ def _against_teacher(
     if any(roles.fact(node, "intervened") for node in student.graph.nodes):
         student = fork(student)
         Pipeline(Intervene())(student)
-        teacher = {node: twin for twin, node in roles.twins(student.graph).items()}
+        teacher = roles.twin_of(student.graph)
     pairs = [value for value in _values(student) if value.node in teacher]
     twins = [_Value(*_key(value), teacher[value.node]) for value in pairs]
     found = _run(student, batch, [*pairs, *twins])
@@ -144,10 +145,8 @@ def _run(gm: GraphModule, batch: Mapping[str, Tensor], values: list[_Value]) -> 
 
 
 def _row(value: _Value, student: Tensor, teacher: Tensor, tokens: Tensor | None) -> LayerError:
-    student, teacher = _counting(student, tokens).double(), _counting(teacher, tokens).double()
-    norm = teacher.norm().item()
-    gap = (student - teacher).norm().item()
-    return LayerError(*_key(value), relative_error=gap / norm if norm else float(gap > 0))
+    student, teacher = _counting(student, tokens), _counting(teacher, tokens)
+    return LayerError(*_key(value), relative_error=relative(student, teacher))
 
 
 def _counting(value: Tensor, tokens: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What Ternarize would do with every stored tensor of a model, and why it leaves some alone."""
+"""``stored_weights`` says what Ternarize would do with every stored tensor of a model, and why it leaves some alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line ``ti-fx``. Exit codes: 0 done, 1 a check failed, 2 bad input."""
+"""The command line ``ti-fx`` runs a command and returns its exit code: 0 done, 1 a check failed, 2 bad input."""
 
 from __future__ import annotations
 

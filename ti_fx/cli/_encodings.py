@@ -1,4 +1,4 @@
-"""What ``--encoding`` may be: a name for all weights, and names for some of them."""
+"""Reads what ``--encoding`` says: a name for all weights, and names for some of them."""
 
 from __future__ import annotations
 
@@ -49,10 +49,3 @@ def chosen_encodings(written: Sequence[str] | None, *, measured: bool = False) -
         else:
             name = encoding
     return Encodings(name, others)
-
-
-def of_file(encoding: str) -> Encodings:
-    """Return what a file's metadata says: ``int8-token, fc.weight=nbits2``."""
-    from ti_fx.export.student import encodings_in
-
-    return Encodings(*encodings_in(encoding))

@@ -1,4 +1,4 @@
-"""What ``MODEL`` may be on the command line."""
+"""Loads what ``MODEL`` names on the command line: a model with inputs that fit it, or its captured graph."""
 
 from __future__ import annotations
 

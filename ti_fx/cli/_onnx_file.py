@@ -1,4 +1,4 @@
-"""What can be said about an .onnx file without running it: of one that ti_fx wrote, what it is and where it is from."""
+"""Describes an .onnx file without running it: of one that ti_fx wrote, what it is and where it is from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ti_fx.cli import _output as output
-from ti_fx.cli._encodings import of_file
 from ti_fx.cli._structure import starred
 from ti_fx.errors import InputError
 
@@ -66,9 +65,10 @@ def _own_facts(written: Mapping[str, str]) -> dict[str, Any] | None:
         if metadata.BATCH_DEPENDENT in written
         else None
     )
+    trained = content.requantized_in(written)
     return {
-        "encoding": written[content.ENCODING_KEY],
-        "requantized_from": written.get(content.REQUANTIZED_KEY),
+        "encoding": str(content.encoding_in(written)),
+        "requantized_from": None if trained is None else str(trained),
         "batch_invariant": None if dependent is None else not dependent,
         "batch_dependent": dependent,
         "kept": metadata.value_of(written, metadata.KEPT, {}),
@@ -117,11 +117,10 @@ def _packed(metadata: Mapping[str, str]) -> list[Any]:
         raise InputError(f"the file's metadata {content.TENSORS_KEY} is damaged; export it again") from None
 
 
-def _encoding(metadata: Mapping[str, str], weight: str) -> str | None:
+def _encoding(metadata: Mapping[str, str], weight: str) -> str:
     from ti_fx.export.file import content
 
-    encodings = of_file(metadata[content.ENCODING_KEY])
-    return encodings.others.get(weight, encodings.name)
+    return content.encoding_in(metadata).of(weight)
 
 
 def show(facts: dict[str, Any]) -> None:
@@ -163,9 +162,10 @@ def _summary(own: Mapping[str, Any], producer: str) -> Iterator[str]:
     from ti_fx.recipe import Recipe
 
     source = own["source"]
-    name = " ".join(filter(None, (source.get("class"), source.get("name"))))
+    name = " ".join(filter(None, (source.get("class"), source.get("name")))) or "an unknown model"
     versions = ", ".join(f"{key} {value}" for key, value in own["versions"].items() if key != "ti_fx")
-    yield f"a ternary student of {name or 'an unknown model'}, written by {producer} with {versions}"
+    origin = (f" by {producer}" if producer else "") + (f" with {versions}" if versions else "")
+    yield f"a ternary student of {name}" + (f", written{origin}" if origin else "")
     changed = own["requantized_from"]
     yield f"encoding {own['encoding']}" + (f", requantised from {changed} after training" if changed else "")
     if own["batch_dependent"] is not None:
@@ -175,13 +175,15 @@ def _summary(own: Mapping[str, Any], producer: str) -> Iterator[str]:
         yield f"tensors that are not ternary: {kept}"
     for dimension, size in own["largest"].items():
         yield f"{dimension} is at most {size}"
-    yield f"needs ONNX Runtime {own['minimum_onnxruntime']} or newer"
+    if own["minimum_onnxruntime"]:
+        yield f"needs ONNX Runtime {own['minimum_onnxruntime']} or newer"
     if own["tensors_sha256"]:
         yield f"SHA-256 of the packed graph's tensors {own['tensors_sha256']}"
     if own["recipe"] is None:
         yield "no recipe: its passes were run one by one"
     else:
-        yield f"SHA-256 of the recipe {own['recipe_sha256']}"
+        if own["recipe_sha256"]:
+            yield f"SHA-256 of the recipe {own['recipe_sha256']}"
         yield str(Recipe.from_dict(own["recipe"], "the file's recipe"))
 
 

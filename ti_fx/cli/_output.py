@@ -1,14 +1,13 @@
-"""Output for people and for pipes: colours and boxes on a terminal, plain unwrapped columns elsewhere."""
+"""Prints results for people and for pipes: colours and boxes on a terminal, plain unwrapped columns elsewhere."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _ROLE_COLOURS = {"student": "blue", "teacher": "yellow", "shared": "bright_black", "loss": "magenta"}
 _DIFF_COLOURS = {"+": "green", "-": "red", "@": "cyan"}
@@ -18,6 +17,8 @@ Cell = str | int | float | None
 
 def console() -> Console:
     """Return where results go: standard output, without colours in a pipe."""
+    from rich.console import Console
+
     return Console(highlight=False, no_color=not sys.stdout.isatty())
 
 
@@ -26,6 +27,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "
     if not sys.stdout.isatty():
         _plain_table(columns, rows, title)
         return
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
     made = Table(
         title=title or None,
         title_justify="left",
@@ -53,6 +58,8 @@ def shown(cell: Cell) -> str:
 def say(text: str, style: str = "") -> None:
     """Print a line as it is, on a terminal in a style."""
     if sys.stdout.isatty():
+        from rich.text import Text
+
         console().print(Text(text, style=style))
     else:
         print(text)

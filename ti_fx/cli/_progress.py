@@ -1,4 +1,4 @@
-"""Training in the terminal: a bar with the phase, and a line of losses or scores every so often."""
+"""Shows training in the terminal: a bar with the phase, and a line of losses or scores every so often."""
 
 from __future__ import annotations
 

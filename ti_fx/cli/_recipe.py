@@ -1,4 +1,4 @@
-"""What ``--recipe`` may be."""
+"""Reads what ``--recipe`` names: a preset or a file."""
 
 from __future__ import annotations
 

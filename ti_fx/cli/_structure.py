@@ -1,4 +1,4 @@
-"""A model's stacks, layers and blocks, as JSON values and as text."""
+"""Tells a model's stacks, layers and blocks, as JSON values and as text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import find_attention, find_feed_forward, fork
 from ti_fx.cli import _output as output
+from ti_fx.cli._missing import run_after_missing
 from ti_fx.find.walk import CAST, SHAPE, projection_weight
 from ti_fx.ir.edit import aten_name
+from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pipeline
-from ti_fx.numerics import encodings
 
 if TYPE_CHECKING:
     from ti_fx.passes import QuantizeActivations, Ternarize
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 _ATTENTION = ("query", "key", "value", "scores", "map", "context", "output", "residual")
 _FEED_FORWARD = ("up", "gate", "down", "hidden", "residual")
 _PROJECTIONS = ("query", "key", "value", "output", "up", "gate", "down")
-_FAKE_QUANTS = {encoding.fake_quant for encoding in encodings.ENCODINGS.values() if encoding.fake_quant}
 
 
 def structure(gm: GraphModule) -> dict[str, Any]:
@@ -63,21 +63,20 @@ def quantised_activations(
     gm: GraphModule, ternarize: Ternarize, activations: QuantizeActivations
 ) -> dict[str, Any]:
     """Return what the passes would quantise: the encoding, how many values, and the projections that read them."""
-    from ti_fx.cli._ordering import needed_before
-
+    chosen = {"encoding": activations.encoding, "encodings": dict(activations.encodings)}
     if not any(fate.granularity is not None for fate in ternarize.fates(gm).values()):
-        return {"encoding": activations.encoding, "values": 0, "projections": []}
+        return {**chosen, "values": 0, "projections": []}
     copy = fork(gm)
     Pipeline(ternarize)(copy)
-    Pipeline(*needed_before(copy, activations), activations)(copy)
-    found = [node for node in copy.graph.nodes if node.target in _FAKE_QUANTS]
+    run_after_missing(activations, lambda one: Pipeline(one)(copy))
+    found = [node for node in copy.graph.nodes if quantiser_of(node)]
     readers = dict.fromkeys(
         str(weight.target)
         for node in found
         for reader in node.users
         if (weight := projection_weight(reader)) is not None
     )
-    return {"encoding": activations.encoding, "values": len(found), "projections": list(readers)}
+    return {**chosen, "values": len(found), "projections": list(readers)}
 
 
 def print_structure(facts: dict[str, Any]) -> None:
@@ -102,9 +101,13 @@ def print_structure(facts: dict[str, Any]) -> None:
 
 
 def print_activations(facts: dict[str, Any]) -> None:
-    """Print how many values would be quantised."""
+    """Print how many values would be quantised, and in which encodings."""
+    encodings = [
+        facts["encoding"],
+        *(f"{glob}={encoding}" for glob, encoding in facts["encodings"].items()),
+    ]
     output.say(
-        f"Activations: {facts['values']:,} values would be quantised ({facts['encoding']}), those that "
+        f"Activations: {facts['values']:,} values would be quantised ({', '.join(encodings)}), those that "
         f"{len(facts['projections']):,} ternary projections read"
     )
 

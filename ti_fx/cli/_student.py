@@ -1,4 +1,4 @@
-"""A packed student to export or to check: from a checkpoint, or from a plain model that is never trained."""
+"""Makes the packed student to export or to check: of a checkpoint, or of a plain model that is never trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import GraphModule
 
+from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import Encodings
 from ti_fx.cli._loading import load_hollow, load_source
 from ti_fx.errors import InputError, first_line
@@ -56,10 +57,10 @@ def packed_student(
     """
     from ti_fx.ir.pipeline import Pipeline
     from ti_fx.passes import Pack
-    from ti_fx.train.checkpoint import EXAMPLE, FACTS, load, read_tensors
+    from ti_fx.train.checkpoint import DESCRIPTION, EXAMPLE, load, read_tensors
 
     folder = Path(source)
-    is_checkpoint = (folder / FACTS).is_file()
+    is_checkpoint = (folder / DESCRIPTION).is_file()
     if ternarize and is_checkpoint:
         raise InputError(f"{source} is a checkpoint, so it is ternary already; leave out --ternarize")
     if ternarize and model is not None:
@@ -105,6 +106,8 @@ def _made_ternary(
         pack_from(gm, hollow.folder, hollow.buffers, kept=kept)
         return Student(gm, hollow.example, hollow.folder), hollow.model
     found = load_source(source)
+    if found.note:
+        output.say(f"{found.name}: {found.note}")
     gm = capture(found.model.float().eval(), found.example)
     Pipeline(*passes, Pack(kept=kept))(gm)
     folder = Path(source)

@@ -1,4 +1,4 @@
-"""``ti-fx bench``: exported files against the original model, on this machine."""
+"""The command ``ti-fx bench`` times exported files, and the model that they came from, on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,13 +16,13 @@ from ti_fx.errors import InputError
 if TYPE_CHECKING:
     from ti_fx.measure.bench import Bench
 
-_EXAMPLES = """[bold]Examples[/bold]
-
+EXAMPLES = """\b
+Examples:
   ti-fx bench student.onnx --against ./my-classifier --threads 1
   ti-fx bench student.onnx other.onnx --batch 1 --batch 8 --length 128 --length 512
   ti-fx bench llama.onnx --against ./my-llama --batch 1 --length 256
 
-Of a file with a cache one token is run, after --length tokens."""
+For a file with a cache, it times one more token after --length tokens."""
 
 FP32, INT8 = "fp32", "ORT int8"
 
@@ -58,16 +57,22 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Runs of each at each size; the median counts.", min=1)] = 7,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
 ) -> None:
-    """Time exported files in ONNX Runtime, in turn, with what they take to load, of memory and on disk."""
+    """Time exported files in ONNX Runtime, beside the original model.
+
+    The files run in turn; told, too, is what each takes to load, of memory and on disk.
+    """
+    from tempfile import TemporaryDirectory
+
     from ti_fx.measure.bench import bench as measure
 
     for option, sizes in (("--batch", batch), ("--length", length)):
         if sizes is not None and min(sizes) < 1:
             raise InputError(f"{option} is {min(sizes)}; give 1 or more")
     labels = {str(path): path for path in files}
+    remarks: list[str] = []
     with TemporaryDirectory() if against is not None else nullcontext("") as folder:
         if against is not None:
-            labels |= _originals(against, files[0], Path(folder))
+            labels |= _originals(against, files[0], Path(folder), remarks)
         found = measure(
             labels,
             batches=batch or (1, 8),
@@ -76,13 +81,15 @@ def bench(
             rounds=rounds,
         )
     if as_json:
-        print(json.dumps(asdict(found), indent=1))
+        print(json.dumps({**asdict(found), "remarks": remarks}, indent=1))
     else:
+        for remark in remarks:
+            output.say(remark)
         _show(found)
 
 
-def _originals(source: str, file: Path, folder: Path) -> dict[str, Path]:
-    """Export the original model as the file is, with or without a cache, and quantise that."""
+def _originals(source: str, file: Path, folder: Path, remarks: list[str]) -> dict[str, Path]:
+    """Export the original model as the file is, with or without a cache, and quantise that; add what to say of it."""
     from ti_fx.cli._loading import load_source
     from ti_fx.export.cached.causal import is_encoder_decoder
     from ti_fx.export.cached.names import CROSS_KEY, cached_layers
@@ -93,6 +100,8 @@ def _originals(source: str, file: Path, folder: Path) -> dict[str, Path]:
     has_cache = cached_layers([value.name for value in of_file.get_inputs()]) > 0
     is_encoder = CROSS_KEY.format(0) in [value.name for value in of_file.get_outputs()]
     found = load_source(source)
+    if found.note:
+        remarks.append(f"{found.name}: {found.note}")
     model: Any = found.model.float()
     if is_encoder_decoder(model) and (has_cache or is_encoder):
         raise InputError(
@@ -107,7 +116,7 @@ def _originals(source: str, file: Path, folder: Path) -> dict[str, Path]:
         try:
             model.set_attn_implementation("sdpa")
         except ValueError as error:
-            output.say(f"fp32 with the model's own attention: {error}")
+            remarks.append(f"fp32 with the model's own attention: {error}")
     paths = {FP32: folder / "fp32.onnx", INT8: folder / "int8.onnx"}
     write = baselines.export_fp32_with_cache if has_cache else baselines.export_fp32
     write(model, paths[FP32], found.example)
@@ -145,6 +154,3 @@ def _show(found: Bench) -> None:
         rows,
         title,
     )
-
-
-bench.__doc__ = f"{bench.__doc__}\n\n{_EXAMPLES}"

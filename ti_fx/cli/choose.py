@@ -1,4 +1,4 @@
-"""``ti-fx choose``: which encoding to train a model for, by measuring it on this machine."""
+"""The command ``ti-fx choose`` measures a model's encodings on this machine and names the one to train for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ti_fx.errors import InputError
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-_EXAMPLES = """[bold]Examples[/bold]
-
+EXAMPLES = """\b
+Examples:
   ti-fx choose ./my-bert --batch 8 --length 128
   ti-fx choose ./my-gpt2 --batch 1 --length 1 --ram 100 --threads 1
 
@@ -57,7 +57,10 @@ def choose(
     rounds: Annotated[int, typer.Option(help="Runs of each; the median counts.", min=1)] = 7,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
 ) -> None:
-    """Measure encodings of a model in ONNX Runtime, in turn, and say which one to train for, and why."""
+    """Measure a model's encodings and say which one to train for.
+
+    They run in ONNX Runtime, in turn, and the reason is given.
+    """
     from ti_fx import capture
     from ti_fx.cli._loading import load_source
     from ti_fx.export import inputs as io
@@ -80,7 +83,7 @@ def choose(
         print(json.dumps(asdict(choice), indent=1))
         return
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-    output.say(f"{found.name}, on {shapes}")
+    output.say(f"{found.name}, on {shapes}" + (f" ({found.note})" if found.note else ""))
     output.say(str(choice))
 
 
@@ -103,6 +106,3 @@ def _sizes(gm: GraphModule, asked: Mapping[str, int | None]) -> dict[str, int]:
             raise InputError(f"{_OPTIONS[name]} is {size}, and the model takes at most {largest}")
         wanted[name] = size or min(_DEFAULTS[name], largest or _DEFAULTS[name])
     return wanted
-
-
-choose.__doc__ = f"{choose.__doc__}\n\n{_EXAMPLES}"

@@ -1,4 +1,4 @@
-"""``ti-fx demo``: the main job on default weights and data."""
+"""The command ``ti-fx demo`` does the main job on a small model and data that are installed with it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+EXAMPLES = """\b
+Examples:
+  ti-fx demo
+  ti-fx demo --quick --out runs/try"""
 
 
 def demo(
@@ -17,10 +22,11 @@ def demo(
         bool, typer.Option(help="A few steps only, to see every stage run; its numbers mean nothing.")
     ] = False,
 ) -> None:
-    """Teach a real model a real task, take it to ternary weights with Teacher Intervention, run it in ONNX Runtime.
+    """Teach a real model a real task and make its weights ternary.
 
-    Fine-tunes all-MiniLM-L6-v2 on question types, trains TernaryBERT and TI-G from it, exports both, and writes
-    results.json, report.html and student.onnx. Takes about 20 minutes on 2 cores, under 2 the second time.
+    Fine-tunes all-MiniLM-L6-v2 on question types, trains TernaryBERT and TI-G (Teacher Intervention) from it, exports
+    both, runs them in ONNX Runtime, and writes results.json, report.html and student.onnx. Takes about 20 minutes
+    on 2 cores, under 2 the second time.
     """
     from ti_fx.demo.run import run
     from ti_fx.demo.students import StudentSettings

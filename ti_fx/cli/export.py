@@ -1,4 +1,4 @@
-"""``ti-fx export``: a trained student becomes an ONNX file with packed ternary weights."""
+"""The command ``ti-fx export`` writes a trained student as an ONNX file with packed ternary weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ti_fx.cli._encodings import HELP, METAVAR, chosen_encodings
 from ti_fx.cli._lowering import printed_after, require_pass
 from ti_fx.errors import InputError
 
-_EXAMPLES = """[bold]Examples[/bold]
-
+EXAMPLES = """\b
+Examples:
   ti-fx export runs/ti-g --out student.onnx
   ti-fx export runs/ti-g --out small.onnx --encoding base3
   ti-fx export runs/ti-g --out student.onnx --encoding int8-token --requantize
@@ -127,7 +127,10 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a student as ONNX with packed ternary weights, and compare ONNX Runtime with PyTorch."""
+    """Write a student as ONNX with packed ternary weights.
+
+    The file is run in ONNX Runtime and compared with PyTorch.
+    """
     if out.suffix != ".onnx":
         raise InputError(f"--out is {out}; give a file name that ends in .onnx")
     if out.is_dir():
@@ -172,6 +175,3 @@ def export(
         reports = write_files(files, replace(options, dump_dir=dump_dir))
     for report in reports:
         output.say(str(report))
-
-
-export.__doc__ = f"{export.__doc__}\n\n{_EXAMPLES}"

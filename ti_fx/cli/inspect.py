@@ -1,10 +1,11 @@
-"""``ti-fx inspect``: what is in a model, what would become ternary, and what each pass does to its graph."""
+"""The command ``ti-fx inspect`` shows a model's blocks, what would become ternary, and what each pass changes."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from enum import StrEnum
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
     from ti_fx.analysis import StoredWeight
     from ti_fx.cli._loading import Loaded
+    from ti_fx.ir.facts import CaptureReport
     from ti_fx.ir.pipeline import Pass
     from ti_fx.recipe import Recipe
     from ti_fx.view import Step
 
-_EXAMPLES = """[bold]Examples[/bold]
-
+EXAMPLES = """\b
+Examples:
   ti-fx inspect ./my-bert
   ti-fx inspect google/vit-base-patch16-224
   ti-fx inspect ./a-large-model --meta
@@ -45,6 +47,21 @@ class Question(StrEnum):
     output_without_loss = "output-without-loss"
     teacher_cone = "teacher-cone"
     trained = "trained"
+
+
+def _list_passes(wanted: bool) -> None:
+    """Print every pass with the first line of its docstring and the module that it comes from."""
+    if not wanted:
+        return
+    from ti_fx.ir.pipeline import Pass
+    from ti_fx.recipe import Recipe  # noqa: F401  (every pass of a recipe is imported with it)
+
+    rows = [
+        (name, cleandoc(kind.__doc__ or "").partition("\n")[0], kind.__module__)
+        for name, kind in sorted(Pass.known().items())
+    ]
+    output.table(("pass", "what it does", "module"), rows)
+    raise typer.Exit
 
 
 def inspect(
@@ -72,6 +89,15 @@ def inspect(
             metavar="PASS",
         ),
     ] = None,
+    passes: Annotated[
+        bool,
+        typer.Option(
+            "--passes",
+            help="List the passes that --diff takes, those of other distributions included, and stop.",
+            is_eager=True,
+            callback=_list_passes,
+        ),
+    ] = False,
     dump: Annotated[bool, typer.Option("--dump", help="Print the graph, a node a line.")] = False,
     ask: Annotated[Question | None, typer.Option(help="Answer a question about the graph.")] = None,
     svg: Annotated[
@@ -99,19 +125,22 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
 ) -> None:
-    """Show what is in a model: stacks, layers and their blocks, what would become ternary and why not the rest."""
+    """Show what is in a model and what would become ternary.
+
+    Shown are its stacks, layers and their blocks, each weight's fate, and why the rest is kept.
+    """
     file = Path(model)
     if file.suffix == ".onnx" and not file.is_dir():
         _inspect_onnx(file, as_json)
         return
     from ti_fx import find_attention, fork
     from ti_fx.cli._loading import load_graph
-    from ti_fx.cli._ordering import parsed
     from ti_fx.cli._recipe import chosen_recipe
     from ti_fx.ir import text
+    from ti_fx.ir.pipeline import Pass
 
     chosen = None if recipe is None else chosen_recipe(recipe)
-    asked = [parsed(written) for written in diff or ()]
+    asked = [Pass.parse(written) for written in diff or ()]
     loaded = load_graph(model, meta)
     gm = loaded.graph
     captured = fork(gm)
@@ -145,25 +174,44 @@ def inspect(
             output.say(f"wrote {path}")
 
 
-inspect.__doc__ = f"{inspect.__doc__}\n\n{_EXAMPLES}"
-
-
 def _run_passes(
     gm: GraphModule, recipe: Recipe | None, asked: list[Pass], layer: int, stack: int
 ) -> tuple[list[Step], int]:
     """Run the recipe's passes, then those asked for, each after what it needs; return also where those begin."""
-    from ti_fx.cli._ordering import needed_before
+    from ti_fx.cli._missing import run_after_missing
     from ti_fx.view import follow
 
-    steps = (
-        follow(gm, *recipe.passes(), recipe.phases()[0].intervene, layer=layer, stack=stack) if recipe else []
-    )
+    def run(one: Pass) -> Step:
+        (step,) = follow(gm, one, layer=layer, stack=stack)
+        return step
+
+    steps = [run(one) for one in (*recipe.passes(), recipe.phases()[0].intervene)] if recipe else []
     first: int | None = None
     for one in asked:
-        steps += follow(gm, *needed_before(gm, one), layer=layer, stack=stack)
-        first = len(steps) if first is None else first
-        steps += follow(gm, one, layer=layer, stack=stack)
+        ran = run_after_missing(one, run)
+        if not steps and not ran[-1].report.changed and _changes_prepared(gm, one):
+            ran = [run(other) for other in (*_preparation(), one)]
+        steps += ran
+        first = len(steps) - 1 if first is None else first
     return steps, first or 0
+
+
+def _preparation() -> tuple[Pass, ...]:
+    from ti_fx.recipe import Recipe
+
+    return Recipe("default").passes()
+
+
+def _changes_prepared(gm: GraphModule, one: Pass) -> bool:
+    """Return whether a pass that changes nothing of ``gm``, such as strip, would change it once it is prepared."""
+    from ti_fx import fork
+    from ti_fx.errors import PreconditionError
+    from ti_fx.ir.pipeline import Pipeline
+
+    try:
+        return Pipeline(*_preparation(), one)(fork(gm)).passes[-1].changed
+    except PreconditionError:  # it can't be prepared any more
+        return False
 
 
 def _facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> dict[str, Any]:
@@ -175,10 +223,12 @@ def _facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> dict[str, 
     ternarize = recipe.ternarize if recipe else Ternarize()
     activations = recipe.activations if recipe else QuantizeActivations()
     weights = stored_weights(gm, ternarize)
+    found = facts(gm).capture
     return {
         "model": loaded.name,
         "note": loaded.note,
-        "inputs": {} if (captured := facts(gm).capture) is None else captured.dims,
+        "inputs": found.dims if found else {},
+        "remarks": _remarks(found) if found else [],
         "nodes": len(gm.graph.nodes),
         **structure(gm),
         "weights": [asdict(row) for row in weights],
@@ -186,6 +236,12 @@ def _facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> dict[str, 
         "bytes_after": sum(row.bytes_after for row in weights),
         "activations": quantised_activations(gm, ternarize, activations),
     }
+
+
+def _remarks(report: CaptureReport) -> list[str]:
+    """Return what capture says beside the inputs' sizes: what the graph has fixed, and what could not be compared."""
+    fixed = [f"{where} is static: {why}" for where, why in report.static.items()]
+    return [*fixed, *report.followed, *([report.unchecked] if report.unchecked else [])]
 
 
 def _print_facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> None:
@@ -196,6 +252,8 @@ def _print_facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> None
     output.say(loaded.name + (f" ({loaded.note})" if loaded.note else ""))
     for name, sizes in facts["inputs"].items():
         output.say(f"  {name}: [{', '.join(map(str, sizes))}]")
+    for remark in facts["remarks"]:
+        output.say(f"  {remark}")
     output.say("")
     print_structure(facts)
     _print_weights(stored_weights(gm, recipe.ternarize if recipe else None))
@@ -242,6 +300,8 @@ def _print_diffs(before: list[Step], shown: list[Step]) -> None:
     for step in shown:
         report = step.report
         output.say(f"{step.name}: {report.added} added, {report.removed} removed, {report.rewired} rewired")
+        if report.explanation:
+            output.say(report.explanation)
         output.diff_text(text.diff(step.before, step.after))
 
 

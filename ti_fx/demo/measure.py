@@ -1,4 +1,4 @@
-"""Accuracy, agreement and latency, measured anew at every run of the demo."""
+"""The demo measures accuracy, agreement and latency anew at every run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
@@ -41,15 +40,6 @@ def logits_of(
     """Return all logits ``(rows, classes)`` and labels ``(rows,)``."""
     found = [(call(inputs), labels) for inputs, labels in batches(dataset, tokenizer)]
     return np.concatenate([logits for logits, _ in found]), np.concatenate([labels for _, labels in found])
-
-
-def scores(logits: Logits, labels: NDArray[np.int64]) -> dict[str, float]:
-    """Return accuracy and macro-F1."""
-    predicted = logits.argmax(-1)
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
-    }
 
 
 def torch_call(module: torch.nn.Module, inputs: Sequence[str]) -> Call:

@@ -1,4 +1,4 @@
-"""The demo: fine-tune a teacher, train two ternary students, export, run in ONNX Runtime, report."""
+"""The demo fine-tunes a teacher, trains two ternary students, exports and runs them, and reports."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ from ti_fx.ir.pipeline import Pipeline
 from ti_fx.measure.baselines import export_dynamic_int8
 from ti_fx.passes import Pack
 from ti_fx.train import load
+from ti_fx.train.scores import scores
 
 METHODS = ("ternarybert", "ti-g")
 COMPILED = ("ternarybert",)  # one phase, so one graph repays its compilation
 SEED = 0
 # The rooms that a trained student depends on; a test holds this against what ti_fx.train imports.
-TRAINING_CODE = ("errors", "files", "numerics", "ir", "find", "passes", "frontend", "recipe", "train")
+_ROOMS = "errors files numerics ir find passes frontend export recipe measure train"
+TRAINING_CODE = tuple(_ROOMS.split())
 LATENCY_ROUNDS = 15
 SIDECARS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 QUESTION = "Who wrote Hamlet ?"
@@ -157,7 +159,7 @@ def _export(stages: Stages, teacher: Stage, trained: dict[str, Stage]) -> Stage:
         "teacher": teacher.result["sha256"],
         "students": [stage.folder.name for stage in trained.values()],
     }
-    return stages.run("export", facts, (*TRAINING_CODE, "export", "demo.classifier"), make)
+    return stages.run("export", facts, (*TRAINING_CODE, "demo.classifier"), make)
 
 
 def _example(tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
@@ -202,15 +204,15 @@ def _test_scores(
         Pipeline(Pack())(gm)
         calls[method, "PyTorch"] = measure.torch_call(gm, input_names(gm))
         calls[method, "ONNX Runtime"] = measure.onnx_call(exported.folder / f"{method}.onnx")
-    logits, scores = {}, []
+    logits, rows = {}, []
     for (name, engine), call in calls.items():
         logits[name, engine], labels = measure.logits_of(call, dataset, tokenizer)
-        scores.append({"model": name, "engine": engine, **measure.scores(logits[name, engine], labels)})
+        rows.append({"model": name, "engine": engine, **scores(logits[name, engine], labels)})
     agreement = {
         name: measure.agreement(logits[name, "ONNX Runtime"], logits[name, "PyTorch"])
         for name in ("full precision", *trained)
     }
-    return {"rows": len(dataset), "scores": scores, "agreement": agreement}
+    return {"rows": len(dataset), "scores": rows, "agreement": agreement}
 
 
 def _latency(exported: Stage, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

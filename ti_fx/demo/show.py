@@ -1,4 +1,4 @@
-"""What the demo shows: one table in the terminal, and the page with curves, graphs and errors."""
+"""The demo shows its results as tables in the terminal and as a page with curves, graphs and errors."""
 
 from __future__ import annotations
 

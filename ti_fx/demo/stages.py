@@ -1,4 +1,4 @@
-"""Stages of the demo, kept by the hash of everything that goes into them, code included."""
+"""The demo keeps what a stage made by the hash of everything that went into it, code included."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ti_fx
-from ti_fx.train.checkpoint import finished_folder
+from ti_fx.train.finished import finished_folder
 
 RESULT = "result.json"
 VERSIONS = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime")

@@ -1,4 +1,4 @@
-"""The demo's students: TernaryBERT and TI-G from the same teacher, for the same number of steps, with the same seed."""
+"""The demo trains TernaryBERT and TI-G from one teacher, for the same number of steps, with the same seed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from ti_fx.demo.data import MAX_LENGTH, Questions, tokenized
-from ti_fx.demo.teacher import ProgressBar, question_scores, quiet_loading
+from ti_fx.demo.teacher import ProgressBar, quiet_loading
 from ti_fx.recipe import Recipe
 from ti_fx.train import TernaryTrainer
+from ti_fx.train.scores import scores_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def train(
             data.validation, tokenizer, label_count=labels, max_length=settings.max_length
         ),
         processing_class=tokenizer,
-        compute_metrics=question_scores,
+        compute_metrics=scores_of,
         evaluate_distillation=True,
         compile="on" if compiled else "off",
         callbacks=[clock],

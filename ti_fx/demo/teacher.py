@@ -1,4 +1,4 @@
-"""The demo's full-precision teacher: a pre-trained encoder fine-tuned on the question types.
+"""The demo fine-tunes a pre-trained encoder on the question types, in full precision, as the teacher.
 
 The loop is transformers' Trainer. The settings were chosen by accuracy on the validation split alone, where
 differences under a point are chance: it has 537 questions.
@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -33,13 +31,9 @@ from transformers import (
 from transformers.utils import logging
 
 from ti_fx.demo.data import MAX_LENGTH, Questions, Row, TokenizedQuestions, tokenized
-from ti_fx.errors import InputError, MissingExtra
-from ti_fx.train.checkpoint import finished_folder
-
-try:
-    from sklearn.metrics import accuracy_score, f1_score
-except ImportError as error:
-    raise MissingExtra("the demo's scores need scikit-learn; run `pip install 'ti_fx[demo]'`") from error
+from ti_fx.errors import InputError
+from ti_fx.train.finished import finished_folder
+from ti_fx.train.scores import scores_of
 
 
 @dataclass(frozen=True)
@@ -75,16 +69,6 @@ class TeacherRun:
     cpu_seconds: float
     validation: dict[str, float]
     history: tuple[dict[str, float], ...]
-
-
-def question_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Return ``accuracy`` and ``macro_f1`` of logits [rows, classes] against labels [rows]."""
-    predicted = np.argmax(prediction.predictions, axis=-1)
-    return {
-        "accuracy": float(accuracy_score(prediction.label_ids, predicted)),
-        # A class that is never predicted scores 0 rather than warning: early in training that is usual.
-        "macro_f1": float(f1_score(prediction.label_ids, predicted, average="macro", zero_division=0)),
-    }
 
 
 def fine_tune(
@@ -180,7 +164,7 @@ def _question_trainer(
         eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=question_scores,
+        compute_metrics=scores_of,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -1,4 +1,4 @@
-"""Inputs that fit a model, made from its forward's signature and its configuration."""
+"""Example inputs are made for a model from its forward's signature and its configuration."""
 
 from ti_fx.example_inputs.make import example_inputs
 from ti_fx.example_inputs.request import Sizes

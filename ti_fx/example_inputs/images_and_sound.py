@@ -1,4 +1,4 @@
-"""Makers of what is seen and heard: images, videos, their patches, waveforms and spectrograms."""
+"""These makers return images, videos, their patches, waveforms and spectrograms."""
 
 from __future__ import annotations
 

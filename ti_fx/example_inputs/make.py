@@ -1,4 +1,4 @@
-"""Inputs for a model's forward, from its signature and its configuration."""
+"""``example_inputs`` makes inputs for a model's forward from its signature and its configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makers of a forward's inputs, by the input's name."""
+"""A table of makers gives each input of a forward by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs that the rules can't know, by model type."""
+"""Some model types need inputs that the rules can't know; they are listed here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked for when an input is made."""
+"""A Request says what a maker is to make: the input, the sizes, and the model's configuration."""
 
 from __future__ import annotations
 

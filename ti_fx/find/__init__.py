@@ -1,1 +1,1 @@
-"""What a graph is made of, found by data flow alone: attention, feed-forward blocks, and what each weight is."""
+"""Attention, feed-forward blocks and the parts that weights play are found in a graph by data flow alone."""

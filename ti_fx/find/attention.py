@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from ti_fx.find.towers import Towers
 from ti_fx.find.walk import CONVOLUTION, SOFTMAX, Walk, is_float, operands, projection_input, rank
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name
@@ -128,7 +129,7 @@ def _view(gm: GraphModule) -> tuple[_Finder, dict[Node, Node], dict[Node, Node]]
     """Return a walk over the subgraph that is never rewired, its nodes' student twins, and the reverse."""
     prepared = any(roles.is_teacher(node) for node in gm.graph.nodes)
     student = roles.twins(gm.graph)
-    return _Finder(gm, "teacher" if prepared else "student"), student, {b: a for a, b in student.items()}
+    return _Finder(gm, "teacher" if prepared else "student"), student, roles.twin_of(gm.graph)
 
 
 class _Finder(Walk):
@@ -337,12 +338,15 @@ def _number(finder: _Finder, sites: list[AttentionSite]) -> list[AttentionSite]:
     A site continues the tower whose block its residual stream comes from. A layer has one block of each kind: a second
     one of a kind begins the next layer.
     """
-    towers = _Towers(finder)
+    towers = Towers(finder)
     layers: list[int] = []
     kinds: list[set[str]] = []
     numbered: list[AttentionSite] = []
     for site in sites:
-        stack = towers.of(site)
+        start = site.stream
+        if start is None and site.query is not None:
+            start = projection_input(site.query)
+        stack = None if start is None else towers.of(start)
         if stack is None:
             stack = len(layers)
             layers.append(0)
@@ -352,53 +356,5 @@ def _number(finder: _Finder, sites: list[AttentionSite]) -> list[AttentionSite]:
             kinds[stack] = set()
         kinds[stack].add(site.kind)
         numbered.append(replace(site, stack=stack, layer=layers[stack]))
-        towers.add(site, stack)
+        towers.add(site.residual or site.output or site.context, stack)
     return numbered
-
-
-class _Towers:
-    """Which tower's blocks have been numbered, by the node that a block leaves its result in."""
-
-    def __init__(self, finder: _Finder) -> None:
-        self.finder = finder
-        self.owner: dict[Node, int] = {}
-
-    def add(self, site: AttentionSite, stack: int) -> None:
-        self.owner[site.residual or site.output or site.context] = stack
-
-    def of(self, site: AttentionSite) -> int | None:
-        """Return the tower that a block's stream belongs to, None if it begins one."""
-        finder = self.finder
-        start = site.stream
-        if start is None and site.query is not None:
-            start = projection_input(site.query)
-        if start is None:
-            return None
-        # along the stream itself: what adds to it, normalises it or moves its values
-        near = finder.backward(
-            start,
-            lambda node: node in self.owner,
-            lambda node: (
-                node in finder.computed
-                and is_float(node)
-                and (finder.is_transparent(node) or finder.is_norm(node) or finder.is_elementwise(node))
-            ),
-        )
-        stacks = {self.owner[node] for node in near}
-        if len(stacks) == 1:
-            return stacks.pop()
-        # through a projection between the stages of one tower; but not where another input comes in
-        ends = finder.backward(
-            start,
-            lambda node: node in self.owner or _brings_in(finder, node),
-            lambda node: node in finder.computed and is_float(node),
-        )
-        stacks = {self.owner.get(node, -1) for node in ends}
-        return stacks.pop() if len(stacks) == 1 and -1 not in stacks else None
-
-
-def _brings_in(finder: _Finder, node: Node) -> bool:
-    """Whether a node is a floating-point input, or looks up an input's embeddings."""
-    if node.op == "placeholder":
-        return is_float(node)
-    return aten_name(node) == "embedding" and node in finder.active

@@ -101,7 +101,8 @@ class _Way:
     spatial: bool = False
 
 
-# Where a value comes from: each projection, or part of one, and the way from there. MANY: from more, or from elsewhere.
+# The projections (or parts of one) that a value comes from, each with the way from there to the value. _MANY stands
+# for a value that comes from more projections than are counted, or from something that is no projection.
 _Sources = dict[tuple[Node, Node | None], _Way]
 _MANY: _Sources = {}
 
@@ -331,7 +332,3 @@ def _is_spread(part: Node, node: Node) -> bool:
     if value.dim() == 0:
         return True
     return constant_size(value.shape[-1]) == 1 and constant_size(whole.shape[-1]) != 1
-
-
-def _is_node(part: object) -> bool:
-    return isinstance(part, Node)

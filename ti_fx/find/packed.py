@@ -1,4 +1,4 @@
-"""The packed weights of a graph, who reads them, and by which encoding each computes."""
+"""A packed graph's weights are found here, with who reads each and by which encoding that computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch.fx import GraphModule, Node
 from ti_fx import numerics
 from ti_fx.ir.edit import aten_name
 from ti_fx.ir.facts import facts
-from ti_fx.numerics.encodings import Encoding, encoding_of_numerics, get_encoding
+from ti_fx.ir.inserted import quantiser_of
+from ti_fx.numerics.encodings import Encoding, WeightEncodings, encoding_with, get_encoding
+from ti_fx.numerics.quantiser import Quantiser
 
 ATTENTION = "attention"
 
@@ -62,12 +64,6 @@ def looked_up(node: Node) -> PackedWeight | None:
     return table if table is not None and len(table.shape) == 2 else None
 
 
-def fake_quantised(node: Node) -> str | None:
-    """Return the first encoding whose activation fake-quantiser a node is, or None."""
-    encoding = encoding_of_numerics(node.target)
-    return None if encoding is None else encoding.name
-
-
 def packed_weights(gm: GraphModule) -> Iterator[PackedWeight]:
     """Yield the packed weights in graph order; a tied weight may be read more than once."""
     for node in gm.graph.nodes:
@@ -83,8 +79,7 @@ def weight_encodings(gm: GraphModule) -> dict[str, Encoding]:
     ``QuantizeActivations`` recorded.
     """
     recorded = facts(gm).encodings
-    used = (name for node in gm.graph.nodes if (name := fake_quantised(node)) is not None)
-    default = facts(gm).encoding or next(used, "float")
+    default = facts(gm).encoding or _first_encoding(gm)
     found = {
         weight.parameter: get_encoding(recorded.get(weight.parameter, default))
         for weight in packed_weights(gm)
@@ -93,19 +88,31 @@ def weight_encodings(gm: GraphModule) -> dict[str, Encoding]:
         weight = ternary_factor(node)
         if weight is None:
             continue
-        computed = encoding_of_numerics(activation_of(node).target)
-        if computed is not None and computed.fake_quant is not found[weight.parameter].fake_quant:
-            found[weight.parameter] = computed
+        computed = quantiser_of(activation_of(node))
+        if computed is not None and computed is not found[weight.parameter].quantiser:
+            found[weight.parameter] = encoding_with(computed)
     return found
 
 
-def encoding_of(gm: GraphModule) -> str:
-    """Return the student's encoding: a name, and after it each weight of another one (``int8-token, fc=nbits2``)."""
+def weight_quantisers(gm: GraphModule) -> dict[str, Quantiser | None]:
+    """Return what the activation of each packed weight is quantised by, by parameter name, None for float."""
+    return {name: encoding.quantiser for name, encoding in weight_encodings(gm).items()}
+
+
+def _first_encoding(gm: GraphModule) -> str:
+    """Return the encoding of the first quantiser in a graph where a user put quantisers by hand."""
+    found = next(filter(None, map(quantiser_of, gm.graph.nodes)), None)
+    return "float" if found is None else encoding_with(found).name
+
+
+def encoding_of(gm: GraphModule) -> WeightEncodings:
+    """Return the names of the encodings of the student's weights."""
     found = weight_encodings(gm)
     counts = Counter(encoding.name for encoding in found.values())
     ((most, _),) = counts.most_common(1) or (("float", 0),)
-    others = [f"{name}={encoding.name}" for name, encoding in found.items() if encoding.name != most]
-    return ", ".join([most, *others])
+    return WeightEncodings(
+        most, {name: encoding.name for name, encoding in found.items() if encoding.name != most}
+    )
 
 
 def batch_dependent(gm: GraphModule) -> tuple[str, ...]:
@@ -116,8 +123,8 @@ def batch_dependent(gm: GraphModule) -> tuple[str, ...]:
     """
     found: dict[str, None] = {}
     for node in gm.graph.nodes:
-        encoding = encoding_of_numerics(node.target)
-        if encoding is not None and not encoding.batch_invariant:
+        quantiser = quantiser_of(node)
+        if quantiser is not None and not quantiser.batch_invariant:
             for reader in node.users:
                 weight = ternary_factor(reader)
                 found[ATTENTION if weight is None else weight.parameter] = None
@@ -126,7 +133,7 @@ def batch_dependent(gm: GraphModule) -> tuple[str, ...]:
 
 def is_quantised(gm: GraphModule) -> bool:
     """Whether any activation is fake-quantised."""
-    return any(fake_quantised(node) for node in gm.graph.nodes)
+    return any(quantiser_of(node) for node in gm.graph.nodes)
 
 
 def ternary_factor(node: Node) -> PackedWeight | None:

@@ -1,4 +1,4 @@
-"""Walks over one role's part of the graph: what projects, what only moves values, what lies up and down stream."""
+"""A Walk follows one role's nodes up and down the graph, past what only moves values, to what projects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pass acts on: projections, word embeddings and heads by data flow, narrowed by globs over parameter names."""
+"""Weights are sorted into projections, word embeddings and heads by data flow; globs over names narrow the choice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ti_fx.errors import SelectionError, did_you_mean
 from ti_fx.find.walk import CAST, CONVOLUTION, MATMUL, SHAPE, WEIGHT_VIEWS, projection_weight
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, tensor
-from ti_fx.ir.outputs import named_leaves
+from ti_fx.ir.outputs import model_outputs, named_leaves
 from ti_fx.numerics.ternary_weights import Granularity
 
 _INDEX_OPS = frozenset(
@@ -61,13 +61,10 @@ def _is_matrix(gm: GraphModule, weight: Node) -> bool:
 
 def heads(gm: GraphModule) -> set[Node]:
     """Return the model's heads: parametric ops from which no path to an output meets a further parametric op."""
-    result = gm.graph.output_node().args[0]
-    if isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}:
-        result = result["outputs"]
     # past an intervention the search goes on in the student, as if there were none
     own = roles.twins(gm.graph)
     inputs = {node: [own.get(source, source) for source in node.all_input_nodes] for node in gm.graph.nodes}
-    outputs = [own.get(node, node) for node in named_leaves(result).values()]
+    outputs = [own.get(node, node) for node in named_leaves(model_outputs(gm)).values()]
     reached = _upstream(outputs, inputs, stop=lambda node: _is_parametric(gm, node))
     last = {node for node in reached if _is_parametric(gm, node)}
     return last - _upstream((source for node in last for source in inputs[node]), inputs)

@@ -1,4 +1,4 @@
-"""Integer inputs whose values a model turns into Python numbers: image grids, sequence lengths, layout flags.
+"""Finds the integer inputs whose values a model turns into Python numbers: image grids, lengths, layout flags.
 
 One graph can't follow what Python decides by such values, so they are constants of the trace, recorded with the graph,
 which refuses others. Token ids are never taken for constants.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ti_fx.frontend.constant_mode import SIZED, all_tensors, index_numbers
-from ti_fx.frontend.patches import unchanged_buffers
+from ti_fx.frontend.model_for_trace import unchanged_buffers
 
 # What turns a tensor's values into Python numbers or into sizes.
 _READS = frozenset(
@@ -58,14 +58,13 @@ _MOVES = frozenset(
 )
 
 
-class _Taint(TorchFunctionMode):
+class _InputTracker(TorchFunctionMode):
     """Follows inputs through a forward: into Python, and into the indices of embeddings."""
 
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.alive: list[Tensor] = list(
-            inputs.values()
-        )  # an id means something only as long as its tensor lives
+        # an id means something only as long as its tensor lives
+        self.alive: list[Tensor] = list(inputs.values())
         self.sources = {id(value): frozenset((name,)) for name, value in inputs.items()}
         self.ids = dict(self.sources)  # inputs that a tensor has the numbers of
         self.read: set[str] = set()
@@ -99,16 +98,16 @@ class _Taint(TorchFunctionMode):
         return result
 
 
-def steering_inputs(
+def inputs_read_by_python(
     model: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]
 ) -> list[str]:
-    """Return the integer inputs whose values steer Python in the model's forward, token ids excepted."""
+    """Return the integer inputs whose values Python reads in the model's forward, token ids excepted."""
     integers = {name: value for name, value in tensors.items() if not value.is_floating_point()}
     with (
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
         unchanged_buffers(model),
-        _Taint(integers) as taint,
+        _InputTracker(integers) as tracker,
     ):
         model(**tensors, **constants)
-    return [name for name in integers if name in taint.read - taint.looked_up]
+    return [name for name in integers if name in tracker.read - tracker.looked_up]

@@ -1,35 +1,47 @@
-"""The front end: an nn.Module and example inputs become a plain, trainable fx.GraphModule.
+"""Captures an nn.Module as a plain, trainable fx.GraphModule, from example inputs.
 
-torch.export gives training-level ATen; what stands in the way of editing and training that graph is normalised here
-(``ti_fx.passes.normalise.to_plain``), and the result is checked against the source model in both modes.
+torch.export gives training-level ATen (``ti_fx.frontend.trace``); ``ti_fx.passes.normalise`` rewrites what stands in
+the way of editing and training it, and the result is compared with the source model in both modes.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
-from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError, VerificationError
-from ti_fx.frontend.compare import compare, compare_shapes, draws_alike
-from ti_fx.frontend.decisions import short
-from ti_fx.frontend.export_program import BATCH, Dynamic, has_open_sizes
-from ti_fx.frontend.patches import traceable
-from ti_fx.frontend.trace import Followed, Traced, export, follow, is_about_values
+from ti_fx.errors import (
+    CaptureError,
+    InputError,
+    RandomnessError,
+    TiFxError,
+    VerificationError,
+    VersionError,
+)
+from ti_fx.frontend.bind_example import CACHES, bind_example, two_rows
+from ti_fx.frontend.compare import compare_shapes, compare_values, draws_alike
+from ti_fx.frontend.dynamic_sizes import Dynamic, has_open_sizes, named_sizes
+from ti_fx.frontend.exported_graph import exported_graph
+from ti_fx.frontend.patches import one_at_a_time, traceable
+from ti_fx.frontend.source_lines import short
+from ti_fx.frontend.trace import (
+    FollowedDecisions,
+    TraceResult,
+    is_about_values,
+    trace_following_decisions,
+    trace_without_decisions,
+)
 from ti_fx.ir.checks import check_message
-from ti_fx.ir.edit import aten_name, constant_size, mode
+from ti_fx.ir.edit import mode
 from ti_fx.ir.facts import CaptureReport, facts, record_facts, record_sizes
-from ti_fx.ir.shapes import guard_count, refresh
-from ti_fx.passes.normalise import to_plain
-from ti_fx.passes.normalise.canonicalize import Canonicalize
-
-# Keywords that ask for a cache, which a training graph has not. XLNet's exists in evaluation alone.
-CACHES = ("use_cache", "use_mems")
+from ti_fx.ir.inputs import validate_inputs
+from ti_fx.ir.pipeline import Pipeline
+from ti_fx.ir.shapes import guard_count
+from ti_fx.passes.normalise import NORMALISE
+from ti_fx.passes.normalise.drop_dead import DropDead
+from ti_fx.passes.normalise.name_sizes import NameSizes
 
 
 class _Captured(NamedTuple):
@@ -40,7 +52,7 @@ class _Captured(NamedTuple):
     checked: dict[str, float]
     unchecked: str | None
     followed: tuple[str, ...]
-    open: bool
+    open_sizes: bool
 
 
 def capture_report(gm: GraphModule) -> CaptureReport:
@@ -51,6 +63,7 @@ def capture_report(gm: GraphModule) -> CaptureReport:
     return report
 
 
+@one_at_a_time()
 def capture(
     model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], *, dynamic: Dynamic = "auto"
 ) -> GraphModule:
@@ -58,6 +71,11 @@ def capture(
 
     The graph shares the model's Parameters and buffers. ``train()`` and ``eval()`` work as on any module. A Hugging
     Face model is switched to eager attention for the trace and restored, and its mode is left as it was.
+
+    Captures in several threads run one after another, whatever their models. While one runs, the whole process sees
+    internals of torch and transformers replaced (``ti_fx.frontend.patches``), Python's, NumPy's and torch's random
+    numbers fixed and the model's own mode and configuration switched; all are put back when it ends. So another thread
+    must not run models or draw random numbers meanwhile: it gets plain kernels, the same numbers again, or an error.
 
     Args:
         model: any nn.Module that torch.export can trace, on any device, in any dtype, in either mode. On the meta
@@ -72,16 +90,17 @@ def capture(
         InputError: the example does not fit the model's signature.
         CaptureError: the model can't be traced, or the graph does not equal the model in eval or train mode on the
             example (randomness decided in Python is baked by the trace); names the source line where it is known.
+        VersionError: the installed torch or transformers lacks an internal that a trace replaces.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"capture needs an nn.Module, got {type(model).__name__}")
     if dynamic not in get_args(Dynamic):
         raise InputError(f"dynamic is {dynamic!r}; use {', '.join(map(repr, get_args(Dynamic)))}")
-    tensors, constants = _bind(model, example)
+    tensors, constants = bind_example(model, example)
     with traceable(model) as attention:
         found = _captured(model, tensors, constants, dynamic)
     gm, static = found.gm, found.static
-    dims = _dims(gm, list(tensors))[0]
+    dims = named_sizes(gm, list(tensors))[0]
     for name, sizes in dims.items():
         for index, size in enumerate(sizes):
             if isinstance(size, int):
@@ -113,11 +132,11 @@ def _captured(
     """
     errors: list[TiFxError] = []
     spare: _Captured | None = None
-    for trace in (export, follow):
+    for trace in (trace_without_decisions, trace_following_decisions):
         for training in (True, False):
             try:
                 found = _traced(model, tensors, constants, dynamic, training, trace)
-            except RandomnessError:
+            except (RandomnessError, VersionError):
                 raise
             except (CaptureError, InputError, VerificationError) as error:
                 errors.append(error)
@@ -126,7 +145,7 @@ def _captured(
                 training or found.unchecked is not None or draws_alike(model, found.gm, tensors, constants)
             ):
                 continue
-            if trace is follow or not found.open:
+            if trace is trace_following_decisions or not found.open_sizes:
                 return found
             spare = found  # sizes that depend on values; where what decides them is followed, they don't
             break
@@ -143,36 +162,34 @@ def _traced(
     constants: dict[str, Any],
     dynamic: Dynamic,
     training: bool,
-    trace: Callable[..., Traced],
+    trace: Callable[..., TraceResult],
 ) -> _Captured:
     """Trace in one mode and compare in both."""
-    traced = {name: _at_least_two(value) for name, value in tensors.items()} if dynamic != "none" else tensors
+    traced = {name: two_rows(value) for name, value in tensors.items()} if dynamic != "none" else tensors
     with mode(model, training):
         found = trace(model, traced, constants, dynamic)
-        gm = to_plain.to_plain(found.program, model, found.baked)
+        gm = exported_graph(found.program, model, found.baked)
+        NORMALISE(gm)
+        validate_inputs(gm)
         static = found.static
         for name, value in found.baked.items():
             why = "the model turns its values into Python numbers, so they are constants of the graph"
             static.update({f"{name}.{index}": why for index in range(value.dim())})
-        names = _dims(gm, list(tensors))[1]
-        refresh(gm, gm.graph.nodes)  # torch.export's strides of views are not always what evaluating gives
-        known = set(gm.graph.nodes)
-        Canonicalize().apply(gm)
-        refresh(gm, [node for node in gm.graph.nodes if node not in known])
-        record_sizes(gm, names=names)
-        _name_sizes(gm, names)
+        record_sizes(gm, names=named_sizes(gm, list(tensors))[1])
         record_facts(gm, guards=guard_count(gm))
         checked: dict[str, float] = {}
         unchecked: str | None
         if any(value.is_meta for value in tensors.values()):
             unchecked = compare_shapes(model, gm, tensors, constants)
         else:
-            checked, unchecked = compare(model, gm, tensors, constants)
-        to_plain.drop_dead(gm)
-    return _Captured(gm, static, checked, unchecked, _said(gm, found.followed), has_open_sizes(found.program))
+            checked, unchecked = compare_values(model, gm, tensors, constants)
+        Pipeline(NameSizes(), DropDead())(gm)
+    return _Captured(
+        gm, static, checked, unchecked, _decided_by_values(gm, found.followed), has_open_sizes(found.program)
+    )
 
 
-def _said(gm: GraphModule, followed: Followed) -> tuple[str, ...]:
+def _decided_by_values(gm: GraphModule, followed: FollowedDecisions) -> tuple[str, ...]:
     """Return one line for each decision that the graph checks, and for each loop over what a mask hits."""
     checks = {message for node in gm.graph.nodes if (message := check_message(node)) is not None}
     lines = [
@@ -188,78 +205,3 @@ def _said(gm: GraphModule, followed: Followed) -> tuple[str, ...]:
             f"{compared}"
         )
     return tuple(dict.fromkeys(lines))
-
-
-def _bind(
-    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    signature = inspect.signature(model.forward)
-    try:
-        bound = signature.bind(**example) if isinstance(example, Mapping) else signature.bind(*example)
-    except TypeError as error:
-        known = ", ".join(signature.parameters)
-        raise InputError(
-            f"the example does not fit {type(model).__name__}.forward({known}): {error}"
-        ) from None
-    arguments: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            raise InputError(f"{type(model).__name__}.forward takes *{name}; give the model named inputs")
-        else:
-            arguments[name] = value
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    constants = {name: value for name, value in arguments.items() if name not in tensors}
-    for name, value in constants.items():
-        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
-            raise InputError(
-                f"input {name!r} nests tensors in a {type(value).__name__}; give each tensor a keyword"
-            )
-    if not tensors:
-        raise InputError("the example holds no tensor; give at least one input tensor")
-    stored = {parameter.device for parameter in model.parameters()}
-    if stored == {torch.device("meta")}:
-        tensors = {name: value.to("meta") for name, value in tensors.items()}
-    devices = stored | {value.device for value in tensors.values()}
-    if len(devices) > 1:
-        raise InputError(f"model and example are on different devices: {sorted(map(str, devices))}")
-    for name in CACHES:
-        if name in signature.parameters:
-            constants.setdefault(name, False)
-    return tensors, constants
-
-
-def _at_least_two(value: Tensor) -> Tensor:
-    """Repeat the batch when there is one row: torch.export takes a size of 1 for a constant."""
-    return torch.cat([value, value]) if value.dim() and value.shape[0] == 1 else value
-
-
-def _dims(gm: GraphModule, inputs: list[str]) -> tuple[dict[str, tuple[str | int, ...]], dict[str, str]]:
-    """Name the symbols: dimension 0 is the batch, dimension 1 of a rank-2 input a sequence, others by input."""
-    names: dict[str, str] = {}
-    dims: dict[str, tuple[str | int, ...]] = {}
-    placeholders = {node.target: node for node in gm.graph.find_nodes(op="placeholder")}
-    for name in inputs:
-        sizes: list[str | int] = []
-        for index, size in enumerate(placeholders[name].meta["val"].shape):
-            if (constant := constant_size(size)) is not None:
-                sizes.append(constant)
-                continue
-            symbol = str(size)
-            if symbol not in names:
-                base = BATCH if index == 0 else "sequence" if index == 1 else f"{name}_{index}"
-                names[symbol] = base if base not in names.values() else f"{name}_{base}"
-            sizes.append(names[symbol])
-        dims[name] = tuple(sizes)
-    return dims, names
-
-
-def _name_sizes(gm: GraphModule, names: dict[str, str]) -> None:
-    """Call the node that reads a dynamic size by the size's name."""
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and str(value) in names and aten_name(node) == "sym_size":
-            node._rename(names[str(value)])
-    gm.recompile()

@@ -1,4 +1,4 @@
-"""The captured graph against its source model, in both modes, on the example."""
+"""Compares the captured graph with its source model, in both modes, on the example."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ti_fx.errors import CaptureError
-from ti_fx.frontend.constant_mode import Concrete
-from ti_fx.frontend.patches import unchanged_buffers, without_caches
+from ti_fx.errors import CaptureError, first_line
+from ti_fx.frontend.constant_mode import ConstantMode
+from ti_fx.frontend.model_for_trace import unchanged_buffers, without_caches
 from ti_fx.ir.edit import mode
 from ti_fx.ir.shapes import signature
+from ti_fx.numerics.closeness import largest
 
-RELATIVE_TOLERANCE = (
-    1e-5  # captured against source, of the largest entry: eager attention sums in another order
-)
+# Captured against source, of the largest entry: eager attention sums in another order.
+RELATIVE_TOLERANCE = 1e-5
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -42,7 +42,7 @@ def draws_alike(
             torch.random.fork_rng(devices=[]),
             torch.no_grad(),
             unchanged_buffers(model),
-            Concrete(),
+            ConstantMode(),
             _Draws() as draws,  # type: ignore[no-untyped-call]
         ):
             module(**inputs)
@@ -50,7 +50,7 @@ def draws_alike(
     return counts[0] == counts[1]
 
 
-def compare(
+def compare_values(
     model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
 ) -> tuple[dict[str, float], str | None]:
     """Compare the graph with the source model on the example, in both modes; return what could not be."""
@@ -66,18 +66,16 @@ def compare(
         ):
             torch.manual_seed(0)
             try:
-                with (
-                    Concrete(),
-                    unchanged_buffers(model),
-                ):  # a number that nothing depends on is not drawn in the graph
+                # a number that nothing depends on is not drawn in the graph
+                with ConstantMode(), unchanged_buffers(model):
                     expected = without_caches(model(**tensors, **constants))
             except Exception as error:
                 if not training:
                     raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 return (
                     checked,
-                    f"not compared with the model in train mode, where it fails on the example: {reason}",
+                    "not compared with the model in train mode, where it fails on the example: "
+                    f"{first_line(error)}",
                 )
             drawn = torch.get_rng_state()
             torch.manual_seed(0)
@@ -116,7 +114,7 @@ def compare_shapes(
             try:
                 expected = without_caches(model(**tensors, **constants))
             except (NotImplementedError, RuntimeError) as error:  # it looks at a value
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 return (
                     f"not compared with the model in {name} mode: it does not run without values ({reason})"
                 )
@@ -134,13 +132,10 @@ def compare_shapes(
 def _run(gm: GraphModule, tensors: dict[str, Tensor], name: str) -> Any:
     try:
         return gm(**tensors)
-    except (
-        Exception
-    ) as error:  # whatever an operation raises on sizes that only this example's values let pass
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # an operation, on sizes that only this example's values let pass
         raise CaptureError(
-            f"the captured graph of {name} fails on the example, where the model does not: {reason}; check that the "
-            "inputs' sizes fit each other"
+            f"the captured graph of {name} fails on the example, where the model does not: {first_line(error)}; check "
+            "that the inputs' sizes fit each other"
         ) from error
 
 
@@ -162,10 +157,6 @@ def _difference(expected: Any, actual: Any) -> float:
     for a, b in pairs:
         if a.shape != b.shape or a.dtype != b.dtype:
             return float("inf")
-        if torch.equal(a, b) or not a.numel():
-            continue
-        same_nan = a.isnan() & b.isnan()
-        gap = (a.double() - b.double()).abs().masked_fill(same_nan | (a == b), 0)
-        finite = a.double().masked_fill(~a.isfinite(), 0).abs().max().clamp(min=1e-30)
-        worst = max(worst, (gap.max() / finite).item())
+        if not torch.equal(a, b):
+            worst = max(worst, largest(b, a))
     return worst

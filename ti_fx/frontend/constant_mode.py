@@ -1,4 +1,4 @@
-"""A trace in which Python can read what depends on constants alone, and what the model decides by values."""
+"""Lets Python read, during a trace, what depends on constants alone and what the model decides by values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ti_fx.frontend.decisions import Decisions, caller, check, count_of, positions
+from ti_fx.frontend.checks import check, positions
+from ti_fx.frontend.decisions import Decisions, count_of
+from ti_fx.frontend.source_lines import caller
 
 # What takes sizes, which a model may give as tensors of one number.
 SIZED = re.compile(
@@ -40,30 +42,30 @@ def index_numbers(index: Any) -> list[Tensor]:
     return all_tensors((lists, bounds))
 
 
-class _Loop(list[Tensor]):
-    """Rows that say to their trace while Python loops over them."""
+class _LoopedRows(list[Tensor]):
+    """Rows that tell the mode of their trace while Python loops over them."""
 
-    def __init__(self, concrete: Concrete, rows: Iterable[Tensor]) -> None:
+    def __init__(self, mode: ConstantMode, rows: Iterable[Tensor]) -> None:
         super().__init__(rows)
-        self.concrete = concrete
+        self.mode = mode
 
     def __iter__(self) -> Iterator[Tensor]:
-        self.concrete.looping += 1
+        self.mode.looping += 1
         try:
             yield from super().__iter__()
         finally:
-            self.concrete.looping -= 1
+            self.mode.looping -= 1
 
 
-class Concrete(TorchFunctionMode):
-    """During a trace, computes what depends on the given integer tensors alone at once, so that Python can read it.
+class ConstantMode(TorchFunctionMode):
+    """Computes what depends on the given integer tensors alone at once, in a trace, so that Python can read it.
 
     A single number drawn at random is one, too: what a layer is dropped by. It is 1 here, so that nothing is dropped;
     ``drawn`` says where, and :func:`ti_fx.frontend.randomness.decides_at_random` whether that matters.
 
     With ``decisions``, what Python reads beyond that is recorded or replayed, and a loop over the rows of a mask's
     ``nonzero`` runs over every row that the mask has: what is not hit is empty there. ``loops`` says where, and
-    whether any row was not hit.
+    whether any row was not hit; ``looping`` how many such loops are running now.
     """
 
     def __init__(
@@ -71,11 +73,11 @@ class Concrete(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.alive: list[Tensor] = list(values)  # an id means something only as long as its tensor lives
-        self.known = {id(value) for value in self.alive}
+        self.constants = {id(value) for value in self.alive}
         self.draw = draw
         self.drawn: list[str] = []
         self.decisions = decisions
-        self.rows: dict[int, Tensor] = {}
+        self.rows: dict[int, Tensor] = {}  # every row that a nonzero, by its id, may have
         self.loops: dict[str, bool] = {}
         self.looping = 0
 
@@ -87,16 +89,16 @@ class Concrete(TorchFunctionMode):
         given = all_tensors((args, kwargs))
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             given += index_numbers(args[1])
-        concrete = [value for value in given if id(value) in self.known]
-        alone = len(concrete) == len(given) if given else self._is_of_numbers(func)
+        constants = [value for value in given if id(value) in self.constants]
+        alone = len(constants) == len(given) if given else self._is_of_numbers(func)
         if self.decisions is not None and self.decisions.concerns(func, args):
             return self._decide(func, args, alone)
         if alone and _is_static(args, kwargs):
             return self._at_once(func, args, kwargs)
         numbers = self.decisions is not None and self.decisions.numbers
-        if func is Tensor.__getitem__ and (concrete or numbers):
+        if func is Tensor.__getitem__ and (constants or numbers):
             args = (args[0], self._indices(args[1], numbers))
-        elif func is Tensor.__setitem__ and concrete:
+        elif func is Tensor.__setitem__ and constants:
             args = (args[0], self._indices(args[1]), *args[2:])
         if numbers and func in _POSITIONS and len(args) == 1 and (parts := self._selected(args[0] != 0)):
             return tuple(parts) if func is torch.where or kwargs.get("as_tuple") else torch.stack(parts, -1)
@@ -123,19 +125,19 @@ class Concrete(TorchFunctionMode):
             result = func(*args, **kwargs)
         for value in all_tensors(result):
             self.alive.append(value)
-            self.known.add(id(value))
+            self.constants.add(id(value))
         return result
 
     def _indices(self, index: Any, numbers: bool = False) -> Any:
-        """Return an index with each known mask, or any if ``numbers``, as the positions that it keeps."""
+        """Return an index with each constant mask, or any if ``numbers``, as the positions that it keeps."""
         parts: list[Any] = []
         for part in index if isinstance(index, tuple) else (index,):
             if isinstance(part, slice):
                 part = slice(*(self._size(bound) for bound in (part.start, part.stop, part.step)))
             nested = all_tensors(part) if isinstance(part, list | tuple) else []
-            if nested and all(id(one) in self.known for one in nested):
+            if nested and all(id(one) in self.constants for one in nested):
                 parts.append(self._at_once(torch.stack, (nested,), {}))
-            elif not isinstance(part, Tensor) or id(part) not in self.known:
+            elif not isinstance(part, Tensor) or id(part) not in self.constants:
                 selects = numbers and isinstance(part, Tensor) and part.dtype == torch.bool
                 parts += (self._selected(part) if selects else None) or [part]
             elif part.dtype == torch.bool:
@@ -174,7 +176,7 @@ class Concrete(TorchFunctionMode):
         """Return a tensor of one whole number as that number, if it may be read."""
         if not isinstance(value, Tensor) or value.dim() or value.is_floating_point():
             return value
-        if id(value) in self.known:
+        if id(value) in self.constants:
             return self._at_once(Tensor.item, (value,), {})
         numbers = self.decisions is not None and self.decisions.numbers
         return self._decide(Tensor.item, (value,), False) if numbers else value
@@ -199,7 +201,7 @@ class Concrete(TorchFunctionMode):
             assert self.decisions is not None
             if self.decisions.recording:
                 self.loops[where] = self.loops.get(where, False) or len(hit) < len(self.rows[id(hit)])
-            return _Loop(self, self._at_once(func, *given))
+            return _LoopedRows(self, self._at_once(func, *given))
         result = func(*args, **kwargs)
         if name in _SAME_ROWS and isinstance(result, Tensor) and _is_static(args, kwargs):
             with _disable_current_modes():

@@ -1,13 +1,12 @@
-"""What a model decides in Python by values that are computed: ``if not mask.any()``, ``if not isfinite(h).all()``.
+"""Records what a model decides in Python by values that it computes: ``if not mask.any()``, ``if h.isnan().any()``.
 
 One graph holds one outcome of each. It is recorded on the example and replayed in the trace, and the graph checks its
-condition at every run, so that inputs that decide otherwise are refused instead of computed by the wrong branch.
+condition at every run (``ti_fx.frontend.checks``), so that inputs that decide otherwise are refused instead of computed
+by the wrong branch.
 """
 
 from __future__ import annotations
 
-import re
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ti_fx.frontend.source_lines import caller, short
 from ti_fx.ir.checks import MARK
 
 
@@ -42,100 +42,68 @@ class Decision:
         )
 
 
-class Decisions:
-    """The values that Python reads in one forward, place by place: recorded first, replayed then."""
-
-    def __init__(self, numbers: bool = False) -> None:
-        self.taken: dict[str, list[Decision]] = {}
-        self.replayed: dict[str, int] = {}
-        self.reads = _READS if numbers else _BOOLEANS
-        self.numbers = numbers
-        self.recording = True
-
-    def restart(self) -> None:
-        """Begin again with the first, to replay them."""
-        self.recording, self.replayed = False, {}
-
-    def concerns(self, func: Any, args: tuple[Any, ...]) -> bool:
-        """Whether a call is such a read."""
-        if func not in self.reads:
-            return False
-        return self.numbers or func is not Tensor.item or args[0].dtype == torch.bool
-
-    def record(self, outcome: bool | int | float) -> None:
-        """Note what the model's code read just now."""
-        where = caller()
-        self.taken.setdefault(where, []).append(Decision(where, outcome))
-
-    def replay(self) -> Decision | None:
-        """Return what was read here on the example; None where only a trace reads."""
-        where = caller()
-        known = self.taken.get(where, [])
-        position = self.replayed[where] = self.replayed.get(where, -1) + 1
-        return known[position] if position < len(known) else None
-
-
-def check(decision: Decision, func: Any, args: tuple[Any, ...]) -> None:
-    """Put a check into the graph that is being traced: this read gives the same as on the example."""
-    value = _READS[func](*args)
-    same = value == decision.outcome
-    torch._assert_async(same.all(), decision.message)
-
-
-def positions(mask: Tensor, count: int) -> list[Tensor]:
-    """Return where a mask of fixed sizes is true, as one index per dimension, if it is so at ``count`` places.
-
-    What ``nonzero`` gives, in sizes that don't depend on values.
-    """
-    flat = mask.flatten()
-    places = torch.where(flat, flat.cumsum(0) - 1, count)
-    every = torch.arange(flat.shape[0], device=mask.device)
-    found = torch.zeros(count + 1, dtype=torch.long, device=mask.device).scatter(0, places, every)[:count]
-    parts = []
-    for size in reversed(mask.shape):
-        parts.append(found % size)
-        found = found // size
-    return parts[::-1]
-
-
 def count_of(mask: Tensor) -> Tensor:
     """Return at how many places a mask is true: the size of what it selects."""
     return mask.sum()
-
-
-def caller() -> str:
-    """Return ``file:line`` of the innermost frame that is neither torch's nor ours."""
-    frames = traceback.extract_stack()
-    outside = (
-        frame for frame in reversed(frames) if not re.search(r"[/\\](torch|ti_fx)[/\\]", frame.filename)
-    )
-    frame = next(outside)
-    return f"{frame.filename}:{frame.lineno}"
-
-
-def short(where: str) -> str:
-    """Return a place without what is the machine's own: graphs are compared between machines."""
-    path, _, line = where.rpartition(":")
-    _, installed, inside = path.replace("\\", "/").rpartition("site-packages/")
-    return f"{inside if installed else inside.rpartition('/')[2]}:{line}"
 
 
 def _itself(value: Tensor) -> Tensor:
     return value
 
 
-# The reads, and the tensor that each reads.
-_BOOLEANS: dict[Any, Callable[..., Tensor]] = {
+# What Python reads a truth value by, and the tensor of what it reads.
+_TRUTH_READS: dict[Any, Callable[..., Tensor]] = {
     Tensor.__bool__: lambda value: value != 0,
     Tensor.item: _itself,
     Tensor.__contains__: lambda value, element: (value == element).any(),
     torch.is_nonzero: lambda value: value != 0,
     Tensor.is_nonzero: lambda value: value != 0,
 }
-_READS: dict[Any, Callable[..., Tensor]] = {
-    **_BOOLEANS,
+# The same for numbers, too.
+READS: dict[Any, Callable[..., Tensor]] = {
+    **_TRUTH_READS,
     Tensor.__int__: _itself,
     Tensor.__index__: _itself,
     Tensor.__float__: _itself,
     count_of: count_of,
 }
+
+
+class Decisions:
+    """The values that Python reads in one forward, line by line: recorded first, replayed then.
+
+    Attributes:
+        numbers: whether numbers count, or truth values alone.
+        recording: whether what is read is recorded, or replayed.
+        by_line: the decisions of each ``file:line``, in the order in which they were read.
+    """
+
+    def __init__(self, numbers: bool = False) -> None:
+        self.numbers = numbers
+        self.recording = True
+        self.by_line: dict[str, list[Decision]] = {}
+        self._replayed: dict[str, int] = {}  # how many of each line
+        self._reads = READS if numbers else _TRUTH_READS
+
+    def restart(self) -> None:
+        """Begin again with the first, to replay them."""
+        self.recording, self._replayed = False, {}
+
+    def concerns(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether a call is such a read."""
+        if func not in self._reads:
+            return False
+        return self.numbers or func is not Tensor.item or args[0].dtype == torch.bool
+
+    def record(self, outcome: bool | int | float) -> None:
+        """Note what the model's code read just now."""
+        where = caller()
+        self.by_line.setdefault(where, []).append(Decision(where, outcome))
+
+    def replay(self) -> Decision | None:
+        """Return what was read here on the example; None where only a trace reads."""
+        where = caller()
+        known = self.by_line.get(where, [])
+        position = self._replayed.get(where, 0)
+        self._replayed[where] = position + 1
+        return known[position] if position < len(known) else None

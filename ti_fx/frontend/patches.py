@@ -1,19 +1,56 @@
-"""Every patch of torch's and transformers' internals that a trace needs, each undone when it ends."""
+"""Replaces internals of torch and transformers that stand in a trace's way, and puts them back when it ends.
+
+Every such attribute is a row of ``ti_fx.frontend.internals``, which is compared with what is installed before it is
+replaced. What is replaced is so for the whole process, in every thread: ``one_at_a_time`` keeps two captures from
+undoing each other's.
+"""
 
 from __future__ import annotations
 
-import inspect
 import os
+import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from ti_fx.frontend.constant_mode import Concrete
+from ti_fx.frontend.internals import known_internal
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Let no other thread patch anything meanwhile; the same thread may go on within."""
+    with _LOCK:
+        yield
+
+
+@contextmanager
+def _replaced(name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
+    """Put what ``replacement`` makes of an internal in its place."""
+    with one_at_a_time():
+        original = _replace(name, replacement)
+        owner, _, attribute = name.rpartition(".")
+        try:
+            yield
+        finally:
+            setattr(pkgutil.resolve_name(owner), attribute, original)
+
+
+def _replace(name: str, replacement: Callable[[Any], Any]) -> Any:
+    """Put what ``replacement`` makes of an internal in its place for good, and return the internal."""
+    original = known_internal(name)
+    new = replacement(original)
+    if callable(new):
+        new.__wrapped__ = original  # its parameters are the original's, for a capture within a capture
+    owner, _, attribute = name.rpartition(".")
+    setattr(pkgutil.resolve_name(owner), attribute, new)
+    return original
 
 
 @contextmanager
@@ -21,10 +58,13 @@ def traceable(model: nn.Module) -> Iterator[str | None]:
     """Attention as operations that a graph can hold, for the trace and the comparison; restored afterwards.
 
     Yields the attention implementation of a transformers model, None for any other.
+
+    Raises:
+        VersionError: an internal of torch or transformers is not what ti_fx knows.
     """
     with (
         plain_torch_layers(),
-        _unvalidated_distributions(),
+        _replaced("torch.distributions.distribution.Distribution._validate_args", lambda _: False),
         _batched_experts(model),
         _eager_attention(model) as implementation,
     ):
@@ -35,38 +75,32 @@ def traceable(model: nn.Module) -> Iterator[str | None]:
 def plain_torch_layers() -> Iterator[None]:
     """torch.nn's transformer layers without what they decide by the mode or by values.
 
-    Their fast path computes nothing at padding (zeros come out), and only in eval mode. Whether a mask is causal is a
-    hint that only chooses a kernel, and without the hint they compare the mask's values.
+    Raises:
+        VersionError: an internal of torch is not what ti_fx knows.
     """
-    layers: Any = torch.nn.modules.transformer
-    fast_path, detect = torch.backends.mha.get_fastpath_enabled(), layers._detect_is_causal_mask
-    torch.backends.mha.set_fastpath_enabled(False)
-    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        layers._detect_is_causal_mask = detect
 
+    def by_hint(_: Any) -> Any:
+        return lambda mask, is_causal=None, size=None: bool(is_causal)
 
-@contextmanager
-def _unvalidated_distributions() -> Iterator[None]:
-    """torch.distributions without a look at its arguments' values, which computes nothing."""
-    distribution = torch.distributions.Distribution
-    before = distribution._validate_args
-    distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        distribution.set_default_validate_args(before)
+    with one_at_a_time():
+        is_enabled = known_internal("torch.backends.mha.get_fastpath_enabled")
+        enable = known_internal("torch.backends.mha.set_fastpath_enabled")
+        with _replaced("torch.nn.modules.transformer._detect_is_causal_mask", by_hint):
+            before = is_enabled()
+            enable(False)
+            try:
+                yield
+            finally:
+                enable(before)
 
 
 @contextmanager
 def _batched_experts(model: nn.Module) -> Iterator[None]:
-    """Mixtures of experts as batched products: a loop over the experts that are hit depends on values.
+    """Mixtures of experts as batched products.
 
     transformers' ``grouped_mm`` can be traced, too, but is an operator of its own that ONNX has not.
     """
+    _check_switch(model, "set_experts_implementation", "_experts_implementation_internal")
     switch = getattr(model, "set_experts_implementation", None)
     current: Any = getattr(getattr(model, "config", None), "_experts_implementation", None)
     if switch is None or current is None:
@@ -75,6 +109,28 @@ def _batched_experts(model: nn.Module) -> Iterator[None]:
     with _restored(model, "_experts_implementation_internal"):
         switch("batched_mm")
         yield
+
+
+@contextmanager
+def _eager_attention(model: nn.Module) -> Iterator[str | None]:
+    """Eager attention in a transformers model."""
+    _check_switch(model, "set_attn_implementation", "_attn_implementation_internal")
+    switch = getattr(model, "set_attn_implementation", None)
+    if switch is None:
+        yield None
+        return
+    with _restored(model, "_attn_implementation_internal"):
+        switch("eager")
+        config: Any = model.config
+        yield str(config._attn_implementation)
+
+
+def _check_switch(model: nn.Module, method: str, attribute: str) -> None:
+    """Check that a transformers model has a method that changes an attribute of its configuration."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is not None and isinstance(model, library.PreTrainedModel):
+        known_internal(f"transformers.modeling_utils.PreTrainedModel.{method}")
+        known_internal(f"transformers.configuration_utils.PreTrainedConfig.{attribute}", model.config)
 
 
 @contextmanager
@@ -93,177 +149,112 @@ def _restored(model: nn.Module, attribute: str) -> Iterator[None]:
 
 
 @contextmanager
-def _eager_attention(model: nn.Module) -> Iterator[str | None]:
-    """Eager attention in a transformers model: the map must be in the graph."""
-    switch = getattr(model, "set_attn_implementation", None)
-    if switch is None:
-        yield None
-        return
-    with _restored(model, "_attn_implementation_internal"):
-        switch("eager")
-        config: Any = model.config
-        yield str(config._attn_implementation)
-
-
-@contextmanager
-def _taken_for_hit(concrete: Concrete) -> Iterator[None]:
-    """In a loop over what a mask hits, take what a row selects for not empty: ``if not places.numel(): continue``.
+def no_empty_selections(looping: Callable[[], bool]) -> Iterator[None]:
+    """While ``looping()``, take what a row selects for not empty: ``if not places.numel(): continue``.
 
     Where it is empty the body computes on nothing.
     """
-    original: Any = ShapeEnv.evaluate_expr
+    module = "torch.fx.experimental.symbolic_shapes"
+    undecided = known_internal(f"{module}.GuardOnDataDependentSymNode")
 
-    def evaluated(environment: ShapeEnv, expression: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(environment, expression, *args, **kwargs)
-        except GuardOnDataDependentSymNode:
-            empty = getattr(expression, "rhs", None) == 0 and expression.rel_op in ("==", "!=")
-            if not (concrete.looping and empty):
-                raise
-            return original(
-                environment, expression, *args, **{**kwargs, "fallback_value": expression.rel_op == "!="}
-            )
+    def of(original: Any) -> Any:
+        def evaluated(environment: Any, expression: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(environment, expression, *args, **kwargs)
+            except undecided:
+                empty = getattr(expression, "rhs", None) == 0 and expression.rel_op in ("==", "!=")
+                if not (looping() and empty):
+                    raise
+                answer = {**kwargs, "fallback_value": expression.rel_op == "!="}
+                return original(environment, expression, *args, **answer)
 
-    ShapeEnv.evaluate_expr = evaluated  # type: ignore[assignment,method-assign]
-    try:
+        return evaluated
+
+    with _replaced(f"{module}.ShapeEnv.evaluate_expr", of):
         yield
-    finally:
-        ShapeEnv.evaluate_expr = original  # type: ignore[method-assign]
 
 
 @contextmanager
-def _without_checks(active: bool) -> Iterator[None]:
+def no_checks_of_values() -> Iterator[None]:
     """Leave out transformers' own checks of values, which compute nothing; the model has run on the example."""
+    if "transformers.utils.import_utils" not in sys.modules:
+        yield
+        return
+    known_internal("transformers.utils.import_utils.torch_compilable_check")
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)
-    if active:
-        os.environ[name] = "1"
+    os.environ[name] = "1"
     try:
         yield
     finally:
-        if active and before is None:
+        if before is None:
             del os.environ[name]
-        elif active and before is not None:
+        else:
             os.environ[name] = before
 
 
 @contextmanager
-def _broadcast_masks() -> Iterator[None]:
-    """Masks of transformers by broadcast instead of vmap: a graph can't hold its batched tensors."""
-    masks: Any = sys.modules.get("transformers.masking_utils")
-    if masks is None:
+def broadcast_masks() -> Iterator[None]:
+    """Masks of transformers by broadcast instead of vmap."""
+    library = "transformers.masking_utils"
+    if library not in sys.modules:
         yield
         return
-    before = masks._vmap_expansion_sdpa, masks.TransformGetItemToIndex
+    indices_of = known_internal(f"{library}._non_vmap_expansion_sdpa")
 
     def broadcast(function: Any) -> Any:
         def of(*indices: Tensor) -> Tensor:
-            mask: Tensor = function(*masks._non_vmap_expansion_sdpa(*indices))
+            mask: Tensor = function(*indices_of(*indices))
             return mask.expand(*(len(index) for index in indices))
 
         return of
 
-    masks._vmap_expansion_sdpa, masks.TransformGetItemToIndex = broadcast, nullcontext
-    try:
-        yield
-    finally:
-        masks._vmap_expansion_sdpa, masks.TransformGetItemToIndex = before
-
-
-@contextmanager
-def whole_numbers_stay(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
-    """Take the model's buffers of one whole number (a stride, a kernel's size) for constants, and yield them."""
-    found = [
-        (module, name, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-        and buffer.numel() == 1
-        and not (buffer.is_floating_point() or buffer.is_complex())
-    ]
-    before = [(module, dict(module._buffers)) for module in {id(one[0]): one[0] for one in found}.values()]
-    try:
-        for module, name, buffer in found:
-            del module._buffers[name]
-            module.__dict__[name] = buffer
-        yield tuple(buffer for _, _, buffer in found)
-    finally:
-        for module, name, _ in found:
-            del module.__dict__[name]
-        for module, buffers in before:
-            module._buffers.clear()
-            module._buffers.update(buffers)  # in their order, which state_dict() has
-
-
-@contextmanager
-def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Put every buffer's values back as they were: running statistics change with every forward in training."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
-
-
-@contextmanager
-def _modules_stay() -> Iterator[None]:
-    """Let ``module.to(dtype)`` within forward return a module that has that dtype: a trace can't swap weights."""
-    original = nn.Module.to
-
-    def stays(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if all(
-            (device is None or value.device == device) and (dtype is None or value.dtype == dtype)
-            for value in module.parameters()
-        ):
-            return module
-        return original(module, *args, **kwargs)
-
-    nn.Module.to = stays  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.to = original  # type: ignore[method-assign]
-
-
-@contextmanager
-def _keywords_only(model: nn.Module, inputs: list[str], constants: dict[str, Any]) -> Iterator[None]:
-    """Bind what is constant."""
-    forward = model.forward
-
-    def bound(**tensors: Tensor) -> Any:
-        return without_caches(forward(**tensors, **constants))
-
-    with forward_of_tensors(model, bound, inputs):
+    with (
+        _replaced(f"{library}._vmap_expansion_sdpa", lambda _: broadcast),
+        _replaced(f"{library}.TransformGetItemToIndex", lambda _: lambda: nullcontext()),
+    ):
         yield
 
 
-def without_caches(outputs: Any) -> Any:
-    """Return a model's outputs as ``use_cache=False`` gives them, also where the model makes a cache all the same."""
-    library = sys.modules.get("transformers.cache_utils")
-    if library is None or not isinstance(outputs, Mapping):
-        return outputs
-    kept = {name: value for name, value in outputs.items() if not isinstance(value, library.Cache)}
-    kind: Any = type(outputs)
-    return outputs if len(kept) == len(outputs) else kind(**kept)
-
-
 @contextmanager
-def forward_of_tensors(
-    model: nn.Module, function: Callable[..., Any], inputs: Sequence[str]
-) -> Iterator[None]:
-    """Let a function of keyword tensors be the model's forward.
+def modules_stay() -> Iterator[None]:
+    """Let ``module.to(dtype)`` within forward return a module that has that dtype."""
+    parse: Any = known_internal("torch._C._nn._parse_to")
 
-    It gets the signature that the graph will have: torch.export can't name what ``**kwargs`` takes.
+    def of(original: Any) -> Any:
+        def stays(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            device, dtype, *_ = parse(*args, **kwargs)
+            if all(
+                (device is None or value.device == device) and (dtype is None or value.dtype == dtype)
+                for value in module.parameters()
+            ):
+                return module
+            return original(module, *args, **kwargs)
+
+        return stays
+
+    with _replaced("torch.nn.modules.module.Module.to", of):
+        yield
+
+
+@cache
+def no_guard_on_accumulation() -> None:
+    """Let inductor choose how to add floats up on a CPU without a guard on the number of addends, from now on.
+
+    torch 2.13 guards ``addends <= 4096`` there, so a graph would be compiled again as batch and sequence cross it.
+    Either choice adds up any number of addends; the larger one is more precise.
+
+    Raises:
+        VersionError: an internal of torch is not what ti_fx knows.
     """
-    kind = inspect.Parameter.KEYWORD_ONLY
-    function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in inputs])  # type: ignore[attr-defined]
-    own = model.__dict__.get("forward")
-    model.forward = function
-    try:
-        yield
-    finally:
-        del model.forward
-        if own is not None:
-            model.forward = own
+    from torch._inductor.virtualized import V
+
+    def of(original: Any) -> Any:
+        def unguarded(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            with V.graph.sizevars.shape_env.suppress_guards():
+                return original(kernel, *args, **kwargs)
+
+        return unguarded
+
+    with one_at_a_time():
+        _replace("torch._inductor.codegen.cpp.CppKernel.need_use_acc_helper", of)

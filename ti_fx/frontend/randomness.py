@@ -1,31 +1,22 @@
-"""Random numbers that decide in Python what a model computes: a trace would freeze one outcome."""
+"""Refuses random numbers that decide in Python what a model computes: a trace would freeze one outcome."""
 
 from __future__ import annotations
 
 import random
-import re
-import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ti_fx.errors import RandomnessError
-from ti_fx.frontend.constant_mode import Concrete, all_tensors
-from ti_fx.frontend.decisions import caller
-from ti_fx.frontend.patches import unchanged_buffers
+from ti_fx.frontend.constant_mode import ConstantMode, all_tensors
+from ti_fx.frontend.model_for_trace import unchanged_buffers
+from ti_fx.frontend.source_lines import caller, drawing_line
+from ti_fx.numerics.closeness import same
 
-_RANDOM_FUNCTIONS = (
-    "randint",
-    "choice",
-    "choices",
-    "sample",
-    "shuffle",
-    "gauss",
-    "randrange",
-)
+_RANDOM_FUNCTIONS = ("randint", "choice", "choices", "sample", "shuffle", "gauss", "randrange")
 _NUMPY_FUNCTIONS = (
     "rand",
     "random",
@@ -45,8 +36,7 @@ def _python_draws(draw: float) -> Iterator[list[str]]:
     drawn: list[str] = []
 
     def uniform(low: float = 0.0, high: float = 1.0) -> float:
-        where = caller()
-        drawn.append(where)
+        drawn.append(caller())
         return low + (high - low) * draw
 
     before = random.random, random.uniform
@@ -69,33 +59,28 @@ def no_python_randomness(model: nn.Module) -> Iterator[None]:
 
     def recording(function: Any) -> Any:
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            frames = traceback.extract_stack()[:-1]
-            frame = next(
-                (f for f in reversed(frames) if not re.search(r"[/\\](torch|numpy|random\.py)", f.filename)),
-                None,
-            )
-            if frame is not None and "ti_fx" not in frame.filename:
-                found.append(f"{frame.filename}:{frame.lineno}")
+            if line := drawing_line():
+                found.append(line)
             return function(*args, **kwargs)
 
         return recorded
 
-    patched: list[tuple[Any, str, Any]] = []
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    for module, names in ((random, _RANDOM_FUNCTIONS), (numpy.random, _NUMPY_FUNCTIONS)):
-        for name in names:
-            patched.append((module, name, getattr(module, name)))
-            setattr(module, name, recording(getattr(module, name)))
-    try:
+    modules: tuple[tuple[Any, tuple[str, ...]], ...] = (
+        (random, _RANDOM_FUNCTIONS),
+        (numpy.random, _NUMPY_FUNCTIONS),
+    )
+    with ExitStack() as undo:
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(numpy.random.set_state, numpy.random.get_state())
+        for module, names in modules:
+            for name in names:
+                function = getattr(module, name)
+                undo.callback(setattr, module, name, function)
+                setattr(module, name, recording(function))
         with _python_draws(1.0) as drawn:
             yield
         if any(parameter.is_meta for parameter in model.parameters()):
             found += drawn  # there are no values to see whether they matter
-    finally:
-        for module, name, function in patched:
-            setattr(module, name, function)
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
     if found:
         raise RandomnessError(
             f"{type(model).__name__} draws random numbers in Python ({found[0]}), which a trace would freeze into one "
@@ -113,17 +98,14 @@ def decides_at_random(
             torch.no_grad(),
             torch.random.fork_rng(devices=[]),
             unchanged_buffers(model),
-            Concrete(draw=draw) as concrete,
+            ConstantMode(draw=draw) as mode,
             _python_draws(draw) as drawn,
         ):
             torch.manual_seed(0)
             outputs.append(all_tensors(model(**tensors, **constants)))
-        found = [*concrete.drawn, *drawn]
+        found = [*mode.drawn, *drawn]
         if not found:
             return None
     left, right = outputs
-    same = len(left) == len(right) and all(
-        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in zip(left, right, strict=True)
-    )
-    return None if same else found[0]
+    alike = len(left) == len(right) and all(map(same, left, right))
+    return None if alike else found[0]

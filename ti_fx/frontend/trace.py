@@ -1,28 +1,37 @@
-"""torch.export of a model as users have it: what is dynamic, what would be baked, and whose fault a failure is."""
+"""Traces a model as users have it: which inputs are constants, what Python decided, and whose fault a failure is."""
 
 from __future__ import annotations
 
 import itertools
 import re
-import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ti_fx.errors import CaptureError, InputError, RandomnessError, TiFxError, VerificationError, first_line
-from ti_fx.frontend.baked_inputs import steering_inputs
-from ti_fx.frontend.constant_mode import Concrete
+from ti_fx.errors import (
+    CaptureError,
+    InputError,
+    RandomnessError,
+    TiFxError,
+    VerificationError,
+    VersionError,
+    first_line,
+)
+from ti_fx.frontend.baked_inputs import inputs_read_by_python
+from ti_fx.frontend.constant_mode import ConstantMode
 from ti_fx.frontend.decisions import Decision, Decisions
-from ti_fx.frontend.export_program import Dynamic, Known, export_program
-from ti_fx.frontend.patches import unchanged_buffers, whole_numbers_stay
+from ti_fx.frontend.dynamic_sizes import Dynamic
+from ti_fx.frontend.export_program import KnownValues, export_program
+from ti_fx.frontend.model_for_trace import unchanged_buffers, whole_numbers_stay
 from ti_fx.frontend.randomness import decides_at_random, no_python_randomness
+from ti_fx.frontend.source_lines import failing_line
 
 
 @dataclass(frozen=True)
-class Followed:
-    """What a trace followed of the example's values.
+class FollowedDecisions:
+    """What a model decides by the example's values, which a trace followed.
 
     Attributes:
         decisions: the values that Python read, in order.
@@ -34,26 +43,26 @@ class Followed:
 
 
 @dataclass(frozen=True)
-class Traced:
+class TraceResult:
     """What torch.export gave.
 
     Attributes:
         program: the exported program.
         static: why a dimension is not dynamic, by ``input.dimension``.
         baked: the values of inputs that are constants of the program.
-        followed: what was decided by values, and the loops over what a mask hits.
+        followed: what was decided by values.
     """
 
     program: torch.export.ExportedProgram
     static: dict[str, str]
     baked: dict[str, Tensor]
-    followed: Followed = field(default_factory=Followed)
+    followed: FollowedDecisions = field(default_factory=FollowedDecisions)
 
 
-def export(
+def trace_without_decisions(
     model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
-) -> Traced:
-    """Trace a model.
+) -> TraceResult:
+    """Trace a model whose Python decides nothing by values, those of a few integer inputs excepted.
 
     Raises:
         InputError: the model itself fails on the example.
@@ -62,35 +71,36 @@ def export(
     with no_python_randomness(model):
         if not _is_meta(tensors):
             _no_random_choice(model, tensors, constants)
-        first: Traced | None = None
-        known: TiFxError | None = None
+        first: TraceResult | None = None
+        failure: TiFxError | None = None
         try:
-            first = Traced(*export_program(model, tensors, constants, dynamic, Known()), {})
-            steered = _reads_values(first.program)
+            first = TraceResult(*export_program(model, tensors, constants, dynamic, KnownValues()), {})
+            reads_values = _reads_values(first.program)
         except Exception as error:
-            known = _capture_error(model, error, tensors, constants)
-            steered = is_about_values(known)
-            if not steered:
-                raise known from error
-        if steered:
-            baked = {name: tensors[name] for name in steering_inputs(model, tensors, constants)}
+            failure = _capture_error(model, error, tensors, constants)
+            reads_values = is_about_values(failure)
+            if not reads_values:
+                raise failure from error
+        if reads_values:
+            baked = {name: tensors[name] for name in inputs_read_by_python(model, tensors, constants)}
             rest = {name: value for name, value in tensors.items() if name not in baked}
             if baked and rest:
                 try:
-                    return Traced(*export_program(model, rest, constants, dynamic, Known(baked)), baked)
+                    program = export_program(model, rest, constants, dynamic, KnownValues(baked))
+                    return TraceResult(*program, baked)
                 except Exception as error:
-                    # what these values steer is not all that is in the way: the first attempt says what is
-                    if known is not None:
-                        raise known from error
+                    # these inputs are not all that is in the way: the first attempt says what is
+                    if failure is not None:
+                        raise failure from error
         if first is None:
-            assert known is not None
-            raise known
+            assert failure is not None
+            raise failure
         return first
 
 
-def follow(
+def trace_following_decisions(
     model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
-) -> Traced:
+) -> TraceResult:
     """Trace a model whose Python reads values: one graph follows what it decides on the example, and checks it.
 
     Raises:
@@ -103,33 +113,34 @@ def follow(
         )
     with no_python_randomness(model), whole_numbers_stay(model) as numbers:
         try:
-            steering = {name: tensors[name] for name in steering_inputs(model, tensors, constants)}
+            read = {name: tensors[name] for name in inputs_read_by_python(model, tensors, constants)}
         except Exception as error:  # in training it wants labels
             raise _capture_error(model, error, tensors, constants) from error
-        if len(steering) == len(tensors):
-            steering = {}
+        if len(read) == len(tensors):
+            read = {}
         first: Exception | None = None
-        for baked, level in (({}, False), *[(steering, False)][: len(steering)], (steering, True)):
-            decisions = Decisions(numbers=level)
+        for baked, reads_numbers in (({}, False), *[(read, False)][: len(read)], (read, True)):
+            decisions = Decisions(numbers=reads_numbers)
             rest = {name: value for name, value in tensors.items() if name not in baked}
             try:
                 with (
                     torch.no_grad(),
                     torch.random.fork_rng(devices=[]),
                     unchanged_buffers(model),
-                    Concrete([*baked.values(), *numbers], decisions=decisions) as concrete,
+                    ConstantMode([*baked.values(), *numbers], decisions=decisions) as mode,
                 ):
                     torch.manual_seed(0)
                     model(**tensors, **constants)
-                known = Known(baked, numbers, decisions)
+                known = KnownValues(baked, numbers, decisions)
                 # numbers that Python read are sizes, mostly: those that they fit are fixed, too
-                found = export_program(model, rest, constants, "none" if level else dynamic, known)
+                found = export_program(model, rest, constants, "none" if reads_numbers else dynamic, known)
+            except VersionError:
+                raise
             except Exception as error:
                 first = first or error
                 continue
-            return Traced(
-                *found, baked, Followed(tuple(itertools.chain(*decisions.taken.values())), concrete.loops)
-            )
+            taken = tuple(itertools.chain(*decisions.by_line.values()))
+            return TraceResult(*found, baked, FollowedDecisions(taken, mode.loops))
     assert first is not None
     raise _capture_error(model, first, tensors, constants) from first
 
@@ -185,14 +196,5 @@ def _capture_error(
 
 
 def _at(error: BaseException) -> str:
-    where = _user_line(error)
+    where = failing_line(error)
     return f" ({where})" if where else ""
-
-
-def _user_line(error: BaseException) -> str:
-    """Return ``file:line`` of the innermost frame that is the model's own code, as far as the traceback tells."""
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        if not re.search(r"[/\\](torch|ti_fx)[/\\]", frame.filename) and not frame.filename.startswith("<"):
-            return f"{frame.filename}:{frame.lineno}"
-    return ""

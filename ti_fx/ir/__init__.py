@@ -1,1 +1,1 @@
-"""The graph itself: editing it, what is recorded of it, its text, its stages and the pipelines that rewrite it."""
+"""The graph is edited, described, checked and rewritten by these modules, which know no single pass."""

@@ -1,4 +1,4 @@
-"""Checks of decisions: nodes that refuse inputs by which the model would decide otherwise than on the example."""
+"""A check is a node that refuses inputs by which the model would decide otherwise than on the example."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Small edits of an fx graph that torch.fx leaves to its users: names that can be reused, order, sharing, pruning."""
+"""These functions edit a graph where torch.fx leaves that to its users: they insert, name, sort, fork and prune."""
 
 from __future__ import annotations
 
 import copy
 import heapq
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -160,6 +161,12 @@ def insert_copy(before: Node, node: Node, read: Callable[[Node], Any], name: str
         before.graph._graph_namespace._used_names.discard(copied.name)
         copied._rename(name)
     return copied
+
+
+def rename(node: Node, name: str) -> None:
+    """Call a node by a name, with a number behind it where another node has that; one that is called so is left."""
+    if not re.fullmatch(rf"{re.escape(name)}(_\d+)?", node.name):
+        node._rename(name)
 
 
 def place(node: Node, like: Node) -> None:

@@ -1,4 +1,4 @@
-"""Inputs that a graph was captured for, and the one line that refuses any other."""
+"""A graph refuses, in one line, inputs that it was not captured for."""
 
 from __future__ import annotations
 

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ti_fx import numerics
+from ti_fx.errors import first_line
 from ti_fx.ir import leaves, roles
 from ti_fx.ir.checks import is_assertion
 from ti_fx.ir.edit import aten_name, stored
 from ti_fx.ir.facts import facts
 from ti_fx.ir.inserted import is_ours
 from ti_fx.ir.leaves import is_dropout
-from ti_fx.ir.outputs import is_container
-from ti_fx.ir.roles import TEACHER
+from ti_fx.ir.outputs import is_container, prepared_result
+from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.ir.shapes import guard_count
 
 
@@ -33,7 +34,7 @@ def _lint(gm: GraphModule) -> Iterator[str]:
     try:
         gm.graph.lint()
     except RuntimeError as error:
-        yield str(error).splitlines()[0]
+        yield first_line(error)
 
 
 def _order(gm: GraphModule) -> Iterator[str]:
@@ -72,7 +73,7 @@ def _teacher_reads(gm: GraphModule) -> Iterator[str]:
 
 
 def _interventions(gm: GraphModule) -> Iterator[str]:
-    twins = {node: twin for twin, node in roles.twins(gm.graph).items()}
+    twins = roles.twin_of(gm.graph)
     taps = {node.name: node for node in gm.graph.nodes if roles.fact(node, "intervened")}
     detached: dict[str, set[str]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=numerics.detach):
@@ -112,7 +113,7 @@ def _readers(node: Node) -> Iterator[str]:
 
 def _same_twins(gm: GraphModule) -> Iterator[str]:
     twins = roles.twins(gm.graph)
-    teacher_of = {node: twin for twin, node in twins.items()}
+    teacher_of = roles.twin_of(gm.graph)
     by_name = {node.name: node for node in gm.graph.nodes}
 
     def origin(source: Node) -> Node:
@@ -128,7 +129,7 @@ def _same_twins(gm: GraphModule) -> Iterator[str]:
         return teacher_of.get(source, source)
 
     for twin, node in twins.items():
-        if node.op in ("get_attr", "call_module") and twin.target != f"{TEACHER}.{node.target}":
+        if node.op in ("get_attr", "call_module") and twin.target != f"{TEACHER_PREFIX}{node.target}":
             yield f"teacher %{twin.name} reads {twin.target}, its twin {node.target}"
         if twin.op == "call_function" and twin.target is not node.target:
             yield f"teacher %{twin.name} computes another op than its twin %{node.name}"
@@ -185,10 +186,10 @@ def _tied(gm: GraphModule) -> Iterator[str]:
 
 
 def _losses(gm: GraphModule) -> Iterator[str]:
-    result = gm.graph.output_node().args[0]
-    if not (isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}):
+    result = prepared_result(gm)
+    if result is None:
         return
-    for name, node in {"loss": result["loss"], **result["losses"]}.items():
+    for name, node in {"loss": result.loss, **result.losses}.items():
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dim():
             yield f"{name} (%{node.name}) has shape {tuple(value.shape)}; a loss is a scalar"

@@ -1,4 +1,4 @@
-"""Ops that behave differently in training, as small leaf modules that read ``self.training``.
+"""Leaf modules hold the operations that behave differently in training; they read ``self.training``.
 
 A dropout flag in the graph would be a constant: flipping it means another graph and another compilation. A leaf
 module follows ``train()`` and ``eval()`` as any nn.Module does. Dropout itself is torch.nn.Dropout.

@@ -1,4 +1,4 @@
-"""Options as text: a frozen dataclass's fields, written so that they parse back. Used by passes, recipes and the CLI.
+"""A frozen dataclass's fields are options, written as text that parses back: for passes, recipes, the command line.
 
 ``name{key=value key=value}``, default values left out; None is ``none``, tuples are ``1,2``, mappings ``a:1,b:2``, odd
 text is quoted.
@@ -31,7 +31,7 @@ def write(name: str, value: Any) -> str:
     written = [
         f"{field.name}={_text(getattr(value, field.name))}"
         for field in dataclasses.fields(value)
-        if field.init and getattr(value, field.name) != _default(field)
+        if _is_option(field) and getattr(value, field.name) != _default(field)
     ]
     return f"{name}{{{' '.join(written)}}}" if written else name
 
@@ -66,7 +66,7 @@ def construct(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
         RecipeError: unknown option or a value that does not fit; names the option.
     """
     hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    fields = {field.name: field for field in dataclasses.fields(kind) if _is_option(field)}
     converted: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
@@ -133,6 +133,11 @@ def _convert_union(value: Any, choices: tuple[Any, ...]) -> Any:
         except (ValueError, TypeError):
             continue
     raise ValueError(value)
+
+
+def _is_option(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field is written as text: what is not compared (a module, a graph) is none."""
+    return field.init and field.compare
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

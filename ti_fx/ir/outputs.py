@@ -1,13 +1,13 @@
-"""Rebuild a model's output structure inside the graph, from torch.export's flat outputs and their TreeSpec."""
+"""What a graph returns: a model's own output structure, rebuilt inside the graph, or losses beside it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ti_fx.errors import CaptureError
@@ -37,13 +37,12 @@ def _build(graph: Graph, spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
         return kind(children)
     if kind in (dict, OrderedDict):
         return dict(zip(spec.context, children, strict=True))
+    if kind is namedtuple:  # how a TreeSpec writes any named tuple; its own class is the context
+        kind = spec.context
     fields: Any = None
     if issubclass(kind, Mapping) and dataclasses.is_dataclass(kind):
         fields = spec.context
     elif pytree.is_namedtuple_class(kind):
-        fields = kind._fields
-    elif kind is namedtuple:  # how older TreeSpecs write any named tuple
-        kind = spec.context
         fields = kind._fields
     if fields is not None:
         keywords = dict(zip(fields, children, strict=True))
@@ -78,3 +77,31 @@ def named_leaves(argument: Any, prefix: str = "") -> dict[str, Node]:
     for key, item in items:
         found.update(named_leaves(item, f"{prefix}.{key}" if prefix else key))
     return found
+
+
+class PreparedResult(NamedTuple):
+    """What a graph with losses returns, as a dict of these names.
+
+    Attributes:
+        loss: the weighted sum, a scalar.
+        losses: each term by name.
+        outputs: what the model returns.
+    """
+
+    loss: Node
+    losses: dict[str, Node]
+    outputs: Any
+
+
+def prepared_result(gm: GraphModule) -> PreparedResult | None:
+    """Return what a graph with losses returns, None of a graph without."""
+    result = gm.graph.output_node().args[0]
+    if isinstance(result, dict) and set(result) == set(PreparedResult._fields):
+        return PreparedResult(**result)
+    return None
+
+
+def model_outputs(gm: GraphModule) -> Any:
+    """Return the structure of the model's own outputs, of a graph with losses, too."""
+    result = prepared_result(gm)
+    return gm.graph.output_node().args[0] if result is None else result.outputs

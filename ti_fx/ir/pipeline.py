@@ -1,12 +1,13 @@
-"""Pass, Pipeline and Report: ordered rewrites of one graph, each checked before and after."""
+"""A Pipeline runs passes over one graph in order and checks the graph after each."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from textwrap import indent
 from typing import ClassVar
 
 from torch.fx import GraphModule, Node
@@ -17,6 +18,7 @@ from ti_fx.files import atomic_write
 from ti_fx.ir import options, roles, text
 from ti_fx.ir.edit import prune, sort, tensor
 from ti_fx.ir.facts import record_facts
+from ti_fx.ir.registered import WithRegistered
 from ti_fx.ir.shapes import refresh, signature
 from ti_fx.ir.stages import STAGES, Progress, Stage, stage_of, verify
 
@@ -43,6 +45,10 @@ class Pass(PassBase):
         """Edit ``gm`` in place."""
         raise NotImplementedError
 
+    def explain(self, gm: GraphModule) -> str:
+        """Return what a report should say of the graph beside counts: what the pass decided, and why."""
+        return ""
+
     def ensures(self, gm: GraphModule) -> None:
         """Raise PostconditionError unless the pass did what it promises."""
 
@@ -66,10 +72,16 @@ class Pass(PassBase):
         """Return the pass that ``str(pass)`` wrote: ``intervene{at=map layers=0,1}``.
 
         Raises:
-            RecipeError: no such pass or option, or a value of the wrong type; near names are listed.
+            RecipeError: no such pass or option, or a value of the wrong type; near names are listed. A distribution
+                registers a pass that can't be imported or a name that is taken.
         """
-        parsed: Pass = options.parse(written, {kind.name(): kind for kind in _subclasses(Pass)})
+        parsed: Pass = options.parse(written, Pass.known())
         return parsed
+
+    @staticmethod
+    def known() -> Mapping[str, type[Pass]]:
+        """Return every pass by its name: those imported so far, and those that installed distributions register."""
+        return WithRegistered({kind.name(): kind for kind in _subclasses(Pass)}, Pass)
 
     def __str__(self) -> str:
         return options.write(self.name(), self)
@@ -87,7 +99,8 @@ class PassReport:
 
     Attributes:
         name: the pass as text. added, removed, rewired: numbers of nodes. parameters: elements that the graph reads
-        afterwards. milliseconds: wall time, checks included. changed: whether the dump is another.
+        afterwards. milliseconds: wall time, checks included. explanation: what the pass decided and why, most often
+        nothing. changed: whether the dump is another.
     """
 
     name: str
@@ -96,6 +109,7 @@ class PassReport:
     rewired: int
     parameters: int
     milliseconds: float
+    explanation: str = ""
 
     @property
     def changed(self) -> bool:
@@ -118,6 +132,7 @@ class Report:
         rows = [
             f"{index}. {row.name}: {row.added} added, {row.removed} removed, {row.rewired} rewired; "
             f"{row.parameters:,} parameters; {row.milliseconds:.0f} ms"
+            + indent(f"\n{row.explanation}" if row.explanation else "", "   ")
             for index, row in enumerate(self.passes, 1)
         ]
         return "\n".join(rows)
@@ -152,6 +167,7 @@ class Pipeline:
                 and the neighbourhood in the dump.
         """
         rows: list[PassReport] = []
+        calls = _calls(gm)
         before = text.lines(gm)
         self._write(0, str(stage_of(gm)), before)
         progress = None if self.stage is None else Progress(self.stage, gm)
@@ -165,9 +181,12 @@ class Pipeline:
                 error.add_note(self._note(one, position, gm, before))
                 raise
             elapsed = 1000 * (time.perf_counter() - start)
-            rows.append(_measure(str(one), gm, before, after, elapsed))
+            explanation = one.explain(gm) if isinstance(one, Pass) else ""
+            rows.append(_measure(str(one), gm, before, after, elapsed, explanation))
             before = after
             self._write(position, name_of(one), after)
+        if _calls(gm) == calls:
+            gm.recompile()  # it may have been edited before, by hand
         if self.stage is not None:
             record_facts(gm, stage=self.stage.name)
         return Report(tuple(rows))
@@ -200,8 +219,10 @@ def run_pass(
 ) -> dict[str, str]:
     """Run one pass with every check; ``before`` and the result are the dump's lines by node name.
 
+    Code is generated anew only if a call changed: on a large graph that takes longest.
     With ``progress``, it is the stage that the passes lead to whose invariants are checked.
     """
+    calls = _calls(gm)
     if isinstance(one, Pass):
         one.requires(gm)
         _require_stage(one, gm)
@@ -211,10 +232,14 @@ def run_pass(
     else:
         _apply_foreign(one, gm)
     sort(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
+    is_rewired = _calls(gm) != calls
+    if is_rewired:
+        gm.graph.lint()
     after = text.lines(gm)
-    evaluated = refresh(gm, _changed_nodes(gm, before, after))
+    changed = _changed_nodes(gm, before, after)
+    if is_rewired or changed:
+        gm.recompile()
+    evaluated = refresh(gm, changed)
     after |= text.lines(gm, evaluated)
     if progress is None:
         verify(gm, changed=())  # refresh has just evaluated every changed node
@@ -223,6 +248,11 @@ def run_pass(
     if isinstance(one, Pass):
         one.ensures(gm)
     return after
+
+
+def _calls(gm: GraphModule) -> list[tuple[object, ...]]:
+    """Return what code is generated from."""
+    return [(node.name, node.op, node.target, node.args, node.kwargs) for node in gm.graph.nodes]
 
 
 def _require_stage(one: Pass, gm: GraphModule) -> None:
@@ -236,9 +266,12 @@ def _require_stage(one: Pass, gm: GraphModule) -> None:
         names = " or ".join(taken.name for taken in one.takes)
         order = list(STAGES.values())
         is_late = order.index(stage) > max(order.index(taken) for taken in one.takes)
-        advice = "capture the model again" if is_late else one.takes[0].made_by
+        first = one.takes[0]
+        advice = "capture the model again" if is_late else first.advice
         raise PreconditionError(
-            f"{one.name()} takes a graph that is {names}, and this one is {stage}; {advice}"
+            f"{one.name()} takes a graph that is {names}, and this one is {stage}"
+            + (f"; {advice}" if advice else ""),
+            missing=None if is_late else first.missing,
         )
 
 
@@ -258,11 +291,11 @@ def _apply_foreign(one: PassBase, gm: GraphModule) -> None:
 
 
 def _changed_nodes(gm: GraphModule, before: dict[str, str], after: dict[str, str]) -> list[Node]:
-    """Return the nodes whose line is another, and the reads of tensors that were replaced by other ones."""
+    """Return the nodes whose line is another up to the role, and the reads of tensors that were replaced."""
     return [
         node
         for node in gm.graph.nodes
-        if before.get(node.name) != after[node.name]
+        if text.without_role(before.get(node.name, "")) != text.without_role(after[node.name])
         or "val" not in node.meta
         or (node.op == "get_attr" and signature(node.meta["val"]) != signature(tensor(gm, node.target)))
     ]
@@ -274,6 +307,7 @@ def _measure(
     before: dict[str, str],
     after: dict[str, str],
     milliseconds: float,
+    explanation: str,
 ) -> PassReport:
     shared = before.keys() & after.keys()
     return PassReport(
@@ -283,4 +317,5 @@ def _measure(
         rewired=sum(before[node] != after[node] for node in shared),
         parameters=sum(parameter.numel() for parameter in gm.parameters()),
         milliseconds=milliseconds,
+        explanation=explanation,
     )

@@ -1,4 +1,4 @@
-"""The one ``node.meta`` key of ti_fx and its accessors.
+"""Each node records its role and what passes did to it under one key of ``node.meta``.
 
 Every node has a role:
 
@@ -20,6 +20,7 @@ from ti_fx.errors import VerificationError
 
 KEY = "ti_fx"
 TEACHER = "teacher"  # the submodule that holds the teacher's frozen tensors
+TEACHER_PREFIX = f"{TEACHER}."  # of their names
 Role = Literal["shared", "student", "teacher", "loss"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -60,6 +61,11 @@ def twins(graph: Graph) -> dict[Node, Node]:
     """Return teacher node -> student node, as recorded by DuplicateTeacher."""
     by_name = {node.name: node for node in graph.nodes}
     return {node: by_name[fact(node, "twin")] for node in graph.nodes if fact(node, "twin") in by_name}
+
+
+def twin_of(graph: Graph) -> dict[Node, Node]:
+    """Return student node -> teacher node: :func:`twins`, read the other way."""
+    return {node: twin for twin, node in twins(graph).items()}
 
 
 def infer(graph: Graph) -> None:

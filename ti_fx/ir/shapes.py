@@ -1,7 +1,8 @@
 """Keep ``node.meta["val"]`` (fake tensors) right after a pass, touching only what changed.
 
 Evaluating a node costs about 3 ms, so a pass pays for the nodes it changed, and equal calls on inputs of equal shape,
-dtype, device and stride are evaluated once: a transformer's layers are alike. Everything runs in the placeholders' own
+dtype, device and stride are evaluated once in a graph's life: a transformer's layers are alike, and a pass after it
+evaluates what is as before. Everything runs in the placeholders' own
 FakeTensorMode, so symbolic sizes keep their meaning.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import Argument, map_aggregate
 from torch.utils import _pytree as pytree
 
-from ti_fx.errors import VerificationError
+from ti_fx.errors import VerificationError, first_line
 from ti_fx.ir.edit import tensor
 
 
@@ -77,13 +79,25 @@ def _open_symbols(value: Any) -> set[Any]:
     return set().union(*(free_unbacked_symbols(leaf) for leaf in leaves))
 
 
+# Of each graph: the mode of its placeholders, and the value of each distinct call that was evaluated in it.
+_KNOWN: WeakKeyDictionary[GraphModule, tuple[FakeTensorMode, dict[Hashable, Any]]] = WeakKeyDictionary()
+
+
+def _known(gm: GraphModule, mode: FakeTensorMode) -> dict[Hashable, Any]:
+    of, values = _KNOWN.get(gm, (None, {}))
+    if of is not mode:
+        values = {}
+        _KNOWN[gm] = mode, values
+    return values
+
+
 class Evaluator:
     """Evaluates nodes of one graph on fake tensors, each distinct call once."""
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
         self.mode = fake_mode(gm)
-        self.known: dict[Hashable, Any] = {}
+        self.known = _known(gm, self.mode)
         self.open: dict[Hashable, Any] | None = None
         self.signatures: dict[Node, tuple[Any, Hashable]] = {}
 
@@ -143,8 +157,9 @@ class Evaluator:
         target: Hashable = node.target
         if node.op == "call_module":
             module = self.gm.get_submodule(str(node.target))
-            stateless = not any(True for _ in module.parameters()) and not any(True for _ in module.buffers())
-            target = (type(module), module.extra_repr(), module.training) if stateless else node.target
+            stored = tuple(map(signature, (*module.parameters(), *module.buffers())))
+            # one that stores nothing is what its options say; any other is itself
+            target = (module if stored else type(module), module.extra_repr(), module.training, stored)
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
         parts = tuple(
             self.signature(leaf) if isinstance(leaf, Node) else (type(leaf), str(leaf)) for leaf in leaves
@@ -191,7 +206,7 @@ def refresh(gm: GraphModule, changed: Iterable[Node]) -> list[Node]:
         except Exception as error:
             raise VerificationError(
                 f"meta present and consistent: %{node.name} can't be computed from its inputs: "
-                f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+                + first_line(error)
             ) from error
         evaluated.append(node)
         if evaluator.signature(node) != before:

@@ -1,12 +1,13 @@
 """The stages that a graph goes through, each with the table of invariants that it keeps there.
 
-=========  ==========================================  ===============================
-exported   what torch.export returned                  passes/normalise takes it
-captured   a plain trainable graph: the student alone  passes/prepare take it
-prepared   student, teacher, losses, interventions     passes/prepare and deploy take it
-packed     the student alone, its weights as codes     passes/lower take it
-lowered    what ONNX can say                           the exporter takes it
-=========  ==========================================  ===============================
+==================  ==========================================  =================================
+exported            what torch.export returned                  passes/normalise takes it
+captured            a plain trainable graph: the student alone  passes/prepare take it
+prepared            student, teacher, losses, interventions     passes/prepare and deploy take it
+packed              the student alone, its weights as codes     passes/lower take it
+lowered             what ONNX can say                           the exporter takes it
+made for one phase  a fork of a prepared graph, quick to run    the trainer takes it
+==================  ==========================================  =================================
 """
 
 from __future__ import annotations
@@ -29,22 +30,27 @@ class Stage:
 
     Attributes:
         name: as the graph's facts record it.
-        made_by: how a graph gets there, for people.
+        advice: how a graph gets there, for people.
+        missing: the pass that leads there, as text; None where it takes more than a pass.
         invariants: what every graph in this stage keeps.
     """
 
     name: str
-    made_by: str
     invariants: tuple[Invariant, ...]
+    missing: str | None = None
+    advice: str = ""
 
     def __str__(self) -> str:
         return self.name
 
 
-EXPORTED = Stage("exported", "ti_fx.capture runs these passes itself", (rows.TOPOLOGICAL_ORDER, rows.LINT))
+EXPORTED = Stage(
+    "exported",
+    (rows.TOPOLOGICAL_ORDER, rows.LINT),
+    advice="ti_fx.capture runs it, on what torch.export returned",
+)
 CAPTURED = Stage(
     "captured",
-    "capture the model with ti_fx.capture",
     (
         rows.TOPOLOGICAL_ORDER,
         rows.LINT,
@@ -56,10 +62,10 @@ CAPTURED = Stage(
         rows.META,
         rows.NO_GUARD,
     ),
+    advice="capture the model with ti_fx.capture",
 )
 PREPARED = Stage(
     "prepared",
-    "run duplicate-teacher or ternarize first",
     (
         rows.TOPOLOGICAL_ORDER,
         rows.LINT,
@@ -76,10 +82,10 @@ PREPARED = Stage(
         rows.META,
         rows.NO_GUARD,
     ),
+    missing="ternarize",
 )
 PACKED = Stage(
     "packed",
-    "run pack first",
     (
         rows.TOPOLOGICAL_ORDER,
         rows.LINT,
@@ -91,10 +97,10 @@ PACKED = Stage(
         rows.META,
         rows.NO_GUARD,
     ),
+    missing="pack",
 )
 LOWERED = Stage(
     "lowered",
-    "lower it with ti_fx.export.lower",
     (
         rows.TOPOLOGICAL_ORDER,
         rows.LINT,
@@ -105,8 +111,28 @@ LOWERED = Stage(
         rows.OPERATORS,
         rows.META,
     ),
+    advice="lower it with ti_fx.export.lower",
 )
-STAGES: dict[str, Stage] = {stage.name: stage for stage in (EXPORTED, CAPTURED, PREPARED, PACKED, LOWERED)}
+PHASE = Stage(
+    "made for one phase",
+    (
+        rows.TOPOLOGICAL_ORDER,
+        rows.LINT,
+        rows.PLAIN,
+        rows.ONE_ROLE,
+        rows.FROZEN,
+        rows.TEACHER_DROPOUT,
+        rows.QUANTISED_READS,
+        rows.TIED,
+        rows.SCALAR_LOSSES,
+        rows.META,
+        rows.NO_GUARD,
+    ),
+    advice="the trainer makes it, of a prepared graph",
+)
+STAGES: dict[str, Stage] = {
+    stage.name: stage for stage in (EXPORTED, CAPTURED, PREPARED, PACKED, LOWERED, PHASE)
+}
 
 
 def stage_of(gm: GraphModule) -> Stage:

@@ -1,4 +1,4 @@
-"""A graph as text, one node a line, and the difference of two graphs.
+"""A graph is written as text, one node a line, and two graphs as their difference.
 
 ``%name = op(args)  type  @module  #role``: no ids, devices or timings, so that equal graphs have equal text.
 """
@@ -10,6 +10,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -166,10 +167,15 @@ def operation(gm: GraphModule, node: Node) -> str:
 
 
 def _size(size: Any, dims: Mapping[str, str]) -> str:
-    text = str(size)
     if isinstance(size, int):
-        return text
+        return str(size)
+    text = _expression(size.node.expr)
     return dims.get(text) or re.sub(r"[A-Za-z_]\w*", lambda symbol: dims.get(symbol[0], symbol[0]), text)
+
+
+@lru_cache(maxsize=4096)
+def _expression(expression: Any) -> str:
+    return str(expression)  # which takes longer than all else in a line
 
 
 def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
@@ -192,6 +198,11 @@ def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
     if layout := roles.fact(node, "layout"):
         parts.append(f"stored as {layout}")
     return "  ".join(part for part in parts if part)
+
+
+def without_role(line: str) -> str:
+    """Return what a line says of a node's value: all but its role and what follows."""
+    return line.partition("  #")[0]
 
 
 def _is_unsaid(key: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Time and memory of exported files on this machine, and the encoding that they speak for."""
+"""Exported files are timed on this machine, their memory is measured, and an encoding is chosen by that."""
 
 from ti_fx.measure.bench import Bench, bench
 from ti_fx.measure.choose import Choice, choose_encoding, resolve

@@ -1,4 +1,4 @@
-"""What a student is compared with: ONNX Runtime on the original model, in fp32 and with its own dynamic int8."""
+"""A student is compared with the original model in ONNX Runtime, in fp32 and with its own dynamic int8."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ti_fx.errors import ExportError, first_line
 from ti_fx.export.cached.causal import PAST_AXES, causal_inputs
 from ti_fx.files import atomic_path
-from ti_fx.frontend.patches import forward_of_tensors
+from ti_fx.frontend.model_for_trace import forward_of_tensors
 from ti_fx.ir.edit import mode
 
 

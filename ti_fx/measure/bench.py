@@ -1,4 +1,4 @@
-"""Latency, loading, memory and size of ONNX files of one model, side by side on this machine."""
+"""``bench`` measures latency, loading, memory and size of ONNX files of one model, side by side."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def choose_encoding(
             )
             for one, path in files.items()
         )
-    return _choice(measured, ram_megabytes)
+    return fastest_that_fits(measured, ram_megabytes)
 
 
 def resolve(recipe: Recipe, gm: GraphModule) -> tuple[Recipe, Choice | None]:
@@ -183,7 +183,15 @@ def _packed(gm: GraphModule) -> GraphModule:
     return copy
 
 
-def _choice(measured: tuple[Measured, ...], limit: float | None) -> Choice:
+def fastest_that_fits(measured: tuple[Measured, ...], limit: float | None) -> Choice:
+    """Return the fastest of the measured encodings that run in ``limit`` megabytes (None: any), with the reason.
+
+    Of encodings that are about as fast, one whose rows do not depend on their batch is chosen.
+
+    Raises:
+        InputError: there is a limit, and this system does not say what memory is used.
+        ExportError: no encoding runs within the limit.
+    """
     fitting = list(measured)
     if limit is not None:
         needs = {one: one.megabytes for one in measured}

@@ -1,4 +1,4 @@
-"""Time, loading and memory of ONNX files on this machine: side by side, and each in a process of its own."""
+"""The footprint of an ONNX file, its loading, memory and time, is measured in a process of its own."""
 
 from __future__ import annotations
 

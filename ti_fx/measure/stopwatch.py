@@ -1,4 +1,4 @@
-"""Time side by side on this machine."""
+"""The stopwatch times functions in turn, so that what else the machine does falls on all of them."""
 
 from __future__ import annotations
 

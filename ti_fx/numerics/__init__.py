@@ -1,19 +1,20 @@
 """The numbers of quantisation and of distillation, as plain functions on tensors; no graph code here.
 
-``ternary`` and ``int8_tensor`` and their kin are what the graph's quantiser nodes call.
+``ternary`` and ``int8_tensor`` and their kin are what the graph's quantiser nodes call. Each is imported when it is
+first used, so that the names of encodings can be read without torch.
 """
 
-from ti_fx.numerics.activations import (
-    detach,
-    int8_block_32,
-    int8_block_64,
-    int8_block_128,
-    int8_reference,
-    int8_tensor,
-    int8_token,
-)
-from ti_fx.numerics.codes import pack_codes, unpack_codes, unpack_ternary
-from ti_fx.numerics.ternary_weights import CLIP, Granularity, ternary, ternary_codes, ternary_embedding
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ti_fx.numerics.codes import pack_codes, unpack_codes, unpack_ternary
+    from ti_fx.numerics.gradients import detach
+    from ti_fx.numerics.quantisers.int8_block import int8_block_32, int8_block_64, int8_block_128
+    from ti_fx.numerics.quantisers.int8_reference import int8_reference
+    from ti_fx.numerics.quantisers.int8_tensor import int8_tensor
+    from ti_fx.numerics.quantisers.int8_token import int8_token
+    from ti_fx.numerics.ternary_weights import CLIP, Granularity, ternary, ternary_codes, ternary_embedding
 
 __all__ = [
     "CLIP",
@@ -32,3 +33,36 @@ __all__ = [
     "unpack_codes",
     "unpack_ternary",
 ]
+
+# Where each name is defined.
+_HOMES = {
+    "CLIP": "ternary_weights",
+    "Granularity": "ternary_weights",
+    "detach": "gradients",
+    "int8_block_32": "quantisers.int8_block",
+    "int8_block_64": "quantisers.int8_block",
+    "int8_block_128": "quantisers.int8_block",
+    "int8_reference": "quantisers.int8_reference",
+    "int8_tensor": "quantisers.int8_tensor",
+    "int8_token": "quantisers.int8_token",
+    "pack_codes": "codes",
+    "ternary": "ternary_weights",
+    "ternary_codes": "ternary_weights",
+    "ternary_embedding": "ternary_weights",
+    "unpack_codes": "codes",
+    "unpack_ternary": "codes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"ti_fx.numerics.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'ti_fx.numerics' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the names, too, that are imported when first used."""
+    return sorted({*globals(), *__all__})

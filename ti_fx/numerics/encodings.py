@@ -1,18 +1,19 @@
-"""One object per encoding: training numerics and storage together, so that the two can't disagree.
+"""An encoding says how a student's quantised layers compute and how a file stores them, so that the two can't disagree.
 
-The ONNX side lies in ``ti_fx.export``: of the numerics in ``lowering``, of the storage in ``storage``.
+The table is plain data and needs no torch. What a quantiser computes, in training and in the file, lies in
+``ti_fx.numerics.quantisers``; what a storage looks like, in ``ti_fx.numerics.layouts``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
-
-from ti_fx import numerics
 from ti_fx.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from ti_fx.numerics.quantiser import Quantiser
 
 Storage = Literal["two-bit", "bytes", "base3"]
 Kept = Literal["float32", "float16"]
@@ -26,8 +27,7 @@ class Encoding:
 
     Attributes:
         name: as written in a recipe.
-        fake_quant: the activation fake-quantiser used in training, None for float activations.
-        batch_invariant: whether a row's result is independent of what else is in the batch.
+        numerics: the name of its activation quantiser, None for float activations.
         description: one line for people.
         storage: ``two-bit`` (in the type or the operator of ONNX Runtime that suits the reader), ``bytes`` (four codes
             a byte, standard operators alone) or ``base3`` (five codes a byte, standard operators alone).
@@ -36,12 +36,23 @@ class Encoding:
     """
 
     name: str
-    fake_quant: Callable[[Tensor], Tensor] | None
-    batch_invariant: bool
+    numerics: str | None
     description: str
     storage: Storage = "two-bit"
     opset: int = NEWEST_OPSET
     kept: Kept = "float32"
+
+    @property
+    def quantiser(self) -> Quantiser | None:
+        """The activation quantiser, None for float activations."""
+        from ti_fx.numerics.quantisers import QUANTISERS  # needs torch
+
+        return None if self.numerics is None else QUANTISERS[self.numerics]
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's result is independent of what else is in the batch."""
+        return self.quantiser is None or self.quantiser.batch_invariant
 
 
 ENCODINGS: dict[str, Encoding] = {
@@ -49,42 +60,37 @@ ENCODINGS: dict[str, Encoding] = {
     for encoding in (
         Encoding(
             "int8-tensor",
-            numerics.int8_tensor,
-            False,
+            "int8_tensor",
             "asymmetric uint8 activations, one range per tensor (DynamicQuantizeLinear)",
         ),
-        Encoding("int8-token", numerics.int8_token, True, "symmetric int8 activations, one range per token"),
+        Encoding("int8-token", "int8_token", "symmetric int8 activations, one range per token"),
         Encoding(
             "reference",
-            numerics.int8_reference,
-            False,
+            "int8_reference",
             "symmetric int8 activations, one range per tensor, as the TI paper's code",
         ),
         Encoding(
             "nbits2",
-            numerics.int8_block_128,
-            True,
+            "int8_block_128",
             "symmetric int8 activations, one range per 128 neighbours of a token; weights packed in RAM (MatMulNBits)",
         ),
-        Encoding("nbits2-64", numerics.int8_block_64, True, "as nbits2, one range per 64 neighbours"),
-        Encoding("nbits2-32", numerics.int8_block_32, True, "as nbits2, one range per 32 neighbours"),
+        Encoding("nbits2-64", "int8_block_64", "as nbits2, one range per 64 neighbours"),
+        Encoding("nbits2-32", "int8_block_32", "as nbits2, one range per 32 neighbours"),
         Encoding(
             "portable",
-            numerics.int8_tensor,
-            False,
+            "int8_tensor",
             "computes as int8-tensor; opset 18 and standard operators alone",
-            "bytes",
-            18,
+            storage="bytes",
+            opset=18,
         ),
         Encoding(
             "base3",
-            numerics.int8_tensor,
-            False,
+            "int8_tensor",
             "computes as int8-tensor; five codes a byte on disk, 1.6 bits each, what is kept in half precision",
-            "base3",
+            storage="base3",
             kept="float16",
         ),
-        Encoding("float", None, True, "activations stay in floating point"),
+        Encoding("float", None, "activations stay in floating point"),
     )
 }
 
@@ -106,7 +112,35 @@ def get_encoding(name: str) -> Encoding:
         raise InputError(f"unknown encoding {name!r}{did_you_mean(str(name), ENCODINGS)}") from None
 
 
-def encoding_of_numerics(function: object) -> Encoding | None:
-    """Return the first encoding with this activation fake-quantiser, None if it is no fake-quantiser."""
-    found = (encoding for encoding in ENCODINGS.values() if encoding.fake_quant is function)
-    return next(found, None) if function is not None else None
+def encoding_with(quantiser: Quantiser) -> Encoding:
+    """Return the first encoding that computes by a quantiser, for a graph in which none was recorded.
+
+    Raises:
+        InputError: no encoding has it.
+    """
+    for encoding in ENCODINGS.values():
+        if encoding.numerics == quantiser.name:
+            return encoding
+    raise InputError(
+        f"no encoding computes by {quantiser.name}; add one to ti_fx.numerics.encodings.ENCODINGS"
+    )
+
+
+@dataclass(frozen=True)
+class WeightEncodings:
+    """The names of the encodings of a student's weights.
+
+    Attributes:
+        name: of most of them.
+        others: of each weight that has another, by parameter name.
+    """
+
+    name: str
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, weight: str) -> str:
+        """Return the name of a weight's encoding."""
+        return self.others.get(weight, self.name)
+
+    def __str__(self) -> str:
+        return ", ".join([self.name, *(f"{weight}={name}" for weight, name in self.others.items())])

@@ -1,4 +1,4 @@
-"""Training on transformers.Trainer: phases, losses by name, verified checkpoints."""
+"""TernaryTrainer trains a student on transformers.Trainer, with phases, losses by name and verified checkpoints."""
 
 from ti_fx.train.checkpoint import load
 from ti_fx.train.model import TernaryModel

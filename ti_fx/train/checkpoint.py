@@ -1,4 +1,4 @@
-"""Checkpoints: the student's latent weights under the source names, and what rebuilds and verifies the graphs.
+"""A checkpoint keeps the student's latent weights under the source names, and what rebuilds and verifies the graphs.
 
 A folder holds ``model.safetensors`` (so ``from_pretrained`` loads the latent weights), the source's config and
 tokenizer, ``example.safetensors`` (the inputs that the graph was captured with), what Trainer saves to resume,
@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import pickle
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,15 +24,16 @@ import transformers
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ti_fx.errors import CheckpointError, RecipeError
-from ti_fx.files import atomic_path, atomic_write, reported
+from ti_fx.errors import CheckpointError, RecipeError, first_line
+from ti_fx.files import atomic_path, atomic_write
 from ti_fx.frontend.capture import capture
 from ti_fx.ir.pipeline import Pipeline
+from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.passes import Strip
 from ti_fx.recipe import Recipe
 from ti_fx.train.model import TernaryModel, digest
 
-FACTS = "ti_fx.json"
+DESCRIPTION = "ti_fx.json"
 WEIGHTS = "model.safetensors"
 EXAMPLE = "example.safetensors"
 TRAINER_STATE = "trainer_state.json"
@@ -82,7 +81,7 @@ def save(
         "phases": model.phase_digests(),
         "weights": {name: digest(value) for name, value in plain.items()},
     }
-    atomic_write(target / FACTS, json.dumps(facts, indent=1) + "\n")
+    atomic_write(target / DESCRIPTION, json.dumps(facts, indent=1) + "\n")
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -93,110 +92,21 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             raise OSError(None, str(error)) from error
 
 
-@contextmanager
-def finished_folder(
-    target: Path, *, owner: bool = True, barrier: Callable[[], None] = lambda: None
-) -> Iterator[Path]:
-    """Yield a folder to write to; on success it replaces ``target`` whole, else it is removed.
-
-    It is ``.<name>.tmp/<name>`` beside the target, so that what a killed run left there is replaced by the next one.
-
-    Args:
-        target: the folder that is wanted.
-        owner: whether this is the one of several processes that makes and moves the folder.
-        barrier: waits for the other processes.
-
-    Raises:
-        InputError: nothing can be written there, or the disk is full.
-    """
-    outer = target.with_name(f".{target.name}.tmp")
-    temporary, old = outer / target.name, outer / "old"
-    try:
-        with reported(f"checkpoint {target}"):
-            if owner:
-                shutil.rmtree(outer, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            barrier()
-            yield temporary
-            barrier()
-            if owner:
-                _sync(temporary)
-                if target.exists():
-                    os.replace(target, old)
-                os.replace(temporary, target)
-            barrier()
-    except BaseException:
-        if owner and old.exists() and not target.exists():
-            os.replace(old, target)
-        raise
-    finally:
-        if owner:
-            shutil.rmtree(outer, ignore_errors=True)
-
-
-@contextmanager
-def finished_files(target: Path) -> Iterator[Path]:
-    """Yield a folder to write to; on success its files replace those in ``target``, else ``target`` stays as it is.
-
-    Other files in ``target`` are left alone. The facts leave first and come last, so that a run killed in between
-    leaves a folder that is seen to be unfinished.
-
-    Raises:
-        InputError: nothing can be written there, or the disk is full.
-    """
-    outer = target / ".saving"
-    new, old = outer / "new", outer / "old"
-    placed: list[Path] = []
-    try:
-        with reported(f"checkpoint {target}"):
-            shutil.rmtree(outer, ignore_errors=True)
-            new.mkdir(parents=True)
-            old.mkdir()
-            yield new
-            _sync(new)
-            names = sorted((path.name for path in new.iterdir()), key=lambda name: name != FACTS)
-            for name in names:
-                if (target / name).exists():
-                    os.replace(target / name, old / name)
-            for name in reversed(names):
-                os.replace(new / name, target / name)
-                placed.append(target / name)
-    except BaseException:
-        for path in placed:
-            path.unlink()
-        for path in sorted(old.glob("*"), key=lambda path: path.name == FACTS):
-            os.replace(path, target / path.name)
-        raise
-    finally:
-        shutil.rmtree(outer, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """Return what ``ti_fx.json`` in a checkpoint folder says.
 
     Raises:
         CheckpointError: the folder or file is missing, unfinished or damaged.
     """
-    path = Path(folder) / FACTS
+    path = Path(folder) / DESCRIPTION
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} is no finished ti_fx checkpoint: {FACTS} is missing; give a checkpoint-N folder"
+            f"{folder} is no finished ti_fx checkpoint: {DESCRIPTION} is missing; give a checkpoint-N folder"
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"can't read {path}: {str(error).splitlines()[0]}; use another checkpoint"
-        ) from None
+        raise CheckpointError(f"can't read {path}: {first_line(error)}; use another checkpoint") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise CheckpointError(f"{path} has no format {FORMAT}; it was written by another version of ti_fx")
     for key in KEYS:
@@ -231,9 +141,8 @@ def readable(folder: str | Path | None) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"can't resume from {folder}: {first}; its training state is damaged, use another checkpoint"
+            f"can't resume from {folder}: {first_line(error)}; its training state is damaged, use another checkpoint"
         ) from error
 
 
@@ -246,9 +155,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"can't read {path}: {first}; the file is damaged or missing, use another checkpoint"
+            f"can't read {path}: {first_line(error)}; the file is damaged or missing, use another checkpoint"
         ) from None
 
 
@@ -314,7 +222,7 @@ def load_values(gm: GraphModule, tensors: Mapping[str, Tensor], where: str | Pat
     wanted = {
         name: value
         for name, value in [*gm.named_parameters(), *gm.named_buffers()]
-        if not name.startswith("teacher.") and name in gm.state_dict()
+        if not name.startswith(TEACHER_PREFIX) and name in gm.state_dict()
     }
     for name, value in wanted.items():
         found = tensors.get(name)
@@ -348,7 +256,7 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
     try:
         recipe = Recipe.from_dict(facts["recipe"])
     except RecipeError as error:
-        raise CheckpointError(f"{Path(checkpoint) / FACTS}: {error}; use another checkpoint") from None
+        raise CheckpointError(f"{Path(checkpoint) / DESCRIPTION}: {error}; use another checkpoint") from None
     device = next((parameter.device for parameter in source.parameters()), torch.device("cpu"))
     _fits(source, weights, checkpoint)
     gm = capture(source, {name: value.to(device) for name, value in example.items()})
@@ -384,9 +292,7 @@ def _source_model(checkpoint: str | Path, facts: Mapping[str, Any]) -> nn.Module
     try:
         config = transformers.AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"can't read the config in {checkpoint}: {str(error).splitlines()[0]}"
-        ) from None
+        raise CheckpointError(f"can't read the config in {checkpoint}: {first_line(error)}") from None
     model: nn.Module = kind(config)
     return model.to(getattr(torch, str(facts["source"].get("dtype", "float32")))).eval()
 
@@ -410,7 +316,7 @@ def last_finished(folder: str | Path) -> Path | None:
     found = [
         (int(path.name.removeprefix("checkpoint-")), path)
         for path in Path(folder).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and (path / FACTS).is_file()
+        if path.name.removeprefix("checkpoint-").isdigit() and (path / DESCRIPTION).is_file()
     ]
     return max(found)[1] if found else None
 

@@ -1,17 +1,18 @@
-"""Compiling one phase's graph: what it cost, no guard that a size may break, and the same code again after a resume."""
+"""A Runner compiles one phase's graph, counts what that cost, and compiles to the same code again after a resume."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
+
+from ti_fx.frontend.patches import no_guard_on_accumulation
 
 Shapes = dict[str, list[int]]
 
@@ -45,7 +46,7 @@ class Runner:
         self.call: Callable[..., Any] = gm
         self._first = list(first_shapes) if compiled else []
         if compiled:
-            _no_guard_on_accumulation()
+            no_guard_on_accumulation()
             self.call = torch.compile(gm, fullgraph=True, dynamic=True)
 
     def __call__(self, **inputs: Tensor) -> Any:
@@ -83,24 +84,3 @@ class Runner:
 
 def _generator(device: torch.device) -> str:
     return "cuda" if device.type == "cpu" else device.type
-
-
-@cache
-def _no_guard_on_accumulation() -> None:
-    """Let inductor choose how to add floats up on a CPU without a guard on the number of addends.
-
-    torch 2.13 guards ``addends <= 4096`` there, so a graph would be compiled again as batch and sequence cross it.
-    Either choice adds up any number of addends; the larger one is more precise.
-    """
-    from torch._inductor.codegen.cpp import CppKernel
-    from torch._inductor.virtualized import V
-
-    original: Callable[..., bool] | None = getattr(CppKernel, "need_use_acc_helper", None)
-    if original is None:
-        return
-
-    def unguarded(kernel: CppKernel, *args: Any, **kwargs: Any) -> bool:
-        with V.graph.sizevars.shape_env.suppress_guards():
-            return original(kernel, *args, **kwargs)
-
-    CppKernel.need_use_acc_helper = unguarded  # type: ignore[assignment]

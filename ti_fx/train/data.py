@@ -1,4 +1,4 @@
-"""A user's labelled texts: CSV, TSV or JSON lines, read, checked and tokenised before anything is trained."""
+"""A user's labelled texts (CSV, TSV, JSON lines) are read, checked and tokenised before anything is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The module that is trained: every tensor once, under the source model's names, and one graph per phase."""
+"""TernaryModel is the module that is trained: it owns every tensor once, and has one graph per phase."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from torch.fx import GraphModule
 
 from ti_fx.errors import InputError
 from ti_fx.ir import text
-from ti_fx.ir.edit import erase_dead, fork, input_names
+from ti_fx.ir.edit import fork, input_names
+from ti_fx.ir.outputs import prepared_result
 from ti_fx.ir.pipeline import Pipeline
-from ti_fx.ir.roles import TEACHER
-from ti_fx.passes.deploy.strip import strip_nodes
-from ti_fx.passes.prepare.ternarize import look_up_first
+from ti_fx.ir.roles import TEACHER_PREFIX
+from ti_fx.ir.stages import PHASE
+from ti_fx.passes.deploy.strip import Strip
+from ti_fx.passes.normalise.drop_dead import DropDead
+from ti_fx.passes.prepare.look_up_first import LookUpFirst
 from ti_fx.recipe import Phase, Recipe
 from ti_fx.train.compile import CompileRecord, Runner, Shapes
 
 Compile = Literal["on", "off"]
+
+# A fork in which there are no rows that no one looks up, and nothing that no one reads.
+FOR_ONE_PHASE = Pipeline(LookUpFirst(), DropDead(keep_tensors=True), stage=PHASE)
 
 
 class TernaryModel(nn.Module):
@@ -41,8 +47,7 @@ class TernaryModel(nn.Module):
             InputError: the graph has no losses.
         """
         super().__init__()
-        result = prepared.graph.output_node().args[0]
-        if not (isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}):
+        if prepared_result(prepared) is None:
             raise InputError("the graph has no losses to train; run recipe.prepare(gm) on it first")
         self._modules = dict(prepared._modules)
         self._parameters, self._buffers = prepared._parameters, prepared._buffers
@@ -103,16 +108,15 @@ class TernaryModel(nn.Module):
     def student_state(self) -> dict[str, Tensor]:
         """Return the student's tensors, under the source model's names."""
         return {
-            name: value for name, value in self.state_dict().items() if not name.startswith(f"{TEACHER}.")
+            name: value for name, value in self.state_dict().items() if not name.startswith(TEACHER_PREFIX)
         }
 
     def teacher_digests(self) -> dict[str, str]:
         """Return the SHA-256 of each of the teacher's tensors, by the source model's name."""
-        prefix = f"{TEACHER}."
         return {
-            name.removeprefix(prefix): digest(value)
+            name.removeprefix(TEACHER_PREFIX): digest(value)
             for name, value in self.state_dict().items()
-            if name.startswith(prefix)
+            if name.startswith(TEACHER_PREFIX)
         }
 
 
@@ -146,8 +150,7 @@ class _Graphs:
     @cached_property
     def student(self) -> GraphModule:
         gm = fork(self.prepared)
-        strip_nodes(gm)
-        gm.recompile()
+        Pipeline(Strip(keep_tensors=True))(gm)
         return gm
 
     @cached_property
@@ -164,10 +167,8 @@ class _Graphs:
 
 
 def _to_run(gm: GraphModule) -> GraphModule:
-    """Make a fork quick to run, with the same values: nothing that no one reads, and no rows that no one looks up."""
-    look_up_first(gm)
-    erase_dead(node for node in gm.graph.nodes if node.op not in ("placeholder", "output"))
-    gm.recompile()
+    """Make a fork quick to run, with the same values."""
+    FOR_ONE_PHASE(gm)
     return gm
 
 

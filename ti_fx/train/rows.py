@@ -1,4 +1,4 @@
-"""What TernaryTrainer reads off a user's data before training: label names, a collator, and rows to capture with."""
+"""TernaryTrainer reads label names, a collator and rows to capture with off a user's data before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which phase a step belongs to, and one learning-rate schedule for all of them."""
+"""A schedule says which phase a step belongs to, and what its learning rate is."""
 
 from __future__ import annotations
 

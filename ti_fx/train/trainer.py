@@ -1,9 +1,9 @@
-"""TernaryTrainer: transformers.Trainer with phases, losses by name, the two-step restart and verified checkpoints."""
+"""TernaryTrainer adds phases, losses by name, restarts and verified checkpoints to transformers.Trainer."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import Trainer, TrainingArguments
 
-from ti_fx.errors import CheckpointError, DataError, InputError
+from ti_fx.errors import CheckpointError, InputError
 from ti_fx.frontend.capture import capture
 from ti_fx.ir.facts import facts
+from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.measure.choose import Choice, resolve
 from ti_fx.recipe import Recipe
 from ti_fx.train import checkpoint, rows, schedule
+from ti_fx.train.finished import finished_files, finished_folder
 from ti_fx.train.model import Compile, TernaryModel
+from ti_fx.train.task_loss import TaskLoss, leaves, single, task_loss
 
 AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation (benchmarks/train_step.py)
 
@@ -84,7 +87,7 @@ class TernaryTrainer(Trainer):
             args.dataloader_pin_memory = False  # there is no accelerator to copy to
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # a phase leaves some parameters without a gradient
-        wrapped = TernaryModel(prepared, self.recipe, compile=_compile(compile, args, self.recipe))
+        wrapped = TernaryModel(prepared, self.recipe, compile=compile_choice(compile, args, self.recipe))
         if hasattr(model, "config"):
             wrapped.config = model.config
         super().__init__(model=wrapped, args=args, **options)
@@ -152,8 +155,9 @@ class TernaryTrainer(Trainer):
         loss: Tensor = result["loss"]
         losses = dict(result["losses"])
         weight = facts(self.model.prepared()).task or 0.0
-        if weight and labels is not None:
-            losses["task"] = self._task(result["outputs"], labels)
+        task = self._task_loss()
+        if weight and labels is not None and task is not None:
+            losses["task"] = task(result["outputs"], labels)
             loss = loss + weight * losses["task"]
         if self.model.training:
             for name, value in losses.items():
@@ -205,16 +209,17 @@ class TernaryTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**features)
             loss = None
-            if labels is not None and self._task_loss() is not None:
-                loss = self._task(outputs, labels).detach().mean()
+            task = self._task_loss()
+            if labels is not None and task is not None:
+                loss = task(outputs, labels).detach().mean()
             if self.evaluate_distillation:
                 self._add_distillation(features)
         if prediction_loss_only:
             return loss, None, None
         ignored = set(ignore_keys or ()) | {"loss"}
-        kept = [value.detach() for name, value in _leaves(outputs).items() if name not in ignored]
+        kept = [value.detach() for name, value in leaves(outputs).items() if name not in ignored]
         values = None if labels is None else tuple(labels[name] for name in self.label_names)
-        return loss, _single(tuple(kept)), None if values is None else _single(values)
+        return loss, single(tuple(kept)), None if values is None else single(values)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as Trainer does, and report the distillation losses if asked for."""
@@ -239,7 +244,7 @@ class TernaryTrainer(Trainer):
         """Return the stripped student, in eval mode, on the trained tensors: ready for ``Pack`` and ``to_onnx``."""
         return self.model.student().eval()
 
-    # --- labels and the model's own loss ----------------------------------------------------------------------------
+    # --- labels -------------------------------------------------------------------------------------------------------
 
     def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor] | None, dict[str, Tensor]]:
         labels = {name: inputs[name] for name in self.label_names if inputs.get(name) is not None}
@@ -247,35 +252,8 @@ class TernaryTrainer(Trainer):
         complete = bool(labels) and len(labels) == len(self.label_names)
         return (labels if complete else None), features
 
-    def _task_loss(self) -> Callable[..., Tensor] | None:
-        given: Callable[..., Tensor] | None = self.compute_loss_func
-        if given is not None:
-            return given
-        if hasattr(self.source, "loss_function") and hasattr(self.source, "config"):
-            return self._source_loss
-        return None
-
-    def _task(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
-        function = self._task_loss()
-        assert function is not None
-        try:
-            if self.compute_loss_func is not None:
-                return function(outputs, _single(tuple(labels.values())), num_items_in_batch=None)
-            return function(outputs, labels)
-        except IndexError as error:  # torch's "Target 7 is out of bounds."
-            names = ", ".join(labels)
-            raise DataError(
-                f"the model's loss can't take the labels in {names}: {error}; make them fit the model's outputs"
-            ) from error
-
-    def _source_loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
-        """Call the Hugging Face model's own loss function; each of them takes what it needs by name."""
-        config = self.source.config
-        known = {"pooled_logits": outputs.get("logits"), **outputs, **labels}
-        vocabulary = getattr(config, "vocab_size", None)
-        function: Any = self.source.loss_function
-        loss: Tensor = function(config=config, vocab_size=vocabulary, **known)
-        return loss
+    def _task_loss(self) -> TaskLoss | None:
+        return task_loss(self.source, self.compute_loss_func)
 
     # --- data and checkpoints ---------------------------------------------------------------------------------------
 
@@ -340,7 +318,9 @@ class TernaryTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
         gathered = None
         if state_dict is not None:
-            gathered = {name: value for name, value in state_dict.items() if not name.startswith("teacher.")}
+            gathered = {
+                name: value for name, value in state_dict.items() if not name.startswith(TEACHER_PREFIX)
+            }
         checkpoint.save(
             folder,
             self.model,
@@ -360,7 +340,7 @@ class TernaryTrainer(Trainer):
         if _internal_call or not self.args.should_save:
             super().save_model(str(target), _internal_call=True)
             return
-        with checkpoint.finished_files(target) as temporary:
+        with finished_files(target, checkpoint.DESCRIPTION) as temporary:
             super().save_model(str(temporary), _internal_call=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -369,7 +349,7 @@ class TernaryTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            saving = checkpoint.finished_folder(
+            saving = finished_folder(
                 run / name, owner=self.args.should_save, barrier=self.accelerator.wait_for_everyone
             )
             with saving as temporary:
@@ -396,7 +376,12 @@ class TernaryTrainer(Trainer):
         return self._saving_to or str(super()._get_output_dir(trial))
 
 
-def _compile(wanted: str, args: TrainingArguments, recipe: Recipe) -> Compile:
+def compile_choice(wanted: str, args: TrainingArguments, recipe: Recipe) -> Compile:
+    """Return whether the phases are compiled: as wanted, and for ``auto`` where training is long enough to gain by it.
+
+    Raises:
+        InputError: ``wanted`` is none of on, off and auto.
+    """
     if wanted == "on":
         return "on"
     if wanted == "off":
@@ -410,21 +395,3 @@ def _compile(wanted: str, args: TrainingArguments, recipe: Recipe) -> Compile:
 
 def _move(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _leaves(outputs: Any) -> dict[str, Tensor]:
-    """Return an output structure's tensors by name."""
-    if isinstance(outputs, Tensor):
-        return {"output": outputs}
-    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
-    found: dict[str, Tensor] = {}
-    for name, value in items:
-        if isinstance(value, Tensor):
-            found[str(name)] = value
-        elif value is not None:
-            found.update({f"{name}.{inner}": leaf for inner, leaf in _leaves(value).items()})
-    return found
-
-
-def _single(values: tuple[Any, ...]) -> Any:
-    return values[0] if len(values) == 1 else values

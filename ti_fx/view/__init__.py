@@ -1,4 +1,4 @@
-"""Looking at graphs: networkx, questions of reachability, pictures of a layer, the HTML viewer, and reports."""
+"""Graphs are looked at as networkx graphs, pictures of a layer, pages and reports."""
 
 from ti_fx.view import report
 from ti_fx.view.drawing import svg, svg_diff

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, drawn by matplotlib. Colours are CSS, so that a chart follows the page into dark mode."""
+"""Matplotlib draws charts as inline SVG; their colours are CSS, so that a chart follows a page into dark mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node costs: multiply-accumulates and elements, exact in the graph's symbolic sizes."""
+"""A node costs multiply-accumulates and elements, counted exactly in the graph's symbolic sizes."""
 
 from __future__ import annotations
 

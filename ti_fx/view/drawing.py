@@ -1,4 +1,4 @@
-"""One layer as a picture, drawn by Graphviz: what is student, teacher, shared and loss, and what a pass changed."""
+"""Graphviz draws one layer: what is student, teacher, shared and loss, and what a pass changed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import networkx
 from torch.fx import GraphModule
 
 from ti_fx.errors import InputError, MissingExtra
+from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.ir.text import lines
 from ti_fx.view.network import to_networkx
 
@@ -286,7 +287,7 @@ def _common_module(graph: networkx.DiGraph[str]) -> str:
 
 
 def _short(path: str, prefix: str) -> str:
-    inner = path.removeprefix("teacher.").removeprefix(prefix).lstrip(".").removesuffix(".weight")
+    inner = path.removeprefix(TEACHER_PREFIX).removeprefix(prefix).lstrip(".").removesuffix(".weight")
     return ".".join(inner.split(".")[-2:])
 
 

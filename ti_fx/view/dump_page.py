@@ -1,4 +1,4 @@
-"""A dump prepared for a page: grouped by layer, with roles, and with links from a read to what is read."""
+"""A dump is prepared for a page: grouped by layer, with roles, and with links from a read to what is read."""
 
 from __future__ import annotations
 

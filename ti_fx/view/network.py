@@ -1,4 +1,4 @@
-"""The graph as a networkx.DiGraph, for questions and for other tools."""
+"""``to_networkx`` returns the graph as a networkx.DiGraph, for questions and for other tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ti_fx.files import atomic_write
 from ti_fx.find.attention import POINTS, find_attention
 from ti_fx.ir import roles
 from ti_fx.ir.edit import tensor
-from ti_fx.ir.outputs import named_leaves
+from ti_fx.ir.outputs import model_outputs, named_leaves, prepared_result
 from ti_fx.ir.text import module_path, operation
 from ti_fx.view.costs import count, elements, evaluated, multiply_accumulates
 from ti_fx.view.places import parts, places
@@ -119,13 +119,9 @@ def write_graph(
 
 
 def _results(gm: GraphModule) -> dict[str, Any]:
-    result = gm.graph.output_node().args[0]
-    found: dict[str, Any] = {}
-    if isinstance(result, dict) and set(result) == {"loss", "losses", "outputs"}:
-        found["loss"] = result["loss"].name
-        result = result["outputs"]
-    found["outputs"] = [node.name for node in named_leaves(result).values()]
-    return found
+    result = prepared_result(gm)
+    loss = {} if result is None else {"loss": result.loss.name}
+    return {**loss, "outputs": [node.name for node in named_leaves(model_outputs(gm)).values()]}
 
 
 def _operation(gm: GraphModule, node: Node) -> str:

@@ -1,4 +1,4 @@
-"""Where in the model each node belongs: its stack, its layer, and the part of that layer.
+"""Each node has a place in the model: its stack, its layer, and the part of that layer.
 
 The residual stream is the ruler. Each block ends at a node of the stream (``X_0 .. X_L`` and the values after each
 attention block), and a node belongs to the block that everything it feeds belongs to.
@@ -44,7 +44,7 @@ AFTER = Place(None, None, "after")
 def places(gm: GraphModule) -> dict[Node, Place]:
     """Return the place of every node that has one; what several layers read (masks, sizes) has none."""
     sites = find_attention(gm)
-    teacher = {node: twin for twin, node in roles.twins(gm.graph).items()}
+    teacher = roles.twin_of(gm.graph)
     ends = {teacher.get(node, node): place for node, place in _block_ends(gm, sites).items()}
     role: roles.Role = "teacher" if teacher else "student"
     place_of: dict[Node, Place | None] = {}

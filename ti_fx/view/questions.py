@@ -1,4 +1,4 @@
-"""Questions about a graph that are questions of reachability, asked on the networkx view of it."""
+"""Questions about a graph are answered by what can be reached in its networkx view."""
 
 from __future__ import annotations
 

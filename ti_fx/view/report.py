@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML page: tables, charts, graphs before and after each pass, dumps.
+"""A report is one self-contained HTML page: tables, charts, graphs before and after each pass, dumps.
 
 write_report(Report("What came out", (Table(...), LineChart(...), GraphSteps(...))), "report.html")
 """
@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import jinja2
 from torch.fx import GraphModule
 
-from ti_fx import __version__
+from ti_fx._version import __version__
 from ti_fx.files import atomic_write
 from ti_fx.view.charts import bar_chart, line_chart
 from ti_fx.view.dump_page import Group, dump_groups

@@ -1,4 +1,4 @@
-"""A pipeline followed pass by pass: the graph before and after each."""
+"""``follow`` runs a pipeline and keeps the graph before and after each pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTML viewer: a graph, or what each pass did to it, as one self-contained page."""
+"""The viewer is one self-contained HTML page of a graph, or of what each pass did to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models with random weights of every architecture that the installed ``transformers`` can build."""
+"""The zoo builds a tiny model with random weights of every architecture that ``transformers`` can build."""
 
 from ti_fx.zoo.models import Entry as Entry
 from ti_fx.zoo.models import build as build

@@ -1,20 +1,18 @@
-"""The whole chain on one model, stage by stage, with what was measured at each and the reason where it ends."""
+"""``run_chain`` takes one model through every stage, and keeps what was measured and why it ended where it did."""
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
+from torch.fx import GraphModule
 
-from ti_fx.errors import CoverageError, TiFxError
+from ti_fx.errors import CoverageError, TiFxError, first_line
 from ti_fx.example_inputs.makers import run
 from ti_fx.export import Runtime, to_onnx
 from ti_fx.export.compare.outputs import NOISE_CAP, nudged_outputs
@@ -22,10 +20,9 @@ from ti_fx.export.inputs import other_sizes, resized, run_graph
 from ti_fx.find.attention import POINTS, AttentionSite, find_attention
 from ti_fx.frontend.capture import capture, capture_report
 from ti_fx.ir import roles
-from ti_fx.ir.edit import fork, mode
-from ti_fx.ir.outputs import named_leaves
+from ti_fx.ir.edit import fork, input_names, mode
 from ti_fx.ir.pipeline import Pipeline
-from ti_fx.numerics.closeness import distance, median_distance, relative
+from ti_fx.numerics.closeness import distance, median_distance, relative, same
 from ti_fx.passes import (
     DecomposeAttention,
     Distill,
@@ -37,6 +34,7 @@ from ti_fx.passes import (
     Ternarize,
 )
 from ti_fx.zoo.count import attention_calls, replaced, uniform
+from ti_fx.zoo.graph_runs import Replaced, as_teacher, ordered, source_line, tensors
 from ti_fx.zoo.models import Entry
 from ti_fx.zoo.points import replacements
 
@@ -112,7 +110,7 @@ def run_chain(
         try:
             getattr(chain, stage)()
         except Exception as error:
-            outcome.refused = (type(error).__name__, f"{stage}: {_line(error)}")
+            outcome.refused = (type(error).__name__, f"{stage}: {first_line(error)[:500]}")
             outcome.typed = isinstance(error, TiFxError)
             break
         finally:
@@ -145,8 +143,8 @@ class _Chain:
 
     def count(self) -> None:
         model = self.entry.model
-        self.expected = _tensors(run(model, self.other))
-        again = _tensors(run(model, self.other))
+        self.expected = tensors(run(model, self.other))
+        again = tensors(run(model, self.other))
         if distance(again, self.expected) > 0:
             raise CoverageError(
                 f"{self.entry.model_class} returns other values when it runs again; turn its randomness off"
@@ -161,7 +159,7 @@ class _Chain:
     def capture(self) -> None:
         self.gm = capture(self.entry.model, self.entry.example).eval()
         self._fit()
-        found = distance(_tensors(run(self.gm, self.other)), self.expected)
+        found = distance(tensors(run(self.gm, self.other)), self.expected)
         self.outcome.numbers["captured"] = found
         if not found <= CAPTURED:
             raise CoverageError(
@@ -182,14 +180,16 @@ class _Chain:
             self.outcome.notes.append(
                 f"{', '.join(fixed)}: {capture_report(self.gm).static.get(fixed[0], 'fixed')}"
             )
-            example = {name: self.entry.example[name] for name in _input_names(self.gm)}
+            example = {name: self.entry.example[name] for name in input_names(self.gm)}
             self.other = resized(self.gm, example, other_sizes(self.gm, example)[0])
             try:
-                self.expected = _tensors(run(self.entry.model, self.other))
+                self.expected = tensors(run(self.entry.model, self.other))
             except (ValueError, RuntimeError, IndexError) as error:  # as many image tokens as the images have
-                self.outcome.notes.append(f"the model takes no other size of the example: {_line(error)}")
+                self.outcome.notes.append(
+                    f"the model takes no other size of the example: {first_line(error)[:500]}"
+                )
                 self.other = example
-                self.expected = _tensors(run(self.entry.model, self.other))
+                self.expected = tensors(run(self.entry.model, self.other))
 
     def sites(self) -> None:
         sites = find_attention(self.gm)
@@ -213,13 +213,13 @@ class _Chain:
     def _points(self, sites: list[AttentionSite]) -> None:
         """Put known tensors at contexts and outputs, in the graph and by hooks in the model."""
         model, example = self.entry.model, self.entry.example
-        before = _tensors(run(model, example))
+        before = tensors(run(model, example))
         for change in replacements(sites, self.calls, model, lambda: run(model, example)):
             with change.in_module():
-                expected = _tensors(run(model, example))
+                expected = tensors(run(model, example))
             changes = {change.node: change.value}
             with torch.no_grad():
-                found = _tensors(_Replaced(self.gm, changes).run(*_ordered(self.gm, example)))
+                found = tensors(Replaced(self.gm, changes).run(*ordered(self.gm, example)))
             gap = distance(found, expected)
             if distance(expected, before) >= MOVED:
                 self._worst(f"replaced {change.point}", gap)
@@ -236,7 +236,7 @@ class _Chain:
 
     def _miscounted(self, sites: list[AttentionSite]) -> str:
         text = f"{len(sites)} attention blocks found, {len(self.calls)} counted"
-        found = [_source_line(site.map) for site in sites]
+        found = [source_line(site.map) for site in sites]
         for call in self.calls:
             if call.source not in found:
                 return f"{text}; first missing: {call.op} in {call.module} ({call.source})"
@@ -247,23 +247,21 @@ class _Chain:
         """Return how differently a uniform map changes the graph and the model."""
         assert site.map is not None
         with replaced(self.entry.model, index, uniform):
-            expected = _tensors(run(self.entry.model, self.entry.example))
+            expected = tensors(run(self.entry.model, self.entry.example))
         with torch.no_grad():
-            found = _tensors(
-                _Replaced(self.gm, {site.map: uniform}).run(*_ordered(self.gm, self.entry.example))
-            )
+            found = tensors(Replaced(self.gm, {site.map: uniform}).run(*ordered(self.gm, self.entry.example)))
         return distance(found, expected)
 
     def teacher(self) -> None:
-        before = _tensors(run(self.gm, self.other))
+        before = tensors(run(self.gm, self.other))
         Pipeline(DuplicateTeacher())(self.gm)
-        twins = {node: twin for twin, node in roles.twins(self.gm.graph).items()}
+        twins = roles.twin_of(self.gm.graph)
         for what, values in (
             ("student", run(self.gm, self.other)),
-            ("teacher", run(_as_teacher(self.gm, twins), self.other)),
+            ("teacher", run(as_teacher(self.gm, twins), self.other)),
         ):
-            for name, value in _tensors(values).items():
-                if not torch.equal(value.nan_to_num(), before[name].nan_to_num()):
+            for name, value in tensors(values).items():
+                if not same(value, before[name]):
                     raise CoverageError(
                         f"the {what}'s output {name} is no longer bit-equal after duplicate-teacher"
                     )
@@ -322,10 +320,10 @@ class _Chain:
         floating = fork(self.gm)
         for encoding, gm in (("float", floating), ("int8-tensor", self.gm)):
             Pipeline(QuantizeActivations(encoding), Strip())(gm)
-            expected = _tensors(run(gm, self.other))
+            expected = tensors(run(gm, self.other))
             Pipeline(Pack())(gm)
-            for name, value in _tensors(run(gm, self.other)).items():
-                if not torch.equal(value.nan_to_num(), expected[name].nan_to_num()):
+            for name, value in tensors(run(gm, self.other)).items():
+                if not same(value, expected[name]):
                     raise CoverageError(f"output {name} is no longer bit-equal after pack")
             self.files[encoding] = self.folder / f"{encoding}.onnx", gm
 
@@ -343,7 +341,7 @@ class _Chain:
             self._compare(encoding, path, gm)
 
     def _compare(self, encoding: str, path: Path, gm: GraphModule) -> None:
-        inputs = {name: self.other[name] for name in _input_names(gm)}
+        inputs = {name: self.other[name] for name in input_names(gm)}
         expected = {name: value for name, value in run_graph(gm, inputs).items() if value.is_floating_point()}
         found = {name: torch.from_numpy(value) for name, value in Runtime(path)(inputs).items()}
         median = median_distance(found, expected)
@@ -364,55 +362,3 @@ class _Chain:
                 f"ONNX Runtime differs from the packed student in {encoding} "
                 f"(relative {median:.1e}, at most {limit:.1e})"
             )
-
-
-class _Replaced(Interpreter):
-    """Runs a graph with the values of some nodes changed."""
-
-    def __init__(self, gm: GraphModule, changes: Mapping[Node, Callable[[Tensor], Tensor]]) -> None:
-        super().__init__(gm)
-        self.changes = changes
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        return self.changes[n](value) if n in self.changes else value
-
-
-def _as_teacher(gm: GraphModule, twins: Mapping[Node, Node]) -> GraphModule:
-    """Return a fork that returns the teacher's values of the outputs."""
-    teacher = fork(gm)
-    nodes = {node.name: node for node in teacher.graph.nodes}
-    output = teacher.graph.output_node()
-    leaves = list(named_leaves(gm.graph.output_node().args[0]).values())
-    output.args = (tuple(nodes[twins.get(node, node).name] for node in leaves),)
-    teacher.recompile()
-    return teacher
-
-
-def _ordered(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    return [inputs[name] for name in _input_names(gm)]
-
-
-def _input_names(gm: GraphModule) -> list[str]:
-    return [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-
-
-def _tensors(outputs: Any) -> dict[str, Tensor]:
-    """Return the output's tensors by their place among its tensors."""
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return {str(index): leaf for index, leaf in enumerate(leaves)}
-
-
-def _source_line(node: Node | None) -> str:
-    """Return ``package/file.py:line`` of the model's code that made a node, as the counting mode writes it."""
-    trace = "" if node is None else str(node.meta.get("stack_trace") or "")
-    places = re.findall(r'File "(.*?)", line (\d+)', trace)
-    for path, line in reversed(places):
-        if "/torch/" not in path:
-            return f"{path.rpartition('site-packages/')[2]}:{line}"
-    return "unknown"
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:500] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Model types that build and have no softmax attention: what mixes their positions instead, and where.
+"""Some model types have no softmax attention; a table says what mixes their positions instead, and where.
 
 Counted at run time (``ti_fx.zoo.count``), written down here with transformers 5.23.0. A type that can't be built at
 all says why itself: ``ti_fx.zoo.build`` raises DataError.

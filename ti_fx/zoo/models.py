@@ -1,4 +1,4 @@
-"""Model types by name: a tiny model with random weights, and two examples of its inputs."""
+"""``build`` makes a tiny model with random weights by its type's name, and two examples of its inputs."""
 
 from __future__ import annotations
 

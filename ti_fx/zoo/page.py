@@ -1,4 +1,4 @@
-"""Results as one self-contained HTML page: bars by stage, a table to sort and search, and what is left out."""
+"""Results are shown as one self-contained page: bars by stage, a table to sort and search, what is left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jinja2
 
-from ti_fx import __version__
+from ti_fx._version import __version__
 from ti_fx.files import atomic_write
 from ti_fx.zoo.results import WITH_ATTENTION, Run
 from ti_fx.zoo.summary import by_reason, parts

@@ -1,4 +1,4 @@
-"""Known tensors put at a site's context and output, in the graph and, by forward hooks, in the original module."""
+"""Known tensors replace a site's context and output, in the graph and, by forward hooks, in the original module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ti_fx.find.attention import AttentionSite
-from ti_fx.zoo.count import AttentionCall
+from ti_fx.zoo.watch import AttentionCall
 
 # What the whole context is replaced by: it stays the same however the heads are moved on the way to the projection.
 LEVEL = 0.5

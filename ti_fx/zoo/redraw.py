@@ -1,4 +1,4 @@
-"""Weights drawn again so that attention matters."""
+"""Weights are drawn again, so that attention matters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What came of each model, what that counts as, and the file that keeps it."""
+"""A Result says what came of one model and what that counts as; a file keeps the results of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import transformers
 from transformers.models.auto import modeling_auto
 
-from ti_fx import __version__
+from ti_fx._version import __version__
 from ti_fx.errors import InputError
 from ti_fx.files import atomic_write
 from ti_fx.zoo.chain import STAGES, Outcome
@@ -32,6 +32,10 @@ VERDICTS: tuple[Verdict, ...] = (*WITH_ATTENTION, "no attention", "not built")
 PLAIN = "plain PyTorch"
 GROUPS = ("encoder", "decoder", "encoder-decoder", "vision", "audio", "multimodal", "other", PLAIN)
 _VERSIONS = ("torch", "transformers", "onnx", "onnxruntime")
+# What was measured where a point of every site was replaced by a known tensor, by the point.
+REPLACEMENTS = {"map": "replaced", "context": "replaced context", "output": "replaced output"}
+# What ``write_short`` keeps of a result.
+_SHORT = ("name", "file", "attention", "group", "until", "stage", "verdict", "refused", "blocks", "numbers")
 # How the keywords of a model's forward begin, and what they carry.
 _INPUTS = {"input_ids": "text", "pixel_values": "vision", "input_features": "audio", "input_values": "audio"}
 _DECLARED = {"image": "vision", "video": "vision", "audio": "audio"}
@@ -127,9 +131,17 @@ class Result:
         }
         return {"name": self.job.name, **whole, **self.outcome.to_json(), "numbers": numbers}
 
+    def to_short_json(self) -> dict[str, Any]:
+        """Return what the table of architectures needs of ``to_json``: few fields, few numbers, of one digit each."""
+        value = self.to_json()
+        measured = {name: value["numbers"].get(name) for name in REPLACEMENTS.values()}
+        value["numbers"] = {name: float(f"{one:.0e}") for name, one in measured.items() if one is not None}
+        short = {name: value[name] for name in _SHORT if value[name] not in (None, {})}
+        return short if self.outcome.typed else {**short, "typed": False}
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Result:
-        """Return the result that ``to_json`` made; raises KeyError, TypeError or ValueError if that is none."""
+        """Return the result that either of the two wrote; raises KeyError, TypeError or ValueError if that is none."""
         known = {field.name for field in fields(Outcome)}
         outcome = Outcome(**{name: part for name, part in value.items() if name in known})
         if outcome.refused is not None:
@@ -137,7 +149,7 @@ class Result:
             outcome.refused = (kind, message)
         STAGES.index(value["until"])
         return cls(
-            Job(value["name"], value["file"], value["attention"]), outcome, value["until"], value["group"]
+            Job(value["name"], value.get("file"), value["attention"]), outcome, value["until"], value["group"]
         )
 
 
@@ -200,15 +212,26 @@ class Run:
         Raises:
             InputError: it can't be written there.
         """
+        self._write(path, Result.to_json)
+
+    def write_short(self, path: Path) -> None:
+        """Write of the run what the table of architectures needs, a quarter of ``write``; ``read`` takes it, too.
+
+        Raises:
+            InputError: it can't be written there.
+        """
+        self._write(path, Result.to_short_json)
+
+    def _write(self, path: Path, as_json: Callable[[Result], dict[str, Any]]) -> None:
         ordered = sorted(
             self.results, key=lambda result: (result.job.file or "", result.job.name, result.job.attention)
         )
-        lines = ",\n".join(json.dumps(result.to_json(), allow_nan=False) for result in ordered)
+        lines = ",\n".join(json.dumps(as_json(result), allow_nan=False) for result in ordered)
         atomic_write(path, f'{{"versions": {json.dumps(dict(self.versions))},\n"results": [\n{lines}\n]}}\n')
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Return the run that ``write`` wrote.
+        """Return the run that ``write`` or ``write_short`` wrote.
 
         Raises:
             InputError: the file is missing or holds something else.

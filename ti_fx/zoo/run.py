@@ -1,4 +1,4 @@
-"""Run the chain over many models: a process each, with a time limit, so that one that hangs or dies ends alone."""
+"""The chain runs over many models in a process each, with a time limit, so that one that hangs or dies ends alone."""
 
 from __future__ import annotations
 

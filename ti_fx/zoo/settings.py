@@ -1,4 +1,4 @@
-"""What tiny configurations of single model types need beyond the general rules."""
+"""Some model types' tiny configurations need more than the general rules; a table says what."""
 
 from __future__ import annotations
 

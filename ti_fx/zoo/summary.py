@@ -1,7 +1,8 @@
-"""Results in a few lines: how many models reached each stage, and the README's table.
+"""Write the table of architectures from results of ``ti-fx zoo --json``, and count how many models passed each stage.
 
-python -m ti_fx.zoo.summary docs/zoo.json            prints the table
-python -m ti_fx.zoo.summary docs/zoo.json README.md  writes it between the README's two marks
+python -m ti_fx.zoo.summary RESULTS                        prints the table
+python -m ti_fx.zoo.summary RESULTS docs/architectures.md  writes it between the page's two marks, and beside the page
+                                                           zoo.json, which keeps of the results what the table shows
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from pathlib import Path
 from ti_fx.errors import InputError
 from ti_fx.files import atomic_write
 from ti_fx.zoo.chain import STAGES
-from ti_fx.zoo.results import FAILED, GROUPS, PLAIN, VERDICTS, WITH_ATTENTION, Result, Run
+from ti_fx.zoo.results import FAILED, GROUPS, PLAIN, REPLACEMENTS, VERDICTS, WITH_ATTENTION, Result, Run
 
-BEGIN = "<!-- The rest of this section is written by: python -m ti_fx.zoo.summary docs/zoo.json README.md -->"
+KEPT = "zoo.json"
+BEGIN = (
+    "<!-- Written from docs/zoo.json by: python -m ti_fx.zoo.summary docs/zoo.json docs/architectures.md -->"
+)
 END = "<!-- end of the zoo's table -->"
 _SHOWN_STAGES = {"train": "training step", "runtime": "ONNX Runtime"}
 
@@ -87,7 +91,7 @@ def by_reason(results: Sequence[Result]) -> dict[str, list[str]]:
 
 
 def markdown(run: Run) -> str:
-    """Return the README's table of a run, and below it what failed, what has no attention and what was not built."""
+    """Return the table of a run, and below it what failed, what has no attention and what was not built."""
     lines = [_sentence(run), "", *_table(run)]
     failed = run.with_verdict(*FAILED)
     lines += _listed(f"Refused or failed: {len(failed)}", [f"`{one.title}`: {one.reason}" for one in failed])
@@ -106,7 +110,7 @@ def markdown(run: Run) -> str:
 
 
 def replaced(text: str, table: str) -> str:
-    """Return a README with the table between its two marks replaced.
+    """Return a page with the table between its two marks replaced.
 
     Raises:
         InputError: the marks are not there.
@@ -114,20 +118,31 @@ def replaced(text: str, table: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise InputError(f"the README has no place for the table; write {BEGIN} and {END} where it belongs")
+        raise InputError(f"the page has no place for the table; write {BEGIN} and {END} where it belongs")
     return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table of a file of results, or write it into a README."""
+    """Print the table of a file of results, or write it into a page and what it shows beside that.
+
+    Raises:
+        InputError: wrong arguments, a file that can't be read or written, or a page without the marks.
+    """
     if len(arguments) not in (1, 2):
-        raise InputError("give a file that ti-fx zoo --json wrote, and, to change it, a README")
-    table = markdown(Run.read(Path(arguments[0])))
+        raise InputError(
+            "give a file that ti-fx zoo --json wrote, and, to change it, a page such as docs/architectures.md"
+        )
+    run = Run.read(Path(arguments[0]))
     if len(arguments) == 1:
-        print(table)
+        print(markdown(run))
         return
-    readme = Path(arguments[1])
-    atomic_write(readme, replaced(readme.read_text(encoding="utf-8"), table))
+    page = Path(arguments[1])
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"can't read {page}: {error.strerror}; give a page that has the marks") from None
+    atomic_write(page, replaced(text, markdown(run)))
+    run.write_short(page.with_name(KEPT))
 
 
 def _sentence(run: Run) -> str:
@@ -142,8 +157,10 @@ def _verified(run: Run) -> list[str]:
     """Say at how many models the sites were checked by numbers, and how closely graph and model agree there."""
     counts = []
     worst = 0.0
-    for point, name in (("map", "replaced"), ("context", "replaced context"), ("output", "replaced output")):
-        found = [one.outcome.numbers[name] for one in run.results if name in one.outcome.numbers]
+    for point, name in REPLACEMENTS.items():
+        # None is a number that was infinite or NaN: of no use here.
+        measured = (one.outcome.numbers.get(name) for one in run.results)
+        found = [number for number in measured if number is not None]
         if found:
             counts.append(f"the {point} in {len(found)}")
             worst = max(worst, max(found))

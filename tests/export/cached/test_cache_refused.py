@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cached_models import in_eval, packed
+from cached_models import CachedStudent, cached_llama, in_eval, packed
 from models import bert_model, gpt2_model, text_example, tokens
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM

@@ -21,9 +21,11 @@ from torch.fx import GraphModule
 from ti_fx.errors import ExportError, InputError, ParityError, TiFxError
 from ti_fx.export import ParityReport, Runtime, check, compare, to_onnx, writer
 from ti_fx.export.compare import whole_file
-from ti_fx.export.file import external_data
+from ti_fx.export.file import write
 from ti_fx.export.file.content import open_file
 from ti_fx.export.file.external_data import DATA_KEY, data_file
+from ti_fx.export.file.stored import is_external
+from ti_fx.export.file.write import write_model
 
 # --- a pair of files -------------------------------------------------------------------------------------------------
 
@@ -62,7 +64,7 @@ def test_a_pair_is_one_model(written: Path, layers: GraphModule, run: Callable[.
     data = data_of(written)
     assert names_in(written.parent) == [written.name, data.name]
     stored = onnx.load(str(written), load_external_data=False).graph.initializer
-    outside = [tensor for tensor in stored if external_data.is_external(tensor)]
+    outside = [tensor for tensor in stored if is_external(tensor)]
     assert {"packed.first.weight_codes", "packed.first.bias_half", "codes_of_base3"} <= {
         tensor.name for tensor in outside
     }
@@ -86,7 +88,7 @@ def test_the_same_student_gives_the_same_bytes(written: Path, layers: GraphModul
 
 def test_large_tensors_begin_where_windows_can_map_them(tmp_path: Path) -> None:
     model = onnx_model({"small": 3, "large": 2**20, "last": 5})
-    external_data.write(model, tmp_path / "a.onnx", external=True, size_threshold=0)
+    write_model(model, tmp_path / "a.onnx", external=True, size_threshold=0)
     spans = {
         name: (value.const_value.offset, value.const_value.length)
         for name, value in model.graph.initializers.items()
@@ -105,14 +107,14 @@ def onnx_model(sizes: dict[str, int]) -> Any:
 
 
 def test_above_the_limit_a_model_becomes_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(external_data, "LIMIT", 3000)
-    external_data.write(onnx_model({"a": 2000}), tmp_path / "small.onnx", None, 1024)
+    monkeypatch.setattr(write, "LIMIT", 3000)
+    write_model(onnx_model({"a": 2000}), tmp_path / "small.onnx", None, 1024)
     assert names_in(tmp_path) == ["small.onnx"]
-    external_data.write(onnx_model({"a": 2000, "b": 2000, "c": 1000}), tmp_path / "large.onnx", None, 1024)
+    write_model(onnx_model({"a": 2000, "b": 2000, "c": 1000}), tmp_path / "large.onnx", None, 1024)
     data = data_of(tmp_path / "large.onnx")
     assert data.stat().st_size == 4096 + 2000  # c stays in the model
     with pytest.raises(ExportError, match=r"don't fit one ONNX file \(2 GB\); leave external_data out"):
-        external_data.write(onnx_model({"a": 4000}), tmp_path / "refused.onnx", False, 1024)
+        write_model(onnx_model({"a": 4000}), tmp_path / "refused.onnx", False, 1024)
 
 
 def test_a_negative_threshold_is_refused(layers: GraphModule, tmp_path: Path) -> None:
@@ -229,14 +231,14 @@ def traced() -> tuple[GraphModule, Any]:
     with torch.no_grad():
         model.first.weight[0] *= -1
     student = packed(model, layers_example(), "base3")
-    return student, writer._export(student, layers_example(), 25)
+    return student, writer.onnx_model(student, layers_example(), 25)
 
 
 @pytest.fixture
 def other(traced: tuple[GraphModule, Any], monkeypatch: pytest.MonkeyPatch) -> GraphModule:
     """A student whose export is quick: the trace was made, and nothing is run."""
     student, model = traced
-    monkeypatch.setattr(writer, "_export", lambda *arguments: model.clone())
+    monkeypatch.setattr(writer, "onnx_model", lambda *arguments: model.clone())
     monkeypatch.setattr(compare, "all_of", lambda *arguments: ParityReport((), ""))
     return student
 
@@ -353,7 +355,7 @@ def test_what_takes_too_much_memory_is_not_run_and_the_report_says_so(
     assert report.tensors == check(pair, layers, layers_example(), ram_megabytes=1).tensors
     assert "not compared at any size: the weights take about 0 MB in ONNX Runtime, and" in str(report)
     student, model = traced
-    monkeypatch.setattr(writer, "_export", lambda *arguments: model.clone())
+    monkeypatch.setattr(writer, "onnx_model", lambda *arguments: model.clone())
     assert to_onnx(student, pair, layers_example(), ram_megabytes=0.001).parity.skipped
     with pytest.raises(ParityError, match="is not the graph's"):
         check(pair, layers, layers_example(), ram_megabytes=0.001)
@@ -367,4 +369,4 @@ def test_the_estimate_follows_the_encoding(encoding: str, bytes_each: float) -> 
     weights = 2 * 16 * 24
     kept = sum(value.numel() for value in Layers().parameters()) - weights
     kept_bytes = kept * (2 + 4 if encoding == "base3" else 4 + 4) + 2 * 8  # and two scales
-    assert whole_file._megabytes(student) == pytest.approx((weights * bytes_each + kept_bytes) / 1e6)
+    assert whole_file.runtime_megabytes(student) == pytest.approx((weights * bytes_each + kept_bytes) / 1e6)

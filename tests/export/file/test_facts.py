@@ -58,7 +58,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
 
 def test_a_file_says_what_it_is(mixed: ExportReport) -> None:
     found = metadata(mixed)
-    assert found["ti_fx.encoding"] == "int8-token, second.weight=int8-tensor"
+    assert found["ti_fx.encoding"] == "int8-token"
+    assert json.loads(found["ti_fx.weight_encodings"]) == {"second.weight": "int8-tensor"}
     assert json.loads(found["ti_fx.kept"]) == {"float16": 6}  # biases, norm and head
     assert json.loads(found["ti_fx.source"]) == {"class": "Layers", "name": "organisation/name"}
     assert json.loads(found["ti_fx.versions"])["onnxruntime"] == onnxruntime.__version__
@@ -102,15 +103,15 @@ def test_the_same_student_gives_the_same_bytes_wherever_it_is_written(
 
 
 def test_a_folder_of_this_machine_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ti_fx.export.file.metadata import _source
+    from ti_fx.export.file.metadata import source_of
 
     (tmp_path / "runs/teacher").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     gm = student()
     for name in (str(tmp_path), str(tmp_path / "gone"), "runs/teacher", "./model", "../model", "~/model", ""):
-        assert _source(gm, config(name)) == {"class": "Layers"}
-    assert _source(gm, None) == {"class": "Layers"}
-    assert _source(gm, config("bert-base-uncased"))["name"] == "bert-base-uncased"
+        assert source_of(gm, config(name)) == {"class": "Layers"}
+    assert source_of(gm, None) == {"class": "Layers"}
+    assert source_of(gm, config("bert-base-uncased"))["name"] == "bert-base-uncased"
 
 
 def test_the_hash_of_the_tensors_is_that_of_every_one() -> None:

@@ -1,0 +1,85 @@
+"""Give a packed student another encoding than the one it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from ti_fx.errors import PostconditionError, PreconditionError
+from ti_fx.find.packed import PRODUCTS, activation_of, packed_weights, ternary_factor
+from ti_fx.ir.edit import aten_name, call, erase
+from ti_fx.ir.facts import facts, record_facts
+from ti_fx.ir.inserted import quantiser_of
+from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.stages import PACKED
+from ti_fx.numerics.encodings import get_encoding
+from ti_fx.numerics.quantiser import Quantiser
+
+
+@dataclass(frozen=True)
+class Requantize(Pass):
+    """Every activation that is quantised is quantised by another encoding.
+
+    before:  %x_int8 = int8_tensor(%x)           after:  %x_int8 = int8_token(%x)
+             %h = linear(%x_int8, %w_q)                  %h = linear(%x_int8, %w_q)
+
+    1. a fake-quantiser is swapped, those of attention too
+    2. for ``float`` it goes
+    3. where float was trained, one is inserted before each product of a packed weight; a projection that
+       ``QuantizeActivations`` skipped stays as it is
+
+    Attributes:
+        encoding: a name from ``ti_fx.numerics.encodings.ENCODINGS``; recorded in the graph for all its weights.
+    """
+
+    takes = (PACKED,)
+
+    encoding: str
+
+    def requires(self, gm: GraphModule) -> None:
+        """Packed weights: before ``Pack`` it is ``QuantizeActivations`` that sets the encoding."""
+        get_encoding(self.encoding)
+        if not any(packed_weights(gm)):
+            raise PreconditionError("requantize needs packed weights", missing="pack")
+
+    def apply(self, gm: GraphModule) -> None:
+        """Swap, remove or insert the quantisers, and record the encoding of each weight."""
+        quantiser = get_encoding(self.encoding).quantiser
+        present = [node for node in gm.graph.nodes if quantiser_of(node)]
+        recorded = facts(gm).encodings
+        for node in present:
+            if quantiser is None:
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                erase(node)
+            else:
+                node.target = quantiser.function
+        if quantiser is not None and (recorded or not present):
+            _quantise_products(gm, quantiser, recorded or _parameters(gm))
+        record_facts(gm, encoding=self.encoding, encodings=dict.fromkeys(recorded, self.encoding))
+
+    def ensures(self, gm: GraphModule) -> None:
+        """No other quantiser is left."""
+        wanted = get_encoding(self.encoding).quantiser
+        for node in gm.graph.nodes:
+            if quantiser_of(node) not in (None, wanted):
+                raise PostconditionError(f"requantize left %{node.name}")
+
+
+def _parameters(gm: GraphModule) -> set[str]:
+    return {weight.parameter for weight in packed_weights(gm)}
+
+
+def _quantise_products(gm: GraphModule, quantiser: Quantiser, names: Collection[str]) -> None:
+    """Put a fake-quantiser before each product of a packed weight called so that has none; readers of one share it."""
+    inserted: dict[Node, Node] = {}
+    for node in list(gm.graph.nodes):
+        weight = ternary_factor(node)
+        if weight is None or weight.parameter not in names or quantiser_of(activation_of(node)):
+            continue
+        source = activation_of(node)
+        if source not in inserted:
+            name = f"{source.name}_int8"
+            inserted[source] = call(node, quantiser.function, (source,), name, "student")
+        node.update_arg(PRODUCTS[aten_name(node)], inserted[source])
