@@ -24,6 +24,7 @@ from ti_fx.errors import InputError, did_you_mean
 from ti_fx.ir.edit import fork, is_persistent, parameter_nodes, prune, register, tensor
 from ti_fx.ir.pipeline import Pipeline, Report
 from ti_fx.ir.shapes import move_to_cpu
+from ti_fx.ir.stages import PACKED
 from ti_fx.numerics.encodings import Kept
 from ti_fx.passes.deploy.pack import Pack, pack_weight, require_ternary
 
@@ -58,7 +59,7 @@ def pack_from(gm: GraphModule, *weights: WeightSource, kept: Kept | None = None)
     for name in needed:
         if not any(source.may_have(name) for source in sources):
             raise _missing(name, sources)
-    return Pipeline(_Fill(sources, needed, kept))(gm)
+    return Pipeline(_Fill(sources, needed, kept), stage=PACKED)(gm)
 
 
 class _Fill(PassBase):
