@@ -43,12 +43,14 @@ class LeafModules(Pass):
 
 
 def _dropout(gm: GraphModule, node: Node) -> None:
-    if gm.training and not node.args[2]:
-        node.replace_all_uses_with(node.args[0])
+    value, p, is_on = node.args
+    assert isinstance(value, Node)
+    assert isinstance(p, float | int)
+    if gm.training and not is_on:
+        node.replace_all_uses_with(value)
         erase(node)
         return
-    leaf = nn.Dropout(float(node.args[1]), inplace=aten_name(node) == "dropout_")
-    replace_by_leaf(gm, node, leaf, (node.args[0],))
+    replace_by_leaf(gm, node, nn.Dropout(float(p), inplace=aten_name(node) == "dropout_"), (value,))
 
 
 def _attention(gm: GraphModule, node: Node) -> None:
