@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 import ti_fx
 from ti_fx.errors import InputError, PreconditionError
 from ti_fx.find.packed import encoding_of, weight_quantisers
+from ti_fx.ir.facts import record_facts
 from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pass
 from ti_fx.numerics.encodings import ENCODINGS, WeightEncodings
@@ -89,7 +90,7 @@ def test_several_encodings_become_one() -> None:
 def test_a_quantiser_that_a_user_put_in_the_graph_is_known() -> None:
     gm = packed()
     ti_fx.Pipeline(Requantize("int8-token"))(gm)
-    del gm.meta["ti_fx"]["encoding"]
+    record_facts(gm, encoding=None)
     assert encoding_of(gm) == WeightEncodings("int8-token")
     assert {one and one.name for one in weight_quantisers(gm).values()} == {"int8_token"}
 
