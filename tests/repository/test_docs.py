@@ -133,6 +133,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in sorted(DOCS.glob("*.md")) if blocks(page, "python")], ids=lambda page: page.name
 )
