@@ -199,6 +199,13 @@ def test_a_graph_that_did_not_get_there(missing: type[Pass], says: str) -> None:
     assert facts(gm).stage == "exported"
 
 
+def test_a_pipeline_without_a_pass_leads_nowhere() -> None:
+    gm = raw()
+    with pytest.raises(VerificationError, match=r"^not yet captured: "):
+        Pipeline(stage=CAPTURED)(gm)
+    assert facts(gm).stage == "exported"
+
+
 def test_a_graph_that_got_there_is_in_that_stage() -> None:
     gm = raw()
     assert facts(gm).stage == "exported"

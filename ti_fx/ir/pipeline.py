@@ -187,8 +187,9 @@ class Pipeline:
             self._write(position, name_of(one), after)
         if _calls(gm) == calls:
             gm.recompile()  # it may have been edited before, by hand
-        if self.stage is not None:
-            record_facts(gm, stage=self.stage.name)
+        if progress is not None:
+            progress.finish()  # also where there is no pass at all
+            record_facts(gm, stage=progress.stage.name)
         return Report(tuple(rows))
 
     def __str__(self) -> str:
