@@ -22,7 +22,7 @@ from ti_fx.zoo.count import attention_calls
 from ti_fx.zoo.points import replacements
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "albert"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.slow), "albert"])
 def test_known_contexts_and_outputs_change_graph_and_model_alike(name: str, tmp_path: Path) -> None:
     outcome = run_chain(name, lambda: build(name), tmp_path, until="sites")
     assert outcome.refused is None
