@@ -315,7 +315,7 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
     """
     facts = read_facts(checkpoint)
     weights = read_weights(checkpoint, facts)
-    source = _source_model(checkpoint, facts) if model is None else model
+    source = source_model(checkpoint, facts) if model is None else model
     example = read_tensors(Path(checkpoint) / EXAMPLE)
     try:
         recipe = Recipe.from_dict(facts["recipe"])
@@ -343,7 +343,12 @@ def _fits(source: nn.Module, weights: Mapping[str, Tensor], where: str | Path) -
             )
 
 
-def _source_model(checkpoint: str | Path, facts: Mapping[str, Any]) -> nn.Module:
+def source_model(checkpoint: str | Path, facts: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a checkpoint was captured from, made from its config, in eval mode; its values are random.
+
+    Raises:
+        CheckpointError: only the user can make it, or its config can't be read.
+    """
     name = str(facts["source"].get("class", ""))
     module, _, attribute = name.rpartition(".")
     if not module.startswith("transformers"):
