@@ -235,7 +235,7 @@ class Builder:
 
     def _packed_by_peer(self) -> Entry:
         if find_spec("onnxsim") is None:
-            raise MissingExtra("onnxsim can't be imported; run `pip install onnxsim==0.8.1`")
+            raise MissingExtra("onnxsim can't be imported; run `pip install 'ti_fx[benchmark]'`")
 
         def build(folder: Path) -> dict[str, Any]:
             import onnxsim

@@ -8,8 +8,8 @@
     python benchmarks/inference.py --quick             a small model of the same kind, no limits: does it run?
 
 The baseline is the fp32 export of the original model (torch.onnx, scaled-dot-product attention, all ONNX Runtime
-optimisations); contenders.py lists the rest. OpenVINO takes part where the extra `benchmark` is installed, onnxsim
-where it is, PyTorch with --torch. Students are not trained and all weights but MiniLM's are random: values don't change
+optimisations); contenders.py lists the rest. OpenVINO and onnxsim take part where the extra `benchmark` is installed,
+PyTorch with --torch. Students are not trained and all weights but MiniLM's are random: values don't change
 the cost, but the error against fp32 then says little; the error against the fake-quant graph counts.
 In every round each contender runs once for a fixed share of time, so that a busy machine slows all of them alike;
 medians count. Memory is measured in a fresh process each, with one thread, after one inference; loading is the median

@@ -168,11 +168,12 @@ def _added(before: Node, mask: _Mask) -> Node:
 
 
 def _whole(match: _Match, mask: Node) -> Node:
-    """Return a mask with four dimensions and a row for each token: ONNX Runtime takes no fewer."""
-    while rank(mask) < 4:
+    """Return a sum of masks with four dimensions and a row for each token: ONNX Runtime takes no fewer."""
+    shapes = [one.node.meta["val"].shape for one in match.masks]
+    for _ in range(4 - max(map(len, shapes))):
         mask = call(match.softmax, torch.ops.aten.unsqueeze.default, (mask, 0))
     rows = match.softmax.meta["val"].shape[2]
-    if str(mask.meta["val"].shape[2]) == str(rows):
+    if any(str(shape[-2]) == str(rows) for shape in shapes if len(shape) > 1):
         return mask
     size: Any = constant_size(rows)
     if size is None:
