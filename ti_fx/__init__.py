@@ -68,6 +68,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name or a subpackage when it is first used."""
     if name in _SUBPACKAGES:
         return importlib.import_module(f"ti_fx.{name}")
+    if name in ("Pass", "Pipeline"):
+        importlib.import_module("ti_fx.passes")  # so that their names are known in texts
     if name in _HOMES:
         value = getattr(importlib.import_module(f"ti_fx.{_HOMES[name]}"), name)
         globals()[name] = value

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,14 +38,14 @@ from ti_fx.train import TernaryTrainer
 aten = torch.ops.aten
 
 
-def students(gm: GraphModule, target: object) -> Iterator[Node]:
+def students(gm: GraphModule, target: Callable[..., Any]) -> Iterator[Node]:
     for node in gm.graph.find_nodes(op="call_function", target=target):
         if roles.is_student(node):
             yield node
 
 
 @dataclass(frozen=True)
-class ReluForGelu(Pass):
+class StudentRelu(Pass):
     """The student's GELU becomes ReLU: a new node, or the same one with another operation."""
 
     takes = (PREPARED,)
@@ -98,7 +99,7 @@ def prepared(tiny: Tiny, *passes: Pass) -> GraphModule:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_another_activation_in_the_student_alone(bert: Tiny, in_place: bool) -> None:
     """The student is what a model with ReLU becomes; the teacher computes what the model did."""
-    gm = prepared(bert, ReluForGelu(in_place)).eval()
+    gm = prepared(bert, StudentRelu(in_place)).eval()
     relu = bert_model(hidden_act="relu")
     relu.load_state_dict(bert.model.state_dict())
     wanted = ti_fx.capture(relu, text_example())
@@ -156,7 +157,8 @@ def test_an_intervention_takes_the_place_of_what_stands_for_the_point(bert: Tiny
         def apply(self, gm: GraphModule) -> None:
             for old in students(gm, aten.softmax.int):
                 new = call(old.next, aten.square.default, (old,), f"{old.name}_sharper", "student", like=old)
-                old.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+                for user in [user for user in old.users if user is not new]:
+                    user.replace_input_with(old, new)
                 ti_fx.stands_for(new, old)
 
     gm = prepared(bert, Sharper())
@@ -202,7 +204,7 @@ def test_a_teacher_made_afterwards_is_a_copy(bert: Tiny) -> None:
 def test_it_trains_and_is_exported(tmp_path: Path) -> None:
     """Through every phase, with a parameter of the pass's own; the file computes what the graph does."""
     phases = tuple(Phase(str(point), Intervene(point), 1) for point in ("output", "context", "map", None))
-    own = (ReluForGelu(), Temperature(learned=True))
+    own = (StudentRelu(), Temperature(learned=True))
     recipe = Recipe("own", schedule=phases, extra_passes=own)
     made = TernaryTrainer(
         bert_model(layers=1), recipe, arguments(tmp_path, max_steps=4), train_dataset=rows(16), compile="off"
@@ -215,7 +217,5 @@ def test_it_trains_and_is_exported(tmp_path: Path) -> None:
     Pipeline(Pack())(student)
     report = to_onnx(student, tmp_path / "student.onnx", text_example())
     assert report is not None
-    (found,) = Runtime(tmp_path / "student.onnx")(
-        **{k: v.numpy() for k, v in text_example().items()}
-    ).values()
+    (found,) = Runtime(tmp_path / "student.onnx")({k: v.numpy() for k, v in text_example().items()}).values()
     np.testing.assert_allclose(found, student(**text_example()).logits.detach().numpy(), atol=1e-4)

@@ -54,8 +54,9 @@ def assert_as_before(gm: GraphModule, before: dict[str, Any]) -> None:
     ti_fx.verify(gm)
 
 
-def first(gm: GraphModule, target: object) -> Node:
-    return next(iter(gm.graph.find_nodes(op="call_function", target=target)))
+def first(gm: GraphModule, target: Callable[..., Any]) -> Node:
+    found: Node = gm.graph.find_nodes(op="call_function", target=target)[0]
+    return found
 
 
 def rewrite(gm: GraphModule) -> None:
