@@ -262,7 +262,8 @@ class Attention(nn.Module):
         if keep is not None:
             scores = masked(scores, keep, "fill" if self.case.kernel == "multihead" else self.case.masking)
         trace.scores.append(scores)
-        probabilities = scores.softmax(-1)
+        wide = torch.float32 if self.case.kernel == "float32" else None
+        probabilities = scores.softmax(-1, dtype=wide).to(scores.dtype)
         if keep is not None and self.case.kernel == "sdpa" and bias is None and self.case.masking == "fill":
             # torch: no key that counts, no context
             probabilities = torch.where(keep.any(-1, keepdim=True), probabilities, 0)
@@ -427,7 +428,7 @@ class Transformer(nn.Module):
         trace: Trace | None = None,
     ) -> Any:
         case = self.case
-        hidden = self.embedded(ids, features)
+        hidden = self.embedded(ids, features, trace)
         tokens = hidden.shape[1]
         if case.extra == "pad-4" and tokens % 4:
             more = 4 - tokens % 4
@@ -460,7 +461,7 @@ class Transformer(nn.Module):
             logits = F.normalize(logits, dim=-1) @ F.normalize(prompts, dim=-1).T
         return self.returned(logits, hidden)
 
-    def embedded(self, ids: Tensor | None, features: Tensor | None) -> Tensor:
+    def embedded(self, ids: Tensor | None, features: Tensor | None, trace: Trace | None) -> Tensor:
         """Return the embeddings of ids or features, after what the case decides by their values and sizes."""
         extra = self.case.extra
         if ids is not None:
@@ -474,7 +475,7 @@ class Transformer(nn.Module):
                     hidden = hidden + 0.5 * self.tokens(ids).flip(-1)
         else:
             assert features is not None
-            hidden = self.enter(features)
+            hidden = self.enter(features if trace is None else trace.quantise(features))
             if extra == "by-value" and bool((features > 2.5).any()):
                 hidden = hidden * 2
         if extra == "detach":
