@@ -23,8 +23,10 @@ from ti_fx.errors import RecipeError, did_you_mean, first_line
 from ti_fx.files import atomic_write
 from ti_fx.find.attention import POINTS
 from ti_fx.ir import options
+from ti_fx.ir.edit import fork
 from ti_fx.ir.facts import record_facts
 from ti_fx.ir.pipeline import Pass, Pipeline, Report
+from ti_fx.ir.untrained import Untrained, untrained
 from ti_fx.numerics.encodings import AUTO, ENCODINGS
 from ti_fx.passes import (
     DecomposeAttention,
@@ -160,7 +162,26 @@ class Recipe:
         """
         report = Pipeline(*self.passes(teacher=teacher))(gm)
         record_facts(gm, recipe=self.to_dict())
-        return report
+        return dataclasses.replace(report, untrained=self.untrained(gm))
+
+    def untrained(self, gm: GraphModule) -> tuple[Untrained, ...]:
+        """Return the Parameters of a graph that this recipe prepared which no phase of it moves, in graph order."""
+        rows = untrained(gm)
+        phases = [phase for phase in self.schedule if phase.intervene.at is not None]
+        if len(phases) < len(self.schedule):
+            return rows  # a phase without an intervention trains whatever is trained in another
+        known = {row.name for row in rows}
+        left: dict[str, Untrained] | None = None
+        for phase in phases:
+            intervened = fork(gm)
+            Pipeline(phase.intervene)(intervened)
+            own = {row.name: row for row in untrained(intervened)}
+            left = own if left is None else {name: row for name, row in left.items() if name in own}
+        reason = "in every phase the teacher's value stands in its place"
+        return tuple(
+            row if name in known else dataclasses.replace(row, cause="intervened", reason=reason)
+            for name, row in (left or {}).items()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON values."""

@@ -116,6 +116,7 @@ def test_an_encoder_decoder_becomes_two_files_that_are_checked(tmp_path: Path) -
     assert "is the decoder of an encoder-decoder, and" in ran.err
 
 
+@pytest.mark.slow
 def test_weights_that_are_read_one_at_a_time_give_the_same_file(tmp_path: Path) -> None:
     bert_model(1).save_pretrained(tmp_path / "bert")
     outs = [tmp_path / name / "student.onnx" for name in ("whole", "single")]

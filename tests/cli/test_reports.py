@@ -91,6 +91,7 @@ def test_inspect_names_every_encoding(tmp_path: Path, configuration: Path) -> No
     assert "would be quantised (int8-tensor, *.output.dense=nbits2-32), those that" in ran.out
 
 
+@pytest.mark.slow
 def test_made_up_weights_are_said(tmp_path: Path, configuration: Path) -> None:
     made_up = "no weights in the folder: random ones were made from its config"
     out = tmp_path / "student.onnx"

@@ -101,6 +101,7 @@ def results(path: Path) -> dict[str, dict[str, Any]]:
     return {one["name"]: one for one in json.loads(path.read_text())["results"]}
 
 
+@pytest.mark.slow
 def test_types_and_a_factory_pass_and_say_so_everywhere(run: Called, models: str, tmp_path: Path) -> None:
     kept, page = tmp_path / "zoo.json", tmp_path / "zoo.html"
     work = ("bert", "mamba", f"{models}:plain")
@@ -207,6 +208,7 @@ def test_the_help_names_every_stage(run: Called) -> None:
     assert " ".join(STAGES) in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_processes_and_keeps_what_is_done(models: str, tmp_path: Path) -> None:
     with open(models, "a", encoding="utf-8") as file:
         file.write("\ndef waits():\n    open('pid', 'w').write(str(os.getpid()))\n    time.sleep(600)\n")

@@ -124,7 +124,13 @@ def weight_name(node: Node | None) -> str | None:
     return "" if weight is None else str(weight.target)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("t5", "gemma2", "cohere") else ())
+        for name in CASES
+    ],
+)
 def test_each_layer_has_its_own(name: str) -> None:
     case = CASES[name]
     sites = ti_fx.find_feed_forward(captured(name)[2])

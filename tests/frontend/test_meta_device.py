@@ -28,7 +28,7 @@ def on_meta() -> nn.Module:
         return llama_model()
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), "meta"])
 def test_the_graph_is_what_a_model_with_values_gives(device: str) -> None:
     example = {name: value.to(device) for name, value in text_example().items()}
     found, expected = ti_fx.capture(on_meta(), example), ti_fx.capture(llama_model(), text_example())

@@ -185,6 +185,7 @@ def test_one_name_of_two_distributions_is_refused(tmp_path: Path) -> None:
     assert ran.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_line_lists_and_runs_them(tmp_path: Path) -> None:
     distribution(tmp_path, "mine", {"scale-loss": "mine:ScaleLoss"})
     (tmp_path / "tiny.py").write_text(FACTORY)

@@ -247,6 +247,7 @@ def prepared_texts() -> str:
     return "\n".join(texts)
 
 
+@pytest.mark.slow
 def test_a_dump_is_the_same_in_every_run() -> None:
     """In a new process, where sets have another order, and in this one, where much has been made before."""
     here = Path(__file__).parent

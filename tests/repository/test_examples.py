@@ -61,6 +61,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return called
 
 
+@pytest.mark.slow
 def test_quickstart(tmp_path: Path) -> None:
     printed = run_apart("quickstart.py", "--tiny", cwd=tmp_path)
     assert printed.count("stack 0, layer ") == 2
@@ -70,6 +71,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert (tmp_path / "runs/quickstart/student.onnx").is_file()
 
 
+@pytest.mark.slow
 def test_generate(run: Run) -> None:
     printed = run("generate.py")
     assert "past=0" in printed
@@ -78,6 +80,7 @@ def test_generate(run: Run) -> None:
     assert int(same[1]) >= 90
 
 
+@pytest.mark.slow
 def test_bring_your_own(run: Run, tmp_path: Path) -> None:
     printed = run("bring_your_own.py", "--tiny")
     assert SCORES.search(printed)

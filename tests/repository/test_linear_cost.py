@@ -77,9 +77,8 @@ def steps(gm: GraphModule) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "pack", lambda: ti_fx.Pipeline(Pack())(gm)
 
 
-@pytest.mark.parametrize(
-    "name", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "t5"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_node_visits_are_linear_in_the_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     visits: dict[str, list[int]] = {}
     for layers in LAYERS:

@@ -238,6 +238,7 @@ def test_a_checkout_without_links_builds_the_same_wheel(
     assert sorted(zipfile.ZipFile(built).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
 
+@pytest.mark.slow
 def test_a_checkout_without_links_can_be_installed_in_place(
     checkout_without_links: Path, fresh_python: str, tmp_path: Path
 ) -> None:

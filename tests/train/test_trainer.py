@@ -276,6 +276,7 @@ def test_the_best_model_is_kept_and_loaded_at_the_end(tmp_path: Path) -> None:
     assert different(weights(made), kept[5]) != []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_still_knows_its_best_model(tmp_path: Path) -> None:
     made = best_of_two(tmp_path, compute_metrics=scripted([0.1, 0.2, 0.9, 0.3]))
 

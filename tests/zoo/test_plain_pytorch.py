@@ -31,22 +31,11 @@ from ti_fx.passes import (
 
 POINTS = ("map", "context", "output")
 # One of each kind; the slow tests export and train the rest.
-EXPORTED = ("torch_encoder_fast_path", "torch_attention", "disentangled", "einsum", "windowed", "perceiver")
+EXPORTED = ("torch_attention", "einsum", "perceiver")
 TRAINED = (
-    *("torch_encoder_fast_path", "torch_transformer", "torch_attention_fused", "post_norm", "infinite_mask"),
-    *("rotary", "relative_bias", "softcapped", "sinks", "talking_heads", "disentangled", "differential"),
-    *(
-        "handwritten_softmax",
-        "einsum",
-        "baddbmm",
-        "sdpa_grouped",
-        "multi_query",
-        "fused_split",
-        "fused_slices",
-    ),
-    *("fused_key_value", "transposed_linear", "convolved", "without_output", "latent", "weight_norm", "lora"),
-    *("tied_head", "shared_layers", "windowed", "learned_queries", "perceiver", "cross_attention_stack"),
-    *("returns_maps", "experts", "linear_attention"),
+    *("torch_encoder_fast_path", "infinite_mask", "rotary", "softcapped", "sinks", "disentangled"),
+    *("handwritten_softmax", "sdpa_grouped", "fused_split", "weight_norm", "lora", "tied_head"),
+    *("shared_layers", "perceiver", "without_output", "experts", "linear_attention", "differential"),
 )
 
 

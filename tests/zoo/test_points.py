@@ -22,7 +22,7 @@ from ti_fx.zoo.count import attention_calls
 from ti_fx.zoo.points import replacements
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "albert"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.slow), "albert"])
 def test_known_contexts_and_outputs_change_graph_and_model_alike(name: str, tmp_path: Path) -> None:
     outcome = run_chain(name, lambda: build(name), tmp_path, until="sites")
     assert outcome.refused is None
@@ -33,7 +33,7 @@ def test_known_contexts_and_outputs_change_graph_and_model_alike(name: str, tmp_
 
 @pytest.mark.parametrize("point", ["context", "output"])
 def test_a_site_at_another_node_is_found(point: str, tmp_path: Path) -> None:
-    chain = chains._Chain(lambda: build("gpt2"), tmp_path, Outcome("gpt2"))
+    chain = chains.Chain(lambda: build("gpt2"), tmp_path, Outcome("gpt2"))
     for stage in ("build", "count", "capture"):
         getattr(chain, stage)()
     first, second = find_attention(chain.gm)
@@ -41,7 +41,7 @@ def test_a_site_at_another_node_is_found(point: str, tmp_path: Path) -> None:
     with pytest.raises(
         CoverageError, match=f"a known {point} at .* changes the graph and the model differently"
     ):
-        chain._points([replace(first, **moved), second])
+        chain.check_points([replace(first, **moved), second])
 
 
 class Gated(nn.Module):

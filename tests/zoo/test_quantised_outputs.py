@@ -30,13 +30,13 @@ def test_a_quantised_file_may_differ_by_what_noise_does_to_pytorch(
 
     monkeypatch.setattr(chains, "Runtime", runtime)
     entry = Entry("linear", model, inputs, inputs, "", "Linear")
-    chain = chains._Chain(lambda: entry, tmp_path, chains.Outcome("linear"))
+    chain = chains.Chain(lambda: entry, tmp_path, chains.Outcome("linear"))
     chain.build()
     with pytest.raises(CoverageError, match=r"in int8-tensor \(relative 5.0e-02, at most 3.0e-02\)"):
-        chain._compare("int8-tensor", tmp_path, gm)
+        chain.compare_file("int8-tensor", tmp_path, gm)
     monkeypatch.setattr(chains, "nudged_outputs", noisy)
-    chain._compare("int8-tensor", tmp_path, gm)
+    chain.compare_file("int8-tensor", tmp_path, gm)
     assert chain.outcome.numbers["int8-tensor noise median"] == pytest.approx(0.07, rel=1e-4)
     assert "noise in the last bits" in chain.outcome.notes[-1]
     with pytest.raises(CoverageError, match="in float"):
-        chain._compare("float", tmp_path, gm)
+        chain.compare_file("float", tmp_path, gm)

@@ -1,6 +1,7 @@
 """Analysis measures a student against its teacher, and a model against what would be ternary in it."""
 
 from ti_fx.analysis.layer_error import LayerError, layer_errors
+from ti_fx.analysis.never_trained import Untrained, untrained
 from ti_fx.analysis.weights import StoredWeight, stored_weights
 
-__all__ = ["LayerError", "StoredWeight", "layer_errors", "stored_weights"]
+__all__ = ["LayerError", "StoredWeight", "Untrained", "layer_errors", "stored_weights", "untrained"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from ti_fx.errors import VerificationError
 from ti_fx.ir import roles
@@ -39,7 +40,7 @@ def erase_dead_writes(graph: Graph) -> None:
     """
     groups: dict[Node, list[Node]] = {}
     for node in graph.nodes:
-        groups.setdefault(_origin(node), []).append(node)
+        groups.setdefault(origin(node), []).append(node)
     writes = [node for node in graph.nodes if written_arguments(node)]
     live: set[Node] = set()
     wanted = [
@@ -57,14 +58,14 @@ def erase_dead_writes(graph: Graph) -> None:
             node
             for node in writes
             if node not in live
-            and any(one in live for written in written_arguments(node) for one in groups[_origin(written)])
+            and any(one in live for written in written_arguments(node) for one in groups[origin(written)])
         ]
     for node in reversed(list(graph.nodes)):
         if node not in live:
             erase(node)
 
 
-def _origin(node: Node) -> Node:
+def origin(node: Node) -> Node:
     """Return the node that made the tensor which this one is, is a view of, or is one of."""
     while _gives_its_input(node):
         node = node.all_input_nodes[0]
@@ -254,18 +255,27 @@ def prune(gm: GraphModule) -> None:
     gm._non_persistent_buffers_set = root._non_persistent_buffers_set
 
 
+def copy_graph(original: Graph) -> Graph:
+    """Return a copy of a graph, in any order of its nodes: new ones of the same names, with the same metadata."""
+    graph = Graph()
+    copies = {
+        node: graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        for node in original.nodes
+    }
+    for node, copied in copies.items():
+        copied.args, copied.kwargs = map_arg(
+            (node.args, node.kwargs), lambda source: copies.get(source, source)
+        )
+        copied.meta = dict(node.meta)
+    graph._codegen = original._codegen
+    return graph
+
+
 def fork(gm: GraphModule) -> GraphModule:
     """Return a new graph over the same Parameter, buffer and submodule objects.
 
     Edits of one graph don't show in the other; ``.to()``, ``train()`` on a shared submodule, and training do.
     """
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    output = graph.graph_copy(gm.graph, copies)
-    original = gm.graph.output_node()
-    copied = graph.output(output)
-    copied.meta = dict(original.meta)
-    graph._codegen = gm.graph._codegen
     twin = GraphModule(nn.Module(), Graph(), class_name=type(gm).__name__)
     twin._parameters, twin._buffers = gm._parameters, gm._buffers
     twin._non_persistent_buffers_set = gm._non_persistent_buffers_set
@@ -275,7 +285,7 @@ def fork(gm: GraphModule) -> GraphModule:
     twin._forward_pre_hooks_with_kwargs = gm._forward_pre_hooks_with_kwargs.copy()
     twin._deepcopy_hooks = list(gm._deepcopy_hooks)
     twin.training = gm.training
-    twin.graph = graph
+    twin.graph = copy_graph(gm.graph)
     return twin
 
 

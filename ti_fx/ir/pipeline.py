@@ -18,9 +18,12 @@ from ti_fx.files import atomic_write
 from ti_fx.ir import options, roles, text
 from ti_fx.ir.edit import prune, sort, tensor
 from ti_fx.ir.facts import record_facts
+from ti_fx.ir.outputs import prepared_result
 from ti_fx.ir.registered import WithRegistered
 from ti_fx.ir.shapes import refresh, signature
-from ti_fx.ir.stages import STAGES, Progress, Stage, stage_of, verify
+from ti_fx.ir.stages import PREPARED, STAGES, Progress, Stage, stage_of, verify
+from ti_fx.ir.undo import Undo
+from ti_fx.ir.untrained import Untrained, table, untrained
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,7 @@ class Pass(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Run inside any torch.fx pass manager; whether it changed the graph is measured."""
-        before = text.lines(graph_module)
-        after = run_pass(self, graph_module, before)
-        return PassResult(graph_module, list(after.items()) != list(before.items()))
+        return PassResult(graph_module, Pipeline(self)(graph_module).changed)
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """Run this pass alone, with the checks of a Pipeline."""
@@ -119,9 +120,15 @@ class PassReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a Pipeline did, a row a pass."""
+    """What a Pipeline did, a row a pass.
+
+    Attributes:
+        passes: in order.
+        untrained: of a graph that has losses now, the Parameters that they do not move.
+    """
 
     passes: tuple[PassReport, ...]
+    untrained: tuple[Untrained, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -135,13 +142,14 @@ class Report:
             + indent(f"\n{row.explanation}" if row.explanation else "", "   ")
             for index, row in enumerate(self.passes, 1)
         ]
-        return "\n".join(rows)
+        return "\n".join([*rows, *table(self.untrained)])
 
 
 class Pipeline:
     """Run passes in the order written; after each: sort, lint, recompile, refresh meta, verify, ensures.
 
-    Any ``torch.fx`` PassBase is accepted; a new GraphModule that it returns is copied back into the one given.
+    Any ``torch.fx`` PassBase is accepted; a new GraphModule that it returns is copied back into the one given. If a
+    pass fails, or a check of what it left, the graph is as it was before the first one, with new node objects.
 
     Args:
         passes: in order.
@@ -171,26 +179,28 @@ class Pipeline:
         before = text.lines(gm)
         self._write(0, str(stage_of(gm)), before)
         progress = None if self.stage is None else Progress(self.stage, gm)
+        undo = Undo(gm)
         for position, one in enumerate(self.passes, 1):
             start = time.perf_counter()
             try:
-                after = run_pass(one, gm, before, progress)
+                after = _run(one, gm, before, undo, progress)
                 if progress is not None and position == len(self.passes):
                     progress.finish()
-            except Exception as error:
+                elapsed = 1000 * (time.perf_counter() - start)
+                explanation = one.explain(gm) if isinstance(one, Pass) else ""
+                rows.append(_measure(str(one), gm, before, after, elapsed, explanation))
+                self._write(position, name_of(one), after)
+            except BaseException as error:
                 error.add_note(self._note(one, position, gm, before))
+                undo()
                 raise
-            elapsed = 1000 * (time.perf_counter() - start)
-            explanation = one.explain(gm) if isinstance(one, Pass) else ""
-            rows.append(_measure(str(one), gm, before, after, elapsed, explanation))
             before = after
-            self._write(position, name_of(one), after)
         if _calls(gm) == calls:
             gm.recompile()  # it may have been edited before, by hand
         if progress is not None:
             progress.finish()  # also where there is no pass at all
             record_facts(gm, stage=progress.stage.name)
-        return Report(tuple(rows))
+        return Report(tuple(rows), _untrained(gm))
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.passes))
@@ -210,13 +220,20 @@ class Pipeline:
         return "\n".join([note, *change])
 
 
+def _untrained(gm: GraphModule) -> tuple[Untrained, ...]:
+    """Return what the losses of a graph do not move; what an intervention leaves out, another phase may train."""
+    is_whole = stage_of(gm) is PREPARED and prepared_result(gm) is not None
+    intervened = is_whole and any(roles.fact(node, "intervened") for node in gm.graph.nodes)
+    return untrained(gm) if is_whole and not intervened else ()
+
+
 def name_of(one: PassBase) -> str:
     """Return a pass's name without its options; of a foreign one, its class's name."""
     return one.name() if isinstance(one, Pass) else options.kebab(type(one).__name__)
 
 
-def run_pass(
-    one: PassBase, gm: GraphModule, before: dict[str, str], progress: Progress | None = None
+def _run(
+    one: PassBase, gm: GraphModule, before: dict[str, str], undo: Undo, progress: Progress | None
 ) -> dict[str, str]:
     """Run one pass with every check; ``before`` and the result are the dump's lines by node name.
 
@@ -227,11 +244,13 @@ def run_pass(
     if isinstance(one, Pass):
         one.requires(gm)
         _require_stage(one, gm)
-        one.apply(gm)
+        with undo.watching():
+            one.apply(gm)
         if one.gives is not None:
             record_facts(gm, stage=one.gives.name)
     else:
-        _apply_foreign(one, gm)
+        with undo.watching():
+            _apply_foreign(one, gm)
     sort(gm.graph)
     is_rewired = _calls(gm) != calls
     if is_rewired:

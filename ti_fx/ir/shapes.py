@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.node import Argument, map_aggregate
 from torch.utils import _pytree as pytree
 
@@ -36,6 +36,13 @@ def fake_mode(gm: GraphModule) -> FakeTensorMode:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     raise ValueError("no placeholder carries meta['val']; capture the model with ti_fx.capture")
+
+
+def sizes_of(gm: GraphModule) -> ShapeEnv | None:
+    """Return what knows the graph's symbolic sizes; None where no placeholder has one."""
+    nodes = gm.graph.find_nodes(op="placeholder")
+    values = [value for node in nodes if isinstance(value := node.meta.get("val"), FakeTensor)]
+    return values[0].fake_mode.shape_env if values else None
 
 
 def guard_count(gm: GraphModule) -> int:
@@ -89,6 +96,11 @@ def _known(gm: GraphModule, mode: FakeTensorMode) -> dict[Hashable, Any]:
         values = {}
         _KNOWN[gm] = mode, values
     return values
+
+
+def forget(gm: GraphModule) -> None:
+    """Forget every value that was evaluated in a graph: it may rest on what is assumed of sizes no longer."""
+    _KNOWN.pop(gm, None)
 
 
 class Evaluator:

@@ -22,6 +22,7 @@ from ti_fx.train import checkpoint, rows, schedule
 from ti_fx.train.finished import finished_files, finished_folder
 from ti_fx.train.model import Compile, TernaryModel
 from ti_fx.train.task_loss import TaskLoss, leaves, single, task_loss
+from ti_fx.train.untrained import require_trained
 
 AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation (benchmarks/train_step.py)
 
@@ -128,6 +129,7 @@ class TernaryTrainer(Trainer):
             raise InputError(
                 "the graph was prepared by another recipe; capture the model again, or pass that recipe"
             )
+        require_trained(gm, self.recipe)
         return gm, {name: value for name, value in example.items() if isinstance(value, Tensor)}
 
     # --- the loop: phases, losses, restarts -------------------------------------------------------------------------

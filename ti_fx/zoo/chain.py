@@ -103,7 +103,7 @@ def run_chain(
         started: called before each stage, and at the end.
     """
     outcome = Outcome(name)
-    chain = _Chain(build, folder, outcome)
+    chain = Chain(build, folder, outcome)
     for stage in STAGES[: STAGES.index(until) + 1]:
         started(outcome)
         begun = time.perf_counter()
@@ -120,7 +120,7 @@ def run_chain(
     return outcome
 
 
-class _Chain:
+class Chain:
     """One method per stage, in the order of ``STAGES``."""
 
     entry: Entry
@@ -136,12 +136,14 @@ class _Chain:
         self.files = {}
 
     def build(self) -> None:
+        """Make the model and its inputs."""
         self.entry = self.make()
         self.other = self.entry.other
         self.outcome.model_class = self.entry.model_class
         self.outcome.attention = self.entry.attention
 
     def count(self) -> None:
+        """Run the model and count its attention blocks, by hooks on what it calls."""
         model = self.entry.model
         self.expected = tensors(run(model, self.other))
         again = tensors(run(model, self.other))
@@ -157,6 +159,7 @@ class _Chain:
             raise CoverageError(f"{self.entry.model_class} calls no softmax on a product of two activations")
 
     def capture(self) -> None:
+        """Capture it, and compare the graph with it at another size."""
         self.gm = capture(self.entry.model, self.entry.example).eval()
         self._fit()
         found = distance(tensors(run(self.gm, self.other)), self.expected)
@@ -192,6 +195,7 @@ class _Chain:
                 self.expected = tensors(run(self.entry.model, self.other))
 
     def sites(self) -> None:
+        """Find the blocks, as many as were counted, and replace their maps in graph and model."""
         sites = find_attention(self.gm)
         self.outcome.sites = len(sites)
         for site in sites:
@@ -208,9 +212,9 @@ class _Chain:
                 f"(relative {worst:.1e})"
             )
 
-        self._points(sites)
+        self.check_points(sites)
 
-    def _points(self, sites: list[AttentionSite]) -> None:
+    def check_points(self, sites: list[AttentionSite]) -> None:
         """Put known tensors at contexts and outputs, in the graph and by hooks in the model."""
         model, example = self.entry.model, self.entry.example
         before = tensors(run(model, example))
@@ -253,6 +257,7 @@ class _Chain:
         return distance(found, expected)
 
     def teacher(self) -> None:
+        """Add the teacher, which computes what the model does."""
         before = tensors(run(self.gm, self.other))
         Pipeline(DuplicateTeacher())(self.gm)
         twins = roles.twin_of(self.gm.graph)
@@ -267,9 +272,11 @@ class _Chain:
                     )
 
     def prepare(self) -> None:
+        """Add quantisers and losses."""
         Pipeline(Ternarize(min_rows=64), QuantizeActivations("int8-tensor"), Distill())(self.gm)
 
     def train(self) -> None:
+        """Run one training step at each point of intervention."""
         sites = find_attention(self.gm)
         for point in (*POINTS, None):
             having = [site for site in sites if point is None or site.at(point) is not None]
@@ -317,6 +324,7 @@ class _Chain:
                 value.grad = None
 
     def pack(self) -> None:
+        """Strip and pack, in two encodings."""
         floating = fork(self.gm)
         for encoding, gm in (("float", floating), ("int8-tensor", self.gm)):
             Pipeline(QuantizeActivations(encoding), Strip())(gm)
@@ -328,6 +336,7 @@ class _Chain:
             self.files[encoding] = self.folder / f"{encoding}.onnx", gm
 
     def export(self) -> None:
+        """Write both files."""
         for encoding, (path, gm) in self.files.items():
             report = to_onnx(gm, path, self.entry.example)
             self.outcome.numbers[f"{encoding} bytes"] = report.bytes
@@ -337,10 +346,16 @@ class _Chain:
                 self.outcome.numbers[f"{encoding} steps"] = report.parity.nodes.steps
 
     def runtime(self) -> None:
+        """Compare both files with their graphs in ONNX Runtime, at another size."""
         for encoding, (path, gm) in self.files.items():
-            self._compare(encoding, path, gm)
+            self.compare_file(encoding, path, gm)
 
-    def _compare(self, encoding: str, path: Path, gm: GraphModule) -> None:
+    def compare_file(self, encoding: str, path: Path, gm: GraphModule) -> None:
+        """Compare one file's outputs with its packed graph's.
+
+        Raises:
+            CoverageError: they are further apart than the encoding explains.
+        """
         inputs = {name: self.other[name] for name in input_names(gm)}
         expected = {name: value for name, value in run_graph(gm, inputs).items() if value.is_floating_point()}
         found = {name: torch.from_numpy(value) for name, value in Runtime(path)(inputs).items()}

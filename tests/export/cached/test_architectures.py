@@ -25,6 +25,7 @@ from ti_fx.export.run.generate import OnnxCausalLM, OnnxSeq2SeqLM
 from ti_fx.passes import Pack
 
 
+@pytest.mark.slow
 def test_windows_and_experts_have_a_cache(tmp_path: Path) -> None:
     """Longer than a window, which transformers' own cache would cut; a router's softmax is no attention."""
     config = MixtralConfig(
@@ -64,6 +65,7 @@ def test_a_tied_head_and_learned_positions_have_a_cache_too(tmp_path: Path) -> N
     assert report.parity.skipped == ()
 
 
+@pytest.mark.slow
 def test_an_encoders_architecture_as_a_decoder_has_a_cache() -> None:
     """RemBERT makes a pair of caches, of which that for an encoder stays empty."""
     config = RemBertConfig(
@@ -121,6 +123,7 @@ def speech_example() -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_padding_of_what_is_heard_reaches_the_decoder() -> None:
     """The encoder has fewer states than the input has frames, so the model makes their mask itself."""
     model, example = speech_model(), speech_example()
@@ -152,6 +155,7 @@ def test_what_is_heard_is_generated_from(tmp_path: Path) -> None:
         runtime.generate(input_features=given["input_features"], **options)
 
 
+@pytest.mark.slow
 def test_what_is_kept_in_half_precision_stays_so_with_a_cache() -> None:
     """Of the student that was trained, not of the model that the cached graph is captured from."""
     model, example = in_eval(llama_model()), text_example(batch=2)

@@ -218,6 +218,7 @@ def test_one_graph_and_two_are_not_confused(decoder: Decoder, translator: Transl
         OnnxSeq2SeqLM(encoder, decoder.report.path, translator.model.config)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_without_values_has_the_same_graphs(translator: Translator) -> None:
     with torch.device("meta"):
         model = T5ForConditionalGeneration(translator.model.config)

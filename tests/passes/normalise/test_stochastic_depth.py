@@ -103,6 +103,7 @@ def test_other_noise_in_training_is_refused(drop: Drop) -> None:
         ti_fx.capture(Residual(drop), {"x": torch.randn(3, 4, 8)})
 
 
+@pytest.mark.slow
 def test_a_vision_model_that_drops_paths_goes_all_the_way(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = BeitConfig(

@@ -1,0 +1,65 @@
+"""A trainer refuses a graph in which ternary weights would never train, and says which of them are frozen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch.fx import GraphModule
+
+from ti_fx import numerics
+from ti_fx.errors import InputError
+from ti_fx.ir import roles
+from ti_fx.ir.untrained import Cause, Untrained
+from ti_fx.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+_WAYS: dict[Cause, str] = {
+    "no loss": "keep it in full precision with {skip}, or give a loss that reads it",
+    "detached": "keep it in full precision with {skip}",
+    "intervened": "add a phase without an intervention, or keep it in full precision with {skip}",
+}
+
+
+def require_trained(gm: GraphModule, recipe: Recipe) -> None:
+    """Refuse ternary weights that no phase trains; say of those that are frozen, and of what else is left as it is.
+
+    Raises:
+        InputError: a ternary weight gets no gradient in any phase, or all of them are frozen; names the first, and why.
+    """
+    rows = recipe.untrained(gm)
+    ternary = [row for row in rows if row.is_ternary]
+    frozen = [row for row in ternary if row.cause == "frozen"]
+    others = [row for row in ternary if row.cause != "frozen"]
+    if others:
+        first = others[0]
+        skip = f"Ternarize(skip=({first.name!r},))"
+        raise InputError(
+            f"{first.name}{_more(others)} would become ternary and never train: {first.reason} (read by "
+            f"{first.reader}); {_WAYS[first.cause].format(skip=skip)}"
+        )
+    weights = {
+        node.all_input_nodes[0].target
+        for node in gm.graph.nodes
+        if node.target is numerics.ternary and roles.is_student(node)
+    }
+    if frozen and len(frozen) == len(weights):
+        raise InputError(
+            f"all {len(weights)} ternary weights are frozen, {frozen[0].name} for one, so none of them would train; "
+            "call requires_grad_(True) on the model (of one with LoRA adapters: merge_and_unload() first)"
+        )
+    if frozen:
+        logger.warning(
+            "%s%s: ternary, and frozen (requires_grad is False), so rounded and never trained; call "
+            "requires_grad_(True) on it, or keep it in full precision with Ternarize(skip=...)",
+            frozen[0].name,
+            _more(frozen),
+        )
+    kept = [row for row in rows if not row.is_ternary]
+    if kept:
+        logger.info("%s%s: never trained, kept as it is: %s", kept[0].name, _more(kept), kept[0].reason)
+
+
+def _more(rows: Sequence[Untrained]) -> str:
+    return f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
