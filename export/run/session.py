@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ti_fx.errors import InputError, first_line
 from ti_fx.export import arguments
 from ti_fx.export.file.external_data import require_data_of
+from ti_fx.export.file.intact import require_intact
 from ti_fx.export.file.metadata import LARGEST, ROWS, value_of
 
 DTYPES = {
@@ -44,6 +45,7 @@ def session(path: str | os.PathLike[str], threads: int | None = None) -> onnxrun
     path, threads = arguments.file_path(path), arguments.threads_of(threads)
     if not path.is_file():
         raise InputError(f"there is no file {path}; export one with ti_fx.export.to_onnx")
+    require_intact(path)
     require_data_of(path)
     return session_of(str(path), str(path), threads)
 

@@ -31,6 +31,7 @@ from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.passes import Strip
 from ti_fx.recipe import Recipe
+from ti_fx.train import intact
 from ti_fx.train.model import TernaryModel, digest
 
 DESCRIPTION = "ti_fx.json"
@@ -129,6 +130,14 @@ def check_training_state(folder: str | Path) -> None:
         )
     with readable(folder):
         json.loads(path.read_text(encoding="utf-8"))
+        if name := intact.changed(Path(folder), _is_training_state):
+            raise ValueError(f"{name} is not what was saved")
+
+
+def _is_training_state(name: str) -> bool:
+    return name == TRAINER_STATE or name.startswith(
+        ("optimizer", "scheduler", "scaler", "rng_state", "global_step")
+    )
 
 
 @contextmanager
@@ -263,6 +272,11 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
     load_values(gm, weights, checkpoint)
     recipe.prepare(gm)
     verify_phases(TernaryModel(gm, recipe), checkpoint, facts)
+    if name := intact.changed(Path(checkpoint), lambda name: not _is_training_state(name)):
+        raise CheckpointError(
+            f"{Path(checkpoint) / name} is not what was saved; use another checkpoint, or, if you changed it yourself, "
+            f"remove its line from {intact.DIGESTS}"
+        )
     Pipeline(Strip())(gm)
     gm.eval()
     return gm

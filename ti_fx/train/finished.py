@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ti_fx.files import reported
+from ti_fx.train.intact import record
 
 
 @contextmanager
@@ -38,6 +39,7 @@ def finished_folder(
             yield temporary
             barrier()
             if owner:
+                record(temporary)
                 _sync(temporary)
                 if target.exists():
                     os.replace(target, old)
@@ -71,6 +73,7 @@ def finished_files(target: Path, last: str) -> Iterator[Path]:
             new.mkdir(parents=True)
             old.mkdir()
             yield new
+            record(new)
             _sync(new)
             names = sorted((path.name for path in new.iterdir()), key=lambda name: name != last)
             for name in names:

@@ -1,1 +1,1 @@
-"""Random tiny transformers go through the whole chain and are compared with themselves; see ``python -m fuzz --help``."""
+"""Random tiny transformers go through the whole chain and are compared with themselves (``python -m fuzz --help``)."""

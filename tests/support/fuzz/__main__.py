@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import sys
 import time
 from pathlib import Path
@@ -18,9 +17,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first block of cases (0)")
     parser.add_argument("--until", choices=("capture", "prepare", "export"), help="the last step; else drawn")
     parser.add_argument("--failures", type=Path, default=Path("runs/fuzz"), help="folder for failing cases")
+    parser.add_argument("--shrink", action="store_true", help="make failing cases as plain as still fails")
     options = parser.parse_args()
     start = time.monotonic()
-    tally = run(options.cases, options.seed, options.failures, options.until, progress=True)
+    tally = run(
+        options.cases, options.seed, options.failures, options.until, shrink=options.shrink, progress=True
+    )
     print(tally.summary())
     print(f"{time.monotonic() - start:.0f} s")
     return 1 if tally.failures else 0

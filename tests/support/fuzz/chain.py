@@ -5,25 +5,24 @@ What comes out is ``right``, ``refused`` (one line that ti_fx says on purpose), 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
+
+import ti_fx
 from fuzz import statement
 from fuzz.case import Case
 from fuzz.inputs import inputs_of
 from fuzz.modules import Transformer, build
-from torch import Tensor, nn
-from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
-
-import ti_fx
 from ti_fx import Pipeline
 from ti_fx.errors import TiFxError
 from ti_fx.export import Runtime, to_onnx
@@ -38,7 +37,6 @@ from ti_fx.passes import (
     Ternarize,
 )
 
-STEPS = ("capture", "prepare", "export")
 SIZES = ((1, 5), (3, 11), (2, 16), (1, 1), (2, 60))
 # Relative to the largest entry: eager against captured, and spelled out against fused or decomposed.
 CLOSE = {"float32": 2e-5, "float64": 1e-9}
@@ -73,12 +71,12 @@ def check(case: Case) -> Outcome:
         Wrong: a silent difference or a raw error.
     """
     outcome = Outcome()
+    gm = GraphModule(nn.Module(), Graph())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for step in (_capture, _prepare, _export):
-            name = step.__name__.removeprefix("_")
+        for name, step in (("capture", _capture), ("prepare", _prepare), ("export", _export)):
             try:
-                gm = step(case, outcome) if step is _capture else step(case, outcome, gm)
+                gm = step(case, outcome, gm)
             except TiFxError as error:
                 if "\n" in str(error):
                     raise Wrong(f"{name}: refused in more than a line: {error}") from error
@@ -96,7 +94,7 @@ def check(case: Case) -> Outcome:
 # --- capture --------------------------------------------------------------------------------------------------------
 
 
-def _capture(case: Case, outcome: Outcome) -> GraphModule:
+def _capture(case: Case, outcome: Outcome, _: GraphModule) -> GraphModule:
     """Capture, and compare graph and module at several sizes and values, in both modes, with gradients and buffers."""
     subject = build(case)
     before = _state(subject)
@@ -107,7 +105,9 @@ def _capture(case: Case, outcome: Outcome) -> GraphModule:
         for odd in (False, True):
             inputs = inputs_of(case, batch, length, index, odd=odd)
             where = f"graph at {batch}x{length}{' with odd values' if odd else ''}"
-            _compare_calls(case, outcome, where, lambda given: source(**given), lambda given: gm(**given), inputs)
+            _compare_calls(
+                case, outcome, where, lambda given: source(**given), lambda given: gm(**given), inputs
+            )
     for batch, length in ((case.batch, case.length), SIZES[1]):
         _compare_training(case, outcome, gm, batch, length)
     return gm
@@ -135,7 +135,9 @@ def _compare_calls(
             return
         except Exception as error:
             if raised is None and not str(error).startswith("ti_fx: "):  # what a graph itself checks
-                raise Wrong(f"{where}: raw {type(error).__name__} where the module answers: {error}") from error
+                raise Wrong(
+                    f"{where}: raw {type(error).__name__} where the module answers: {error}"
+                ) from error
             outcome.sizes.append(f"{where}: {error}" if raised is None else "as the module")
             return
     if raised is not None:
@@ -177,7 +179,9 @@ def _compare_training(case: Case, outcome: Outcome, gm: GraphModule, batch: int,
     _same_state(f"{where}: buffers after it", _state(source), _state(subject), CLOSE[case.dtype])
     inputs = inputs_of(case, batch, length, 60)
     with torch.no_grad():
-        _compare(f"evaluation after {where}", source.eval()(**inputs), subject.eval()(**inputs), CLOSE[case.dtype])
+        _compare(
+            f"evaluation after {where}", source.eval()(**inputs), subject.eval()(**inputs), CLOSE[case.dtype]
+        )
 
 
 # --- prepare --------------------------------------------------------------------------------------------------------
@@ -213,12 +217,15 @@ def _prepare(case: Case, outcome: Outcome, captured: GraphModule) -> GraphModule
     if extra := set(result["losses"]) - set(losses):
         raise Wrong(f"prepared: losses {', '.join(sorted(extra))} that the statement lacks")
     _compare("prepared: outputs", _plain(outputs), _plain(result["outputs"]), close)
-    _compare_gradients(
-        "prepared",
-        gradients,
-        {name: value.grad for name, value in subject.named_parameters() if not name.startswith("teacher.")},
-        (CLOSE_GRADIENT if exact else CLOSE_QUANTISED)[case.dtype],
-    )
+    if (
+        exact or case.dtype == "float64"
+    ):  # in float32 one value that is rounded the other way changes them all
+        own = {
+            name: value.grad for name, value in subject.named_parameters() if not name.startswith("teacher.")
+        }
+        _compare_gradients(
+            "prepared", gradients, own, (CLOSE_GRADIENT if exact else CLOSE_QUANTISED)[case.dtype]
+        )
     Pipeline(Intervene(None))(gm)
     Pipeline(Strip(), Pack())(gm)
     gm.eval()
@@ -253,7 +260,9 @@ def _export(case: Case, outcome: Outcome, gm: GraphModule) -> GraphModule:
                 case,
                 outcome,
                 f"file at {batch}x{length}{' with odd values' if odd else ''}",
-                lambda given: list(_leaves(statement.student_outputs(case, student, given, case.encoding)).values()),
+                lambda given: list(
+                    _leaves(statement.student_outputs(case, student, given, case.encoding)).values()
+                ),
                 lambda given: list(runtime.tensors(given).values()),
                 inputs_of(case, batch, length, 90 + index, odd=odd),
                 close,
@@ -284,7 +293,8 @@ def _compare(where: str, expected: Any, actual: Any, tolerance: float) -> None:
     for index, (one, other) in enumerate(zip(left, right, strict=True)):
         if one.shape != other.shape or one.dtype != other.dtype:
             raise Wrong(
-                f"{where}: output {index} is {other.dtype} {tuple(other.shape)} where it is {one.dtype} {tuple(one.shape)}"
+                f"{where}: output {index} is {other.dtype} {tuple(other.shape)} where it is {one.dtype} "
+                f"{tuple(one.shape)}"
             )
         if not (found := _distance(one, other)) <= tolerance:
             raise Wrong(f"{where}: output {index} is off by {found:.1e} (allowed {tolerance:.0e})")
@@ -313,10 +323,14 @@ def _compare_gradients(
             if some is not None and float(some.abs().max()) > tolerance * largest:
                 raise Wrong(f"{where}: {name} {'gets' if value is None else 'misses'} a gradient")
             continue
+        if value.isnan().any() and torch.equal(value.isnan(), other.isnan()):
+            continue
         scale = max(float(value.abs().max()), 1e-3 * largest)
         gap = float((value - other).abs().max())
         if not gap <= tolerance * scale:
-            raise Wrong(f"{where}: the gradient of {name} is off by {gap / scale:.1e} (allowed {tolerance:.0e})")
+            raise Wrong(
+                f"{where}: the gradient of {name} is off by {gap / scale:.1e} (allowed {tolerance:.0e})"
+            )
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -328,7 +342,9 @@ def _same_state(
 ) -> None:
     for name in expected.keys() & actual.keys():
         if not _distance(expected[name], actual[name]) <= tolerance:
-            raise Wrong(f"{where}: {name} is {actual[name].flatten()[:3].tolist()}, not {expected[name].flatten()[:3].tolist()}")
+            raise Wrong(
+                f"{where}: {name} is {actual[name].flatten()[:3].tolist()}, not {expected[name].flatten()[:3].tolist()}"
+            )
 
 
 def _restore(gm: GraphModule, source: Transformer) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fuzz.case import WIDTH, Case
 from hypothesis import strategies as st
+
+from fuzz.case import WIDTH, Case
 
 EXTRAS = (
     "batch-norm",
@@ -56,17 +57,25 @@ def cases(draw: st.DrawFn, until: str | None = None) -> Case:
     extra = draw(st.one_of(st.just("none"), st.sampled_from(EXTRAS)))
     if ids == "none" and extra in ("check", "no-grad"):
         extra = "none"
+    norm, feed_forward = one("post", "pre", "none", "sandwich"), one("plain", "gated", "none")
+    bare = (
+        norm == "pre" and feed_forward == "none"
+    )  # its final norm may be the block's as well as the model's
+    wide = one("float32", "float32", "float64")
+    dropout = draw(st.sampled_from([0.0, 0.0, 0.1]))
+    # a row that sees nothing is NaN where attention says so, and that is all there is to compare
+    sees = not whole and not (kernel == "float32" and wide == "float64")
     return Case(
         seed=draw(st.integers(0, 999)),
         batch=draw(st.sampled_from([2, 2, 3])),
         length=draw(st.sampled_from([6, 7, 8, 9])),
-        dtype=one("float32", "float32", "float64"),
+        dtype=wide,
         ids=ids,
         layers=draw(st.sampled_from([1, 1, 2])),
         heads=heads,
         key_heads=draw(st.sampled_from([n for n in (1, 2) if n <= heads])) if shared else heads,
         head_width=head_width,
-        norm=one("post", "pre", "none", "sandwich"),
+        norm=norm,
         rms=draw(st.booleans()),
         projection=projection,
         bias=draw(st.booleans()),
@@ -75,11 +84,11 @@ def cases(draw: st.DrawFn, until: str | None = None) -> Case:
         query_norm=not whole and draw(st.integers(0, 3)) == 0,
         mask=mask,
         causal=one("none", "none", "places", "tril", "buffer", "flag"),
-        window=draw(st.sampled_from([0, 0, 2])),
+        window=draw(st.sampled_from([0, 0, 2])) if sees or mask == "none" else 0,
         masking="fill" if whole else one("fill", "fill", "add", "add-10000", "where"),
-        empty_rows=not whole and mask not in ("none", "additive4") and draw(st.integers(0, 3)) == 0,
+        empty_rows=sees and mask not in ("none", "additive4") and draw(st.integers(0, 3)) == 0,
         positions=positions,
-        feed_forward=one("plain", "gated", "none"),
+        feed_forward=feed_forward,
         activation=one("gelu", "tanh-gelu", "relu", "silu", "tanh", "square", "quick"),
         memory=draw(st.integers(0, 5)) == 0,
         pooling=pooling,
@@ -87,14 +96,14 @@ def cases(draw: st.DrawFn, until: str | None = None) -> Case:
         tied=tied,
         prompts=prompts,
         outputs=one("dict", "dict", "tensor", "tuple", "model-output", "nested"),
-        dropout=draw(st.sampled_from([0.0, 0.0, 0.1])),
+        dropout=0.0 if extra == "layer-drop-0" else dropout,  # which draws a number that decides nothing
         extra=extra,
         encoding=one("float", "float", "int8-token", "int8-tensor", "reference"),
         attention=draw(st.integers(0, 4)) == 0,
         weights=one("tensor", "tensor", "row"),
         tables=draw(st.booleans()),
         at=one("none", "none", "map", "context", "output"),
-        variant=one("paper", "paper", "reference"),
-        layer_outputs=draw(st.booleans()),
+        variant="paper" if bare else one("paper", "paper", "reference"),
+        layer_outputs=draw(st.booleans()) and not bare,
         until=one("capture", "prepare", "export") if until is None else until,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fuzz.case import VOCABULARY, WIDTH, Case
 from torch import Tensor
+
+from fuzz.case import VOCABULARY, WIDTH, Case
 
 
 def inputs_of(case: Case, batch: int, length: int, seed: int = 0, *, odd: bool = False) -> dict[str, Tensor]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from fuzz.attention import Trace
 from fuzz.case import Case
 from fuzz.chain import Wrong, check
 from fuzz.grammar import cases
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from fuzz.inputs import inputs_of
+from fuzz.modules import build
 
 BLOCK = 6  # cases a block: hypothesis draws each block anew
 
@@ -22,7 +27,7 @@ class Tally:
     """What became of cases.
 
     Attributes:
-        right, refused: how many; refusals: how often which line, numbers and names left out.
+        right, refused: how many; refusals: how often which line, numbers and names left out; examples: a case of each.
         compared: how many inputs were compared. sizes: lines about inputs that a graph or file refused.
         failures: what was wrong, and the file that shows it.
     """
@@ -32,6 +37,7 @@ class Tally:
     compared: int = 0
     refusals: collections.Counter[str] = field(default_factory=collections.Counter)
     sizes: collections.Counter[str] = field(default_factory=collections.Counter)
+    examples: dict[str, Case] = field(default_factory=dict)
     failures: list[tuple[str, Path]] = field(default_factory=list)
 
     @property
@@ -45,7 +51,8 @@ class Tally:
             f"{self.cases} cases: {self.right} right, {self.refused} refused, {len(self.failures)} wrong; "
             f"{self.compared} inputs compared, {sum(self.sizes.values())} refused"
         ]
-        lines += [f"  refused {count}: {reason}" for reason, count in self.refusals.most_common()]
+        for reason, count in self.refusals.most_common():
+            lines += [f"  refused {count}: {reason}", f"    {self.examples[reason].text()}"]
         lines += [f"  input refused {count}: {reason}" for reason, count in self.sizes.most_common(12)]
         lines += [f"  WRONG {why}\n    {path}" for why, path in self.failures]
         return "\n".join(lines)
@@ -75,25 +82,48 @@ def drawn(count: int, first_seed: int, until: str | None = None) -> list[Case]:
 
 
 def run(
-    count: int, first_seed: int, folder: Path, until: str | None = None, *, progress: bool = False
+    count: int,
+    first_seed: int,
+    folder: Path,
+    until: str | None = None,
+    *,
+    cheap: bool = False,
+    shrink: bool = False,
+    progress: bool = False,
 ) -> Tally:
-    """Run cases and write the failing ones into ``folder``."""
+    """Run cases and write the failing ones into ``folder``.
+
+    Args:
+        count: how many.
+        first_seed: of the first block that hypothesis draws.
+        folder: for failing cases.
+        until: the last step; None draws it.
+        cheap: one layer each, and most stop after capture: for a run of seconds.
+        shrink: make failing cases as plain as still fails.
+        progress: count on standard error.
+    """
     tally = Tally()
-    for case in drawn(count, first_seed, until):
-        run_one(case, tally, folder)
+    for index, case in enumerate(drawn(count, first_seed, until)):
+        if cheap:
+            last = "export" if index % 10 == 0 else "prepare" if index % 5 == 1 else "capture"
+            case = dataclasses.replace(case, layers=1, until=last)
+        run_one(case, tally, folder, shrink=shrink)
         if progress:
-            print(f"\r{tally.cases}/{count}, {len(tally.failures)} wrong", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r{tally.cases}/{count}, {len(tally.failures)} wrong", end="", file=sys.stderr, flush=True
+            )
     if progress:
         print(file=sys.stderr)
     return tally
 
 
-def run_one(case: Case, tally: Tally, folder: Path) -> None:
+def run_one(case: Case, tally: Tally, folder: Path, *, shrink: bool = False) -> None:
     """Run a case and count it."""
     try:
         outcome = check(case)
     except Wrong as error:
-        tally.failures.append((str(error), write_down(case, str(error), folder)))
+        smallest, why = shrunk(case, str(error)) if shrink else (case, str(error))
+        tally.failures.append((why, write_down(smallest, why, folder)))
         return
     tally.compared += outcome.compared
     tally.sizes.update(_alike(line) for line in outcome.sizes)
@@ -101,7 +131,36 @@ def run_one(case: Case, tally: Tally, folder: Path) -> None:
         tally.right += 1
     else:
         tally.refused += 1
-        tally.refusals[f"{outcome.at}: {_alike(outcome.refused)}"] += 1
+        reason = f"{outcome.at}: {_alike(outcome.refused)}"
+        tally.refusals[reason] += 1
+        tally.examples.setdefault(reason, case)
+
+
+def shrunk(case: Case, why: str) -> tuple[Case, str]:
+    """Return the plainest case that fails alike, and how: each field is set back to its default where it still does."""
+    kind = re.sub(r"[\d.]+(e[+-]\d+)?", "N", why)[:25]
+    for field_ in dataclasses.fields(case):
+        plainer = dataclasses.replace(case, **{field_.name: field_.default})
+        if field_.name == "heads":
+            plainer = dataclasses.replace(plainer, key_heads=2, head_width=8)
+        if plainer == case or not runs(plainer):
+            continue
+        try:
+            check(plainer)
+        except Wrong as error:
+            if re.sub(r"[\d.]+(e[+-]\d+)?", "N", str(error))[:25] == kind:
+                case, why = plainer, str(error)
+    return case, why
+
+
+def runs(case: Case) -> bool:
+    """Whether a case's module runs at all: the grammar's do, others need not."""
+    try:
+        build(case)(**inputs_of(case, case.batch, case.length))
+        build(case, spelled=True).run(**inputs_of(case, case.batch, case.length), trace=Trace())
+    except Exception:  # whatever torch says of sizes that don't fit
+        return False
+    return True
 
 
 def _alike(line: str) -> str:

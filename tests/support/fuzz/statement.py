@@ -11,10 +11,12 @@ from typing import Any
 
 import reference
 import torch
-from fuzz.case import Case
-from fuzz.modules import Trace, Transformer, build
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from fuzz.attention import Trace
+from fuzz.case import Case
+from fuzz.modules import Transformer, build
 
 MIN_ROWS = 32
 
@@ -34,7 +36,8 @@ def ternary_weights(model: Transformer, case: Case, leaves: Mapping[str, Tensor]
     """Return the tensors by name, ternary where the case's options say so, with straight-through gradients."""
     rows = model.ternary(MIN_ROWS if case.tables else 1024)
     return {
-        name: reference.ternary(value, rows[name]) if name in rows else value for name, value in leaves.items()
+        name: reference.ternary(value, rows[name]) if name in rows else value
+        for name, value in leaves.items()
     }
 
 
@@ -103,7 +106,13 @@ def losses_and_gradients(
 
 def first(outputs: Any) -> Tensor:
     """Return the logits of a case's outputs."""
-    value = outputs if isinstance(outputs, Tensor) else next(iter(outputs.values())) if isinstance(outputs, dict) else outputs[0]
+    value = (
+        outputs
+        if isinstance(outputs, Tensor)
+        else next(iter(outputs.values()))
+        if isinstance(outputs, dict)
+        else outputs[0]
+    )
     assert isinstance(value, Tensor)
     return value
 
