@@ -5,6 +5,8 @@ fp32 optimised    the same file after onnxruntime.transformers' optimiser
 ORT int8          ONNX Runtime's own dynamic int8 of it
 ORT int8 products the same of its matrix products alone, embeddings in fp32
 OpenVINO int8/4   OpenVINO's weight compression of it (nncf), run as by default: in bfloat16 where the processor has it
+onnxsim ternary   an fp32 file of the student's ternary weights, which onnxsim's quantize_ternary makes int8 codes; it
+                  quantises activations as int8-tensor does, and embeddings stay in fp32
 PyTorch           the original model, eager and compiled
 int8-tensor, ...  ti_fx's encodings; the student is not trained
 """
@@ -14,35 +16,37 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from kept import Entry, Store, sources, versions
 from numpy.typing import NDArray
-from subjects import Feed, Subject
+from running import Kind
+from subjects import Subject
 from torch.fx import GraphModule
 
 import ti_fx
+from ti_fx import numerics
 from ti_fx.demo.classifier import export_fp32
 from ti_fx.errors import ExportError, MissingExtra
-from ti_fx.export import ExportReport, session, to_onnx, with_cache
+from ti_fx.export import ExportReport, to_onnx, with_cache
 from ti_fx.files import atomic_path
 from ti_fx.measure.baselines import export_dynamic_int8
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 
-Kind = Literal["onnx", "openvino", "torch", "compiled"]
-Run = Callable[[Feed], NDArray[Any]]
 BASELINE, OPTIMISED = "fp32", "fp32 optimised"
 DYNAMIC_INT8, INT8_PRODUCTS = "ORT int8", "ORT int8 products"
 PYTORCH, COMPILED = "PyTorch", "PyTorch compiled"
+TERNARY_PEER = "onnxsim ternary"
 OPENVINO = {"OpenVINO int8": "INT8_ASYM", "OpenVINO int4": "INT4_SYM"}
 _REFERENCE = "reference.npy"
 _OWN = ("benchmarks/contenders.py", "benchmarks/subjects.py")
@@ -108,6 +112,18 @@ class Builder:
                 found.append(Contender(label, "openvino", entry.folder / "model.xml", size, entry.facts))
         return found
 
+    def peers(self) -> list[Contender]:
+        """Return what onnxsim makes of the same ternary weights, as far as it is installed and takes the file.
+
+        Its error is against int8-tensor's fake-quant graph, as it quantises activations alike.
+        """
+        entry = self._optional(TERNARY_PEER, self._packed_by_peer)
+        if entry is None:
+            return []
+        path = entry.folder / "model.onnx"
+        reference = np.load(entry.folder / _REFERENCE)
+        return [Contender(TERNARY_PEER, "onnx", path, path.stat().st_size, entry.facts, reference)]
+
     def pytorch(self) -> list[Contender]:
         """Return the original model in PyTorch, eager and compiled."""
         folder = self._source.folder
@@ -147,11 +163,15 @@ class Builder:
     def _write_fp32(self, folder: Path) -> dict[str, Any]:
         path = folder / "fp32.onnx"
         with quiet():
-            if self.subject.decodes:
-                _export_decoder(self.subject, self._source.folder, path)
-            else:
-                export_fp32(self._source.folder, path, {**self.subject.example()})
+            self._write_plain(self._source.folder, path)
         return {"streamed": streamed_bytes(path)}
+
+    def _write_plain(self, source: Path, path: Path) -> None:
+        """Export a model of the subject's class as it is."""
+        if self.subject.decodes:
+            _export_decoder(self.subject, source, path)
+        else:
+            export_fp32(source, path, {**self.subject.example()})
 
     def _derived(self, name: str, write: Callable[[Path], str | None]) -> Entry:
         """Return an entry made from the fp32 file by ``write``, which returns a note."""
@@ -213,6 +233,44 @@ class Builder:
         key = self._key(*_OWN) | versions("openvino", "nncf") | {"from": self._fp32.digest}
         return self.store.get(self._name(f"openvino-{mode.lower()}"), key, build)
 
+    def _packed_by_peer(self) -> Entry:
+        if find_spec("onnxsim") is None:
+            raise MissingExtra("onnxsim can't be imported; run `pip install 'ti_fx[benchmark]'`")
+
+        def build(folder: Path) -> dict[str, Any]:
+            import onnxsim
+
+            source, plain = folder / "source", folder / "fp32.onnx"
+            model = self.subject.load(self._source.folder)
+            with torch.no_grad():
+                for name, value in self._ternary_values().items():
+                    model.get_parameter(name).copy_(value)
+            model.save_pretrained(source)
+            with quiet():
+                self._write_plain(source, plain)
+                packed = onnxsim.quantize_ternary(onnx.load(plain))
+            onnx.save(packed, folder / "model.onnx")
+            plain.unlink()
+            shutil.rmtree(source)
+            np.save(folder / _REFERENCE, self._reference("int8-tensor"))
+            products = sum(node.op_type == "MatMulInteger" for node in packed.graph.node)
+            note = f"{products} products of integers"
+            return {"streamed": streamed_bytes(folder / "model.onnx"), "note": note}
+
+        key = self._key(*_OWN, "ti_fx", "passes") | versions("onnxsim")
+        return self.store.get(self._name("onnxsim-ternary"), key, build)
+
+    def _ternary_values(self) -> dict[str, torch.Tensor]:
+        """Return the values of the student's ternary weights by name."""
+        gm = self._ternary
+        return {
+            str(node.args[0].target): numerics.ternary(
+                gm.get_parameter(str(node.args[0].target)), *node.args[1:], **node.kwargs
+            ).detach()
+            for node in gm.graph.nodes
+            if node.target is numerics.ternary
+        }
+
     @cached_property
     def _model(self) -> Any:
         return self.subject.load(self._source.folder, "eager")
@@ -223,11 +281,21 @@ class Builder:
         ti_fx.Pipeline(Ternarize())(gm)
         return gm
 
-    def _write_student(self, folder: Path, encoding: str) -> dict[str, Any]:
+    def _fake_quantised(self, encoding: str) -> GraphModule:
         gm = ti_fx.fork(self._ternary)
         ti_fx.Pipeline(QuantizeActivations(encoding=encoding), Strip())(gm)
+        return gm
+
+    def _reference(self, encoding: str) -> NDArray[Any]:
         with torch.no_grad():
-            np.save(folder / _REFERENCE, gm(**self.subject.error_inputs())["logits"].numpy())
+            logits: NDArray[Any] = self._fake_quantised(encoding)(**self.subject.error_inputs())[
+                "logits"
+            ].numpy()
+        return logits
+
+    def _write_student(self, folder: Path, encoding: str) -> dict[str, Any]:
+        gm = self._fake_quantised(encoding)
+        np.save(folder / _REFERENCE, self._reference(encoding))
         path = folder / "student.onnx"
         report = self._write(gm, path, Pack())
         return {"streamed": streamed_bytes(path), "code_bits": report.code_bits}
@@ -311,42 +379,3 @@ def streamed_bytes(path: Path) -> int:
         for tensor in graph.initializer
         if tensor.name in whole or tensor.name not in looked_up
     )
-
-
-def load(kind: Kind, path: Path, subject: Subject, threads: int) -> Run:
-    """Return a contender as a function of a feed that returns logits.
-
-    PyTorch's number of threads is the caller's own.
-    """
-    if kind == "onnx":
-        loaded = session(path, threads)
-        names = [value.name for value in loaded.get_inputs()]
-        return lambda feed: loaded.run(None, {name: feed[name] for name in names})[0]
-    if kind == "openvino":
-        return _load_openvino(path, threads)
-    module: Any = subject.runnable(subject.load(path))
-    if kind == "compiled":
-        module = torch.compile(module)
-
-    def run(feed: Feed) -> NDArray[Any]:
-        with torch.inference_mode():
-            logits: NDArray[Any] = module(*map(torch.from_numpy, feed.values()))[0].numpy()
-        return logits
-
-    return run
-
-
-def _load_openvino(path: Path, threads: int) -> Run:
-    import openvino
-
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
-    compiled = openvino.Core().compile_model(path, "CPU", options)
-    request = compiled.create_infer_request()
-    names = [value.any_name for value in compiled.inputs]
-
-    def run(feed: Feed) -> NDArray[Any]:
-        given = {name: feed[name] for name in names}
-        logits: NDArray[Any] = request.infer(given, share_inputs=True, share_outputs=True)[0]
-        return logits
-
-    return run

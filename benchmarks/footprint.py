@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import load
+from running import load
 from subjects import QUICK, SUBJECTS
 
 LOADS = 3

@@ -8,9 +8,9 @@
     python benchmarks/inference.py --quick             a small model of the same kind, no limits: does it run?
 
 The baseline is the fp32 export of the original model (torch.onnx, scaled-dot-product attention, all ONNX Runtime
-optimisations); contenders.py lists the rest. OpenVINO takes part where the extra `benchmark` is installed, PyTorch with
---torch. Students are not trained and all weights but MiniLM's are random: values don't change the cost, but the error
-against fp32 then says little; the error against the fake-quant graph counts.
+optimisations); contenders.py lists the rest. OpenVINO and onnxsim take part where the extra `benchmark` is installed,
+PyTorch with --torch. Students are not trained and all weights but MiniLM's are random: values don't change
+the cost, but the error against fp32 then says little; the error against the fake-quant graph counts.
 In every round each contender runs once for a fixed share of time, so that a busy machine slows all of them alike;
 medians count. Memory is measured in a fresh process each, with one thread, after one inference; loading is the median
 of three in that process. "of copy" is the stored weights that a run reads, per second, over the bytes that the machine
@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from contenders import BASELINE, COMPILED, DYNAMIC_INT8, PYTORCH, Builder, Contender, load
+from contenders import BASELINE, COMPILED, DYNAMIC_INT8, PYTORCH, Builder, Contender
 from kept import Store
 from measure import COPY, MULTIPLY, Call, distance, fresh, interleaved, machine
 from results import (
@@ -51,6 +51,7 @@ from results import (
     timing_table,
 )
 from rich.console import Console
+from running import load
 from subjects import QUICK, SUBJECTS, Subject
 from transformers.utils import logging
 
@@ -171,7 +172,7 @@ def build(
 ) -> tuple[list[Contender], dict[str, str]]:
     """Return the contenders, and why others are left out."""
     builder = Builder(subject, store)
-    contenders = builder.baselines() + builder.openvino()
+    contenders = builder.baselines() + builder.openvino() + builder.peers()
     if options.torch:
         contenders += builder.pytorch()
     else:

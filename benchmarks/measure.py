@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import Contender, Kind
+from contenders import Contender
 from numpy.typing import NDArray
+from running import Kind
 from subjects import Feed
 
 from ti_fx.numerics.closeness import relative

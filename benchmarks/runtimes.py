@@ -34,7 +34,7 @@ import ti_fx
 from ti_fx.export import to_onnx, with_cache
 from ti_fx.export.compare.nodes import cut_at_nodes
 from ti_fx.export.file.content import open_file
-from ti_fx.export.file.metadata import MINIMUM_RUNTIME
+from ti_fx.export.file.minimum_runtime import MINIMUM_RUNTIME
 from ti_fx.numerics.closeness import relative
 from ti_fx.passes import DecomposeAttention, Pack, QuantizeActivations, Ternarize
 

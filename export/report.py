@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _LISTED = 4
@@ -127,6 +127,8 @@ class ExportReport:
         sidecars: files written beside it.
         batch_dependent: the weights whose activation has one range for the whole batch, so that a row's result depends
             on what else is in it; ``attention`` stands for the products of attention.
+        attention_blocks: how many blocks of attention were found.
+        unfused: why one of them is not ONNX's ``Attention``, by its place: ``stack 0, layer 3 (self)``.
     """
 
     path: Path
@@ -139,6 +141,8 @@ class ExportReport:
     requantized: dict[str, float] | None = None
     sidecars: tuple[Path, ...] = ()
     batch_dependent: tuple[str, ...] = ()
+    attention_blocks: int = 0
+    unfused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def batch_invariant(self) -> bool:
@@ -179,6 +183,7 @@ class ExportReport:
             f"{self.code_and_scale_bits:.3f} with scales",
             _columns(largest),
             batch_text(self.batch_dependent),
+            *self._attention_lines(),
             str(self.parity),
         ]
         if self.requantized is not None:
@@ -187,6 +192,18 @@ class ExportReport:
         if self.sidecars:
             lines.append("beside it: " + ", ".join(path.name for path in self.sidecars))
         return "\n".join(lines)
+
+    def _attention_lines(self) -> list[str]:
+        """Say how many blocks became one node, and why others did not."""
+        if not self.attention_blocks:
+            return []
+        fused = self.attention_blocks - len(self.unfused)
+        lines = [f"{fused} of {self.attention_blocks} attention blocks became ONNX's Attention"]
+        for reason in dict.fromkeys(self.unfused.values()):
+            places = [place for place, why in self.unfused.items() if why == reason]
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            lines.append(f"  not that of {places[0]}{more}: {reason}")
+        return lines
 
     def _row(self, label: str, count: int, size: int) -> tuple[str, str, str, str]:
         return label, str(count) if count else "", f"{size:,}", f"{size / self.bytes:.1%}"

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -25,6 +23,7 @@ from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.export import arguments, compare
 from ti_fx.export import inputs as io
 from ti_fx.export.file import external_data, names
+from ti_fx.export.file.companions import COMPANIONS, Saveable, contents_of, entry_of, require_place
 from ti_fx.export.file.content import open_file
 from ti_fx.export.file.digests import RECORD_KEY, record_of
 from ti_fx.export.file.markers import resolve_markers
@@ -34,21 +33,17 @@ from ti_fx.export.file.write import SIZE_THRESHOLD, write_model
 from ti_fx.export.lowered import lower, opset_for
 from ti_fx.export.report import ExportReport
 from ti_fx.export.student import require_packed, same_numerics, with_encoding
-from ti_fx.files import atomic_files, reported
+from ti_fx.files import atomic_files
+from ti_fx.find.attention import find_attention
 from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights
 from ti_fx.ir.edit import mode, tensor
+from ti_fx.ir.facts import facts
 from ti_fx.numerics.closeness import relative
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 
+_UNFUSED = "unfused"
 _PARTS = ("config", "tokenizer", "processor", "generation_config")
-
-
-class Saveable(Protocol):
-    """A transformers configuration, tokenizer, image processor or feature extractor."""
-
-    def save_pretrained(self, save_directory: str) -> Any:
-        """Write its files into a folder."""
 
 
 def to_onnx(
@@ -86,7 +81,8 @@ def to_onnx(
         size_threshold: from how many bytes on a tensor goes to the data file, if there is one.
         ram_megabytes: as of :func:`check`: a file whose weights would take more in ONNX Runtime is not run, and only
             its stored tensors are compared; the report says so.
-        config: a model configuration, saved beside the file (``config.json``).
+        config: a model configuration, saved beside the file (``config.json``), as are the next three. The file holds
+            their digests, and ``pipeline`` takes no others.
         tokenizer: saved beside the file, too (``tokenizer.json``, ...).
         processor: an image processor or feature extractor, saved beside the file (``preprocessor_config.json``).
         generation_config: how a model generates, saved beside the file (``generation_config.json``).
@@ -95,7 +91,8 @@ def to_onnx(
     Raises:
         PreconditionError: the graph is not stripped and packed.
         EncodingMismatch: ``encoding`` does not compute what was trained, and ``requantize`` is false.
-        InputError: the example does not fit, or the path can't be written, or ``size_threshold`` is negative.
+        InputError: the example does not fit, or the path can't be written, or ``size_threshold`` is negative, or the
+            folder has another file's configuration, tokenizer, ..., which the export would replace.
         ExportError: the graph can't be expressed in ONNX.
         ParityError: ONNX Runtime computes something else.
     """
@@ -148,22 +145,19 @@ def write_files(files: Mapping[Path, tuple[GraphModule, Example]], options: Opti
     arguments.switch("external_data", options.external_data, None)
     for name, part in zip(_PARTS, (options.config, *options.beside), strict=False):
         arguments.saveable(name, part)
-    with tempfile.TemporaryDirectory() as folder:
-        for part in (options.config, *options.beside):
-            if part is not None:
-                with reported(folder):
-                    part.save_pretrained(folder)
-        with ExitStack() as places:
-            written = [
-                _write(gm, path, example, _own_dumps(options, path, len(files)), places)
-                for path, (gm, example) in files.items()
-            ]
-            saved = sorted(file for file in Path(folder).iterdir() if file.is_file())
-            for file in saved:
-                shutil.copyfile(file, written[0].beside / file.name)
-        for path, one in zip(files, written, strict=True):
-            external_data.remove(one.replaced, unless=external_data.data_file(path))
-    sidecars = tuple(path.with_name(file.name) for file in saved)
+    saved = contents_of((options.config, *options.beside))
+    require_place(files, saved)
+    with ExitStack() as places:
+        written = [
+            _write(gm, path, example, _own_dumps(options, path, len(files)), entry_of(saved), places)
+            for path, (gm, example) in files.items()
+        ]
+        require_place(files, saved)  # what came there meanwhile
+        for name, content in saved.items():
+            (written[0].beside / name).write_bytes(content)
+    for path, one in zip(files, written, strict=True):
+        external_data.remove(one.replaced, unless=external_data.data_file(path))
+    sidecars = tuple(path.with_name(name) for name in saved)
     return [replace(one.report, sidecars=(*one.report.sidecars, *sidecars)) for one in written]
 
 
@@ -183,7 +177,9 @@ class _Written:
     replaced: Path | None
 
 
-def _write(gm: GraphModule, path: Path, example: Example, options: Options, places: ExitStack) -> _Written:
+def _write(
+    gm: GraphModule, path: Path, example: Example, options: Options, companions: str, places: ExitStack
+) -> _Written:
     """Write a file that takes its place when ``places`` is left, and compare it."""
     require_packed(arguments.graph(gm))
     _require_cpu(gm)
@@ -197,12 +193,14 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
         trained = io.run_graph(gm, inputs)
         cost = {name: relative(value, trained[name]) for name, value in outputs.items()}
     model = onnx_model(student, inputs, opset, options.dump_dir)
-    _describe(model, gm, student, opset, options.config)
+    _describe(model, gm, student, opset, options.config, companions)
     beside = places.enter_context(atomic_files(path))
     temporary = beside / path.name
     write_model(model, temporary, options.external_data, options.size_threshold)
     file = open_file(temporary)
     parity = compare.all_of(file, student, inputs, options.ram_megabytes)
+    unfused = model.meta.get(_UNFUSED, {})
+    sites = find_attention(student)
     shapes = {weight.codes_name: weight.shape for weight in packed_weights(student)}
     return _Written(
         ExportReport(
@@ -216,6 +214,12 @@ def _write(gm: GraphModule, path: Path, example: Example, options: Options, plac
             requantized=cost,
             sidecars=() if file.data is None else (path.with_name(file.data.name),),
             batch_dependent=batch_dependent(student),
+            attention_blocks=len(sites),
+            unfused={
+                site.where: unfused[site.map.name]
+                for site in sites
+                if site.map is not None and site.map.name in unfused
+            },
         ),
         beside,
         external_data.data_file(path),
@@ -267,6 +271,7 @@ def onnx_model(
         raise ExportError(f"torch.onnx can't export the graph: {reason}") from error
     assert program is not None
     assert program.exported_program is not None
+    program.model.meta[_UNFUSED] = facts(lowered).unfused
     _register_constants(program.model.graph)
     names.restore_names(program.model, program.exported_program, lowered, flat)
     return program.model
@@ -299,7 +304,9 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int, config: Any) -> None:
+def _describe(
+    model: ir.Model, gm: GraphModule, student: GraphModule, opset: int, config: Any, companions: str
+) -> None:
     """Resolve the markers, leave out the exporter's notes (a tenth of the file), and say what the file is."""
     tensors = resolve_markers(model, student)
     stored = {item.initializer for item in tensors}
@@ -319,6 +326,7 @@ def _describe(model: ir.Model, gm: GraphModule, student: GraphModule, opset: int
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.metadata_props.clear()
     model.metadata_props.update(metadata_of(gm, student, model, tensors, config))
+    model.metadata_props[COMPANIONS] = companions
     model.metadata_props[RECORD_KEY] = record_of(model, stored)
 
 

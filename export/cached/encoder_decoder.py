@@ -47,8 +47,10 @@ from ti_fx.export.cached.names import (
     filled_cache,
     keeping_layers,
 )
+from ti_fx.export.file.metadata import tensors_hash
 from ti_fx.export.student import require_packed
 from ti_fx.ir.edit import mode
+from ti_fx.ir.facts import record_facts
 
 _MASK = "encoder_attention_mask"  # what transformers' decoders call the mask of the encoder's states
 
@@ -90,6 +92,9 @@ def encoder_decoder_with_cache(
         raise ExportError(
             f"neither cached graph reads {min(missing)}; was the student captured from this model?"
         )
+    whole = tensors_hash(student)
+    for part in (encoder, decoder):
+        record_facts(part.gm, part_of=whole)
     return EncoderDecoder(encoder, decoder)
 
 

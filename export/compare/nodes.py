@@ -23,7 +23,7 @@ from ti_fx.errors import ParityError
 from ti_fx.export import inputs as io
 from ti_fx.export.file.content import FileContent
 from ti_fx.export.report import NodeReport
-from ti_fx.export.run.session import session_of
+from ti_fx.export.run.session import reason_of, session_of
 from ti_fx.find.packed import as_packed
 from ti_fx.ir.edit import aten_name, mode, tensor, written_arguments
 from ti_fx.ir.inserted import quantiser_of
@@ -55,11 +55,11 @@ def compare_nodes(file: FileContent, student: GraphModule, inputs: Mapping[str, 
     try:
         computed = runtime.run(list(cut.expected), cut.feed)
     except Exception as error:  # ONNX Runtime's errors share no base class but Exception
-        reason = " ".join(str(error).split())
-        running = _RUNNING.search(reason)
+        running = _RUNNING.search(str(error))
         node = cut.nodes.get(running[1].partition("/")[0]) if running else None
         raise ParityError(
-            f"ONNX Runtime can't run {where(node) if node else 'a node'} of {name} on PyTorch's inputs: {reason[:300]}"
+            f"ONNX Runtime can't run {where(node) if node else 'a node'} of {name} on PyTorch's inputs: "
+            f"{reason_of(error)}"
         ) from error
     return _compared(dict(zip(cut.expected, computed, strict=True)), cut.expected)
 

@@ -19,6 +19,7 @@ from ti_fx.export.compare.nodes import compare_nodes
 from ti_fx.export.compare.outputs import compare_outputs, tolerance_text
 from ti_fx.export.compare.packed_tensors import compare_tensors
 from ti_fx.export.file.content import FileContent, open_file
+from ti_fx.export.file.minimum_runtime import require_runtime
 from ti_fx.export.report import ParityReport
 from ti_fx.export.student import as_written, require_packed
 from ti_fx.find.packed import encoding_of, is_quantised, looked_up, packed_weights, weight_quantisers
@@ -69,6 +70,7 @@ def all_of(
 
     Arguments and errors are those of :func:`check`.
     """
+    require_runtime(file.path, file.metadata)
     count = compare_tensors(file, student) + compare_constants(file, student)
     compare_digests(file, student)
     bound = io.bind(student, example)

@@ -80,7 +80,7 @@ def require_data(path: Path, model: onnx.ModelProto) -> DataFile | None:
 
 def require_data_of(path: Path) -> None:
     """As :func:`require_data`. Of a model without a data file, only the metadata is read; of a damaged one, nothing."""
-    if DATA_KEY in _metadata(path):
+    if DATA_KEY in metadata_in(path):
         try:
             model = onnx.load(str(path), load_external_data=False)
         except DecodeError:
@@ -91,7 +91,7 @@ def require_data_of(path: Path) -> None:
 def data_file(path: Path) -> Path | None:
     """Return the data file that ``to_onnx`` wrote together with a model, None if there is none."""
     try:
-        data = _recorded(path, _metadata(path)) if path.is_file() else None
+        data = _recorded(path, metadata_in(path)) if path.is_file() else None
     except InputError:
         return None
     own = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{{DIGITS}}}\.data")
@@ -171,7 +171,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 _METADATA_FIELD = 14  # of ModelProto
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def metadata_in(path: Path) -> dict[str, str]:
     """Read a model's metadata; the graph, which may be large, is passed over. Of a damaged file, what there is."""
     found: dict[str, str] = {}
     limit = path.stat().st_size

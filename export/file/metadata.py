@@ -10,11 +10,13 @@ ti_fx.batch_dependent           JSON list of the weights whose activation has on
 ti_fx.tensors                   JSON: the names of the packed tensors by layout
 ti_fx.kept                      JSON: the floating types of the tensors that are not packed, and how many of each
 ti_fx.tensors_sha256            of all tensors of the packed graph
+ti_fx.part_of                   of an encoder's or a decoder's file, the same of the student that both are parts of
 ti_fx.recipe                    JSON: the recipe that the student was trained by
 ti_fx.recipe_sha256             of that text
 ti_fx.source                    JSON: the model's class, and its name on the hub where its configuration has one
 ti_fx.largest                   JSON: the largest size that the model takes of a dynamic dimension
 ti_fx.rows                      JSON: how many rows the table has that an input of ids looks up, by the input's name
+ti_fx.companions                JSON: the SHA-256 of each file that was saved beside it, by its name
 ti_fx.opset                     the ONNX opset
 ti_fx.minimum_onnxruntime       the oldest ONNX Runtime that computes what this one does
 ti_fx.versions                  JSON: what wrote it
@@ -44,7 +46,7 @@ from ti_fx._version import __version__
 from ti_fx.errors import InputError
 from ti_fx.export import inputs as io
 from ti_fx.export.file import content
-from ti_fx.export.file.minimum_runtime import minimum_runtime
+from ti_fx.export.file.minimum_runtime import MINIMUM_RUNTIME, minimum_runtime
 from ti_fx.export.student import same_numerics
 from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights
 from ti_fx.ir.edit import aten_name, tensor
@@ -53,8 +55,8 @@ from ti_fx.ir.facts import facts
 BATCH_DEPENDENT = "ti_fx.batch_dependent"
 KEPT = "ti_fx.kept"
 LARGEST = "ti_fx.largest"
-MINIMUM_RUNTIME = "ti_fx.minimum_onnxruntime"
 OPSET = "ti_fx.opset"
+PART_OF = "ti_fx.part_of"
 RECIPE, RECIPE_HASH = "ti_fx.recipe", "ti_fx.recipe_sha256"
 ROWS = "ti_fx.rows"
 SOURCE = "ti_fx.source"
@@ -97,6 +99,8 @@ def metadata_of(
     }
     if not same_numerics(student, gm):
         found |= content.requantized_entries(encoding_of(gm))
+    if (whole := facts(gm).part_of) is not None:
+        found[PART_OF] = whole
     recipe = facts(gm).recipe
     if recipe is not None:
         found[RECIPE] = recipe if isinstance(recipe, str) else json.dumps(recipe)

@@ -16,9 +16,15 @@ version from 1.15, the oldest that the registry still has, to 1.31 (1.19 was lef
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import onnx_ir as ir
 import onnxruntime
 
+from ti_fx.errors import InputError
+
+MINIMUM_RUNTIME = "ti_fx.minimum_onnxruntime"
 Version = tuple[int, int]
 
 # Since when a version runs a standard opset with the operators that the encodings use.
@@ -50,6 +56,31 @@ def minimum_runtime(model: ir.Model) -> str:
         elif node.op_type == "QuantizeLinear" and "block_size" in node.attributes:
             found.append(_BLOCKS)
     return ".".join(map(str, max(found)))
+
+
+def require_runtime(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse a file that the installed ONNX Runtime may compute otherwise, or not at all.
+
+    Args:
+        path: what an error names.
+        metadata: of the file; one that does not say which version it needs is not refused.
+
+    Raises:
+        InputError: the installed version is older than the file's oldest.
+    """
+    wanted = metadata.get(MINIMUM_RUNTIME)
+    if wanted is None:
+        return
+    try:
+        oldest = _version(wanted)
+    except ValueError:
+        raise InputError(f"{path}: its metadata {MINIMUM_RUNTIME} is damaged; export it again") from None
+    if _version(onnxruntime.__version__) < oldest:
+        raise InputError(
+            f"{path} needs ONNX Runtime {wanted} or newer, and {onnxruntime.__version__} is installed, which computes "
+            f"something else or can't load it: pip install 'onnxruntime>={wanted}', or export it with "
+            "encoding='portable', which 1.15 runs"
+        )
 
 
 def _version(text: str) -> Version:

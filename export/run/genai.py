@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from ti_fx.errors import InputError
 from ti_fx.export.cached.names import PAST_KEY, PAST_VALUE, PRESENT_KEY, PRESENT_VALUE, cached_layers
+from ti_fx.export.file.companions import TOKENIZER, companions, require_companion
 from ti_fx.export.file.content import open_file
 from ti_fx.files import atomic_write
 
@@ -38,7 +39,8 @@ def write_genai_config(
         The file written.
 
     Raises:
-        InputError: the file is missing or damaged, or has no cache; the configuration names no longest text.
+        InputError: the file is missing or damaged, or has no cache; the configuration names no longest text; the
+            folder has another file's configuration, or a tokenizer that was not exported with this one.
     """
     path = Path(path)
     inputs = open_file(path).inputs
@@ -98,5 +100,23 @@ def write_genai_config(
         "search": {name: value for name, value in options.items() if value is not None},
     }
     target = path.parent / FILE
+    _require_own(path, target)
     atomic_write(target, json.dumps(content, indent=2) + "\n")
     return target
+
+
+def _require_own(path: Path, target: Path) -> None:
+    """Refuse a folder that onnxruntime-genai would take another model's tokenizer or configuration from."""
+    with companions(path) as folder:
+        if (path.parent / TOKENIZER).is_file():
+            require_companion(path, folder, TOKENIZER)
+    if target.is_file():
+        try:
+            named = json.loads(target.read_bytes())["model"]["decoder"]["filename"]
+        except (ValueError, KeyError, TypeError):
+            named = "no file"
+        if named != path.name:
+            raise InputError(
+                f"{target} is of {named}, and would be replaced by that of {path.name}; "
+                "export the file into a folder of its own"
+            )

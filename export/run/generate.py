@@ -25,6 +25,7 @@ from ti_fx.export.cached.names import (
     cached_layers,
     filled_cache,
 )
+from ti_fx.export.file.metadata import PART_OF
 from ti_fx.export.run.session import Runtime
 
 
@@ -186,7 +187,8 @@ class OnnxSeq2SeqLM(_OnnxLM):  # type: ignore[no-untyped-call]
         threads: threads within a node; None leaves it to ONNX Runtime.
 
     Raises:
-        InputError: a file is missing or damaged, or is not that of an encoder or a decoder with a cache.
+        InputError: a file is missing or damaged, or is not that of an encoder or a decoder with a cache, or they are of
+            two students.
     """
 
     def __init__(
@@ -201,6 +203,10 @@ class OnnxSeq2SeqLM(_OnnxLM):  # type: ignore[no-untyped-call]
         if CROSS_KEY.format(0) not in self.runtime.inputs:
             raise InputError(f"{decoder} reads no encoder; for a causal language model use OnnxCausalLM")
         self.encoder = OnnxEncoder(encoder, threads)
+        if self.encoder.runtime.metadata.get(PART_OF) != self.runtime.metadata.get(PART_OF):
+            raise InputError(
+                f"{encoder} and {decoder} are of two students; give the two files that were exported together"
+            )
         self.main_input_name = self.encoder.main_input_name
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """``pipeline`` makes a function of texts or images from an exported file, with transformers' own pipelines.
 
 What a file is for is read from its inputs and outputs, and what goes with it from the files beside it, which
-``to_onnx`` wrote there: config.json and the tokenizer's or the image processor's.
+``to_onnx`` wrote there together with it: config.json and the tokenizer's or the image processor's. Others are refused.
 
 =====================  ===================================================  ====================================
 task                   the file takes and gives                             the callable takes
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ti_fx.errors import InputError, MissingExtra, did_you_mean, first_line
 from ti_fx.export import arguments
 from ti_fx.export.cached.names import CROSS_KEY, PAST_KEY
+from ti_fx.export.file.companions import CONFIG, PROCESSOR, TOKENIZER, companions, require_companion
 from ti_fx.export.run.session import Runtime
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 TEXT, IMAGE, GENERATION = "text-classification", "image-classification", "text-generation"
 TASKS = (TEXT, IMAGE, GENERATION)
-CONFIG = "config.json"
-TOKENIZER, PROCESSOR = "tokenizer_config.json", "preprocessor_config.json"
 
 
 def pipeline(
@@ -66,16 +65,18 @@ def pipeline(
         transformers_pipelines,  # here, as transformers' pipelines take seconds to import
     )
 
-    config = _config(file)
-    with transformers_pipelines.one_line("make this pipeline"):
+    with companions(file) as folder, transformers_pipelines.one_line("make this pipeline"):
+        config = _config(file, folder)
         if found == GENERATION:
             return transformers_pipelines.text_generation(
-                runtime, config, _tokenizer(file), file.parent, options
+                runtime, config, _tokenizer(file, folder), folder, options
             )
         _require_labels(runtime, config, file)
         if found == TEXT:
-            return transformers_pipelines.text_classification(runtime, config, _tokenizer(file), options)
-        return transformers_pipelines.image_classification(runtime, config, _processor(file), options)
+            return transformers_pipelines.text_classification(
+                runtime, config, _tokenizer(file, folder), options
+            )
+        return transformers_pipelines.image_classification(runtime, config, _processor(file, folder), options)
 
 
 def _task(runtime: Runtime, path: Path) -> str:
@@ -103,38 +104,31 @@ def _logits(runtime: Runtime) -> list[int | str] | None:
     return next((value.shape for value in runtime.session.get_outputs() if value.name == "logits"), None)
 
 
-def _config(path: Path) -> PreTrainedConfig:
+def _config(path: Path, folder: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    _require(path, CONFIG, "config=model.config")
-    found: PreTrainedConfig = _read(path, AutoConfig, CONFIG)
+    found: PreTrainedConfig = _read(path, folder, AutoConfig, CONFIG)
     return found
 
 
-def _tokenizer(path: Path) -> Any:
+def _tokenizer(path: Path, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    _require(path, TOKENIZER, "tokenizer=tokenizer")
-    return _read(path, AutoTokenizer, TOKENIZER)
+    return _read(path, folder, AutoTokenizer, TOKENIZER)
 
 
-def _processor(path: Path) -> Any:
+def _processor(path: Path, folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
     if importlib.util.find_spec("PIL") is None:
         raise MissingExtra("images are read with Pillow: pip install 'ti_fx[images]'")
-    _require(path, PROCESSOR, "processor=image_processor")
-    return _read(path, AutoImageProcessor, PROCESSOR)
+    return _read(path, folder, AutoImageProcessor, PROCESSOR)
 
 
-def _require(path: Path, name: str, argument: str) -> None:
-    if not (path.parent / name).is_file():
-        raise InputError(f"there is no {name} beside {path}; export it with to_onnx(..., {argument})")
-
-
-def _read(path: Path, kind: Any, name: str) -> Any:
+def _read(path: Path, folder: Path, kind: Any, name: str) -> Any:
+    require_companion(path, folder, name)
     try:
-        return kind.from_pretrained(path.parent, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise errors without a common base
         reason = first_line(error)
         raise InputError(f"can't read {name} beside {path}: {reason}; export it again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,14 @@ from numpy.typing import NDArray
 
 from ti_fx.errors import InputError, first_line
 from ti_fx.export import arguments
+<<<<<<< HEAD
 from ti_fx.export.file.external_data import require_data_of
 from ti_fx.export.file.intact import require_intact
+=======
+from ti_fx.export.file.external_data import metadata_in, require_data_of
+>>>>>>> main
 from ti_fx.export.file.metadata import LARGEST, ROWS, value_of
+from ti_fx.export.file.minimum_runtime import require_runtime
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -29,6 +35,11 @@ DTYPES = {
     "tensor(uint8)": np.uint8,
     "tensor(int8)": np.int8,
 }
+# What ONNX Runtime says before its reason: which call failed, and the place in its source with the function's types.
+_CALL = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |(?:Load model from|Exception during).*? failed: ?")
+_PLACE = re.compile(r"\S+\.(?:cc|h|cpp):\d+ (?:[\w:~<>]+\([^()]*\)(?: const)? )?")
+_BOUNDS = re.compile(r"\bbounds\b|invalid indice")
+_LONGEST = 300
 SILENT = 4  # its errors are raised, too, and said in one line
 
 
@@ -47,6 +58,7 @@ def session(path: str | os.PathLike[str], threads: int | None = None) -> onnxrun
         raise InputError(f"there is no file {path}; export one with ti_fx.export.to_onnx")
     require_intact(path)
     require_data_of(path)
+    require_runtime(path, metadata_in(path))
     return session_of(str(path), str(path), threads)
 
 
@@ -67,13 +79,18 @@ def session_of(
     try:
         loaded = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base class but Exception
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"ONNX Runtime {onnxruntime.__version__} can't load {name}: {reason}; "
+            f"ONNX Runtime {onnxruntime.__version__} can't load {name}: {reason_of(error)}; "
             "export the file again if it is damaged"
         ) from error
     _return_memory()
     return loaded
+
+
+def reason_of(error: Exception) -> str:
+    """Return in one line why ONNX Runtime refuses a file or inputs, without the places in its source."""
+    text = _PLACE.sub("", _CALL.sub("", " ".join(str(error).split()))).strip(" .")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _return_memory() -> None:
@@ -136,7 +153,11 @@ class Runtime:
         try:
             return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
         except Exception as error:  # ONNX Runtime's errors share no base class but Exception
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error)
+            if _BOUNDS.search(reason):
+                raise InputError(
+                    f"an input holds an id that is negative or beyond its table ({reason}); give ids that it has"
+                ) from error
             raise InputError(
                 f"ONNX Runtime can't run these inputs: {reason}; are they longer than the model takes, or empty?"
             ) from error

@@ -16,6 +16,7 @@ from ti_fx.passes.lower.look_up_packed import LookUpPacked
 from ti_fx.passes.lower.mark_halves import MarkHalves
 from ti_fx.passes.lower.multiply_blocks import MultiplyBlocks
 from ti_fx.passes.lower.multiply_integers import MultiplyIntegers
+from ti_fx.passes.lower.require_ids import RequireIds
 from ti_fx.passes.lower.round_activations import RoundActivations
 from ti_fx.passes.lower.split_complex import SplitComplex
 from ti_fx.passes.lower.write_fixed_sizes import WriteFixedSizes
@@ -27,6 +28,7 @@ LOWER = Pipeline(
     WriteFixedSizes(),
     SplitComplex(),
     ChooseLayouts(),
+    RequireIds(),
     LookUpPacked(),
     MultiplyBlocks(),
     MultiplyIntegers(),
@@ -59,6 +61,7 @@ __all__ = [
     "MarkHalves",
     "MultiplyBlocks",
     "MultiplyIntegers",
+    "RequireIds",
     "RoundActivations",
     "SplitComplex",
     "WriteFixedSizes",

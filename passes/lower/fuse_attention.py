@@ -16,14 +16,17 @@ from torch.fx import Graph, GraphModule, Node
 
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, call, constant_size, supersede
+from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import PACKED
 from ti_fx.passes.lower import operators
-from ti_fx.passes.lower.opset import has_fused_operators
+from ti_fx.passes.lower.opset import FUSED_OPSET, has_fused_operators, opset_of
 from ti_fx.passes.lower.patterns import COPIES, RESHAPES, called, rank, split_view, transposed
 
 # ONNX Runtime 1.31 gives zeros where a whole row of the mask is the lowest float or -inf; softmax gives the mean of V.
 LOWEST = -1e38
+# What is filled in below this leaves nothing of a score after the softmax, as LOWEST does, and a row of it the mean.
+FILLED = -1e9
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,31 @@ class FuseAttention(Pass):
     ``reshape``), too   3. where the heads of one operand were not split from merged ones, the node takes all with their
     heads apart, and gives the context so
 
-    A block with anything else on the way (a fake-quantiser, a second reader of the map) is left as it is. Below opset
-    25 this pass does nothing.
+    4. a mask of one row for all tokens (``[b, 1, 1, n]``), or of fewer dimensions, is expanded   5. a mask that is
+    filled in (``masked_fill(%scores, %hidden, -1e9)``) is added
+
+    A block with anything else on the way (a fake-quantiser, a second reader of the map) is left as it is; why is a fact
+    of the graph (``unfused``). Below opset 25 no block is replaced.
     """
 
     takes = (PACKED,)
 
     def apply(self, gm: GraphModule) -> None:
         """Replace every block of this form."""
-        if not has_fused_operators(gm):
-            return
         softmaxes = [node for node in gm.graph.nodes if aten_name(node) == "softmax"]
-        found = [match for softmax in softmaxes if (match := _match(softmax)) is not None]
+        found: list[_Match] = []
+        unfused: dict[str, str] = {}
+        for softmax in softmaxes:
+            match = (
+                _match(softmax) if has_fused_operators(gm) else f"opset {opset_of(gm)} is below {FUSED_OPSET}"
+            )
+            if isinstance(match, str):
+                unfused[softmax.name] = match
+            else:
+                found.append(match)
+        record_facts(gm, unfused=facts(gm).unfused | unfused)
         matches = _with_caches(found, gm.graph)
-        sums: dict[tuple[Node, ...], Node] = {}
+        sums: dict[tuple[_Mask, ...], Node] = {}
         wholes = [_replace(match, _mask(match, sums)) for match in matches]
         for match, whole in zip(matches, wholes, strict=True):
             _give_cache(gm.graph, match, whole)
@@ -81,11 +95,24 @@ class _Operand:
 
 
 @dataclass(frozen=True)
+class _Mask:
+    """What hides tokens: numbers that are added to the scores, or where a very low one is filled in.
+
+    Attributes:
+        node: float32 numbers, or booleans.
+        hidden: the boolean in whose place a number is filled in; None of a mask that is added.
+    """
+
+    node: Node
+    hidden: bool | None = None
+
+
+@dataclass(frozen=True)
 class _Match:
     query: Node
     key: _Operand
     value: _Operand
-    masks: tuple[Node, ...]
+    masks: tuple[_Mask, ...]
     scale: float
     softmax: Node
     context: Node
@@ -119,16 +146,39 @@ def _give_cache(graph: Graph, match: _Match, whole: Node) -> None:
             graph.output_node().replace_input_with(operand.present, part)
 
 
-def _mask(match: _Match, sums: dict[tuple[Node, ...], Node]) -> Node | None:
-    """Return the sum of what is added to the scores, which blocks share."""
+def _mask(match: _Match, sums: dict[tuple[_Mask, ...], Node]) -> Node | None:
+    """Return the sum of what is added to the scores, which blocks share, with a row and a column for each token."""
     if not match.masks:
         return None
     if match.masks not in sums:
-        total, *others = match.masks
+        total, *others = [_added(match.softmax, mask) for mask in match.masks]
         for other in others:
             total = call(match.softmax, torch.ops.aten.add.Tensor, (total, other))
-        sums[match.masks] = call(match.softmax, torch.ops.aten.clamp.default, (total, LOWEST))
+        if any(mask.hidden is None for mask in match.masks):
+            total = call(match.softmax, torch.ops.aten.clamp.default, (total, LOWEST))
+        sums[match.masks] = _whole(match, total)
     return sums[match.masks]
+
+
+def _added(before: Node, mask: _Mask) -> Node:
+    if mask.hidden is None:
+        return mask.node
+    numbers = (LOWEST, 0.0) if mask.hidden else (0.0, LOWEST)
+    return call(before, torch.ops.aten.where.Scalar, (mask.node, *numbers))
+
+
+def _whole(match: _Match, mask: Node) -> Node:
+    """Return a sum of masks with four dimensions and a row for each token: ONNX Runtime takes no fewer."""
+    shapes = [one.node.meta["val"].shape for one in match.masks]
+    for _ in range(4 - max(map(len, shapes))):
+        mask = call(match.softmax, torch.ops.aten.unsqueeze.default, (mask, 0))
+    rows = match.softmax.meta["val"].shape[2]
+    if any(str(shape[-2]) == str(rows) for shape in shapes if len(shape) > 1):
+        return mask
+    size: Any = constant_size(rows)
+    if size is None:
+        size = call(match.softmax, torch.ops.aten.sym_size.int, (match.query, 2))
+    return call(match.softmax, torch.ops.aten.expand.default, (mask, [-1, -1, size, -1]))
 
 
 def _replace(match: _Match, mask: Node | None) -> Node:
@@ -151,46 +201,75 @@ def _replace(match: _Match, mask: Node | None) -> Node:
     return whole
 
 
-def _match(softmax: Node) -> _Match | None:
-    """1. the map's only reader   2. from the scores back to Q and K   3. cache and shared heads of K and V."""
+def _match(softmax: Node) -> _Match | str:
+    """Return a block, or why it is none of this form.
+
+    1. the map's only reader   2. from the scores back to Q and K   3. cache and shared heads of K and V
+    """
     context = _only_reader(softmax)
-    if (
-        softmax.args[1] not in (-1, 3)
-        or softmax.meta["val"].dim() != 4
-        or _is_cast(softmax)
-        or context is None
-        or aten_name(context) != "matmul"
-    ):
-        return None
-    if context.args[0] is not softmax:
-        return None
+    if context is None:
+        return "its map is read more than once"
+    if not called(context, "matmul") or context.args[0] is not softmax:
+        return f"its map goes into {aten_name(context) or context.name}, not into a product with the values"
+    if softmax.meta["val"].dim() != 4:
+        return f"its scores have {softmax.meta['val'].dim()} dimensions, not 4"
+    if softmax.args[1] not in (-1, 3) or _is_cast(softmax):
+        return "its softmax is in another type or over another dimension than the last"
     scores: Any = softmax.args[0]
-    masks: list[Node] = []
+    masks: list[_Mask] = []
+    if called(scores, "masked_fill", "where"):
+        filled = _filled(scores)
+        if isinstance(filled, str):
+            return filled
+        scores, mask = filled
+        masks.append(mask)
     while called(scores, "add") and len(scores.args) == 2 and not scores.kwargs:
-        scores, mask = scores.args
-        if not _is_full_mask(mask, softmax):
-            return None
-        masks.insert(0, mask)
+        if not _is_mask(scores.args[1], softmax):
+            return "what is added to its scores is no float32 mask with a column for each token"
+        masks.insert(0, _Mask(scores.args[1]))
+        scores = scores.args[0]
     scale = 1.0
     if called(scores, "mul", "div") and isinstance(scores.args[1], float | int):
         scale = float(scores.args[1]) if aten_name(scores) == "mul" else 1 / float(scores.args[1])
         scores = scores.args[0]
-    if not called(scores, "matmul") or scale <= 0 or not math.isfinite(scale):
-        return None
+    if not called(scores, "matmul"):
+        return f"its scores are made by {aten_name(scores) or scores.name}, not by a product and masks"
+    if scale <= 0 or not math.isfinite(scale):
+        return f"its scores are multiplied by {scale:g}"
     query: Any = scores.args[0]
     rows = transposed(scores.args[1], (2, 3))
     heads = constant_size(softmax.meta["val"].shape[1])
     if rows is None or heads is None or rank(query) != 4 or rank(context.args[1]) != 4:
-        return None
+        return "its queries, keys and values are not (batch, heads, length, size)"
     key, value = _operand(rows), _operand(context.args[1])
     if not key.heads or key.heads != value.heads or heads % key.heads:
-        return None
+        return "its keys and values differ in heads, or have none that divide the queries'"
     if (key.past is None) != (value.past is None) or any(
         [str(size) for size in operand.new.meta["val"].shape[:1]] != [str(query.meta["val"].shape[0])]
         for operand in (key, value)
     ):
-        return None
+        return "its keys and values are not of the queries' batch, or only one of them has a cache"
     return _Match(query, key, value, tuple(masks), scale, softmax, context)
+
+
+def _filled(node: Node) -> tuple[Any, _Mask] | str:
+    """Return the scores in which a number is filled in, and where; or why the node can't be fused."""
+    if aten_name(node) == "masked_fill":
+        scores, place, number = node.args
+        hidden = True
+    else:
+        place, scores, number = node.args
+        hidden = False
+    if not isinstance(number, float | int) or not isinstance(scores, Node) or not isinstance(place, Node):
+        return "what is filled into its scores is no number"
+    if number == -math.inf:
+        return "its scores are filled with -inf, of which a row that is masked whole gives NaN (fill in -1e9)"
+    if number > FILLED:
+        return f"its scores are filled with {number:g}, which is not far below any score (fill in -1e9)"
+    value = place.meta["val"]
+    if str(value.shape[-1]) != str(node.meta["val"].shape[-1]):
+        return "the mask of its scores has no column for each token"
+    return scores, _Mask(place, hidden)
 
 
 def _only_reader(node: Node) -> Node | None:
@@ -202,12 +281,12 @@ def _is_cast(softmax: Node) -> bool:
     return dtype not in (None, torch.float32)
 
 
-def _is_full_mask(mask: Any, softmax: Node) -> bool:
-    """A float mask that covers rows and columns; batch and heads may be 1."""
+def _is_mask(mask: Any, softmax: Node) -> bool:
+    """Whether numbers are added to the scores of which each token has its own; batch, heads and rows may be 1."""
     value = mask.meta.get("val") if isinstance(mask, Node) else None
-    if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype != torch.float32:
+    if not isinstance(value, Tensor) or not 1 <= value.dim() <= 4 or value.dtype != torch.float32:
         return False
-    return [str(size) for size in value.shape[2:]] == [str(size) for size in softmax.meta["val"].shape[2:]]
+    return str(value.shape[-1]) == str(softmax.meta["val"].shape[-1])
 
 
 def _operand(whole: Any) -> _Operand:

@@ -64,9 +64,12 @@ def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> T
     Args:
         codes: uint8 ``(rows, columns / 4)``, each code stored as code + 2.
         scale: float32 ``(rows, 1)`` or ``()``.
-        ids: integers, any shape. Unlike Gather, an id out of range gives zeros.
+        ids: integers, any shape; one beyond the table is refused by a look-up beside it, as this operator would give
+            zeros.
         columns: a multiple of 4.
     """
+    nothing = torch.zeros(codes.shape[0], dtype=torch.uint8)
+    ids = ids + node("Gather", (nothing, ids), torch.uint8, ids.shape).to(ids.dtype)
     scale = scale.expand(codes.shape[0], 1)
     block = max(16, 1 << (columns - 1).bit_length())  # one block a row: the scale needs no repetition
     return node(
@@ -136,6 +139,7 @@ def block_linear(
         bits=2,
         block_size=block,
         accuracy_level=4,
+        weight_prepacked=0,  # the default; 1.27 and older, which compute something else, don't know it and refuse it
     )
 
 

@@ -106,3 +106,108 @@ def test_what_is_selected_is_what_the_rules_say(tiny: Tiny, options: dict[str, o
     # the graph says the same of itself once it has run
     after = {node.target: fate for node, fate in ternarize.fates(gm).items()}
     assert after == {node.target: fate for node, fate in ternarize.fates(tiny.graph).items()}
+
+
+class Summed(nn.Module):
+    """Rows of several tables are added up; ``head`` may share one."""
+
+    def __init__(self, tied: str | None = None, **rows: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict({name: nn.Embedding(count, 8) for name, count in rows.items()})
+        self.first = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4 if tied is None else rows[tied])
+        if tied is not None:
+            self.head.weight = self.tables[tied].weight  # type: ignore[assignment]
+
+    def forward(self, ids: Tensor, places: Tensor, kinds: Tensor) -> Tensor:
+        given = {"ids": ids, "places": places, "kinds": kinds}
+        total = sum(table(given[name]) for name, table in self.tables.items())
+        found: Tensor = self.head(self.first(total))
+        return found
+
+
+class Boxes(nn.Module):
+    """Words, and around each a box of two corners."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids, self.across, self.down = (nn.Embedding(rows, 8) for rows in (1100, 1024, 1024))
+        self.first, self.head = nn.Linear(24, 8), nn.Linear(8, 2)
+
+    def forward(self, ids: Tensor, boxes: Tensor) -> Tensor:
+        left, top, right, bottom = (boxes[..., index] for index in range(4))
+        around = torch.cat((self.across(left) + self.across(right), self.down(top) + self.down(bottom)), -1)
+        found: Tensor = self.head(self.first(torch.cat((self.ids(ids), around), -1)))
+        return found
+
+
+class Codes(nn.Module):
+    """Tokens of three codes each, and two texts in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.ModuleList(nn.Embedding(1100, 8) for _ in range(3))
+        self.texts = nn.Embedding(1200, 8)
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, codes: Tensor, pairs: Tensor) -> Tensor:
+        tokens = sum(table(codes[..., index]) for index, table in enumerate(self.codes))
+        texts = self.first(self.texts(pairs[:, 0])) * self.first(self.texts(pairs[:, 1]))
+        found: Tensor = self.head(self.first(tokens) + texts)
+        return found
+
+
+IDS = torch.randint(0, 1000, (2, 6), generator=torch.Generator().manual_seed(0))
+PLACES = torch.arange(6).expand(2, 6).contiguous()
+KINDS = torch.tensor([[0, 0, 0, 1, 1, 1]] * 2)
+
+
+def words(model: nn.Module, example: dict[str, Tensor]) -> dict[str, str]:
+    """Return why each table is ternary, or is not."""
+    fates = Ternarize().fates(ti_fx.capture(model, example)).items()
+    return {
+        str(node.target): fate.granularity or fate.reason
+        for node, fate in fates
+        if str(node.target).startswith(("tables", "ids", "across", "down", "codes", "texts"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "example"),
+    [
+        (Summed(ids=1100, places=2048, kinds=2), (IDS, PLACES, KINDS)),  # the larger table, and not of words
+        (Summed(ids=1100, places=1024), (IDS, PLACES.flip(0) * 0, KINDS)),  # nothing shows the positions
+        (Summed(ids=1100, places=2048, tied="ids"), (PLACES, IDS, KINDS)),  # ids that look like positions
+        (
+            Summed(ids=1100, places=2048, kinds=2),
+            (IDS, torch.tensor([[0, 1, 2, 3, 1, 1]] * 2), KINDS),
+        ),  # padding
+    ],
+    ids=["count on", "rows", "tied", "padded"],
+)
+def test_of_tables_that_are_added_up_one_is_of_words(
+    model: nn.Module, example: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    found = words(model, dict(zip(("ids", "places", "kinds"), example, strict=True)))
+    assert found["tables.ids.weight"] == "row"
+    assert (
+        found["tables.places.weight"]
+        == "positions or kinds: its rows are added to those of the word embedding tables.ids.weight"
+    )
+
+
+def test_ids_that_count_on_are_words_where_only_kinds_are_beside() -> None:
+    example = {"ids": PLACES, "places": PLACES, "kinds": KINDS}
+    assert words(Summed(ids=1100, kinds=2), example)["tables.ids.weight"] == "row"
+
+
+def test_coordinates_are_no_words() -> None:
+    boxes = torch.randint(0, 1000, (2, 6, 4), generator=torch.Generator().manual_seed(1))
+    found = words(Boxes(), {"ids": IDS, "boxes": boxes})
+    why = "coordinates: several numbers of boxes look it up"
+    assert found == {"ids.weight": "row", "across.weight": why, "down.weight": why}
+
+
+def test_codes_and_pairs_of_texts_are_words() -> None:
+    example = {"codes": torch.stack([IDS] * 3, -1), "pairs": torch.stack([IDS, IDS.flip(0)], 1)}
+    assert set(words(Codes(), example).values()) == {"row"}

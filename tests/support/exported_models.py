@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import BertConfig, BertForSequenceClassification
 
 import ti_fx
+from ti_fx.export.file.companions import COMPANIONS
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
 
 VOCABULARY = 1100
@@ -62,3 +65,12 @@ class Layers(nn.Module):
 
 def layers_example(batch: int = 3) -> dict[str, Tensor]:
     return {"values": torch.randn(batch, 5, 16, generator=torch.Generator().manual_seed(2))}
+
+
+def without_record(path: Path) -> None:
+    """Make a file as an older ti_fx wrote it."""
+    model = onnx.load(path)
+    kept = [entry for entry in model.metadata_props if entry.key != COMPANIONS]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    onnx.save(model, path)

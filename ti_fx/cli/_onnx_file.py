@@ -57,6 +57,7 @@ def describe(path: Path) -> dict[str, Any]:
 def _own_facts(written: Mapping[str, str]) -> dict[str, Any] | None:
     """Return what ti_fx wrote about the file, None if it did not write it."""
     from ti_fx.export.file import content, metadata
+    from ti_fx.export.file.minimum_runtime import MINIMUM_RUNTIME
 
     if content.ENCODING_KEY not in written:
         return None
@@ -77,7 +78,7 @@ def _own_facts(written: Mapping[str, str]) -> dict[str, Any] | None:
         "recipe": metadata.value_of(written, metadata.RECIPE, None),
         "recipe_sha256": written.get(metadata.RECIPE_HASH),
         "tensors_sha256": written.get(metadata.TENSORS_HASH),
-        "minimum_onnxruntime": written.get(metadata.MINIMUM_RUNTIME),
+        "minimum_onnxruntime": written.get(MINIMUM_RUNTIME),
         "versions": metadata.value_of(written, metadata.VERSIONS, {}),
     }
 

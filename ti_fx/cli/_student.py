@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.fx import GraphModule
@@ -27,6 +27,7 @@ class Student:
 
 
 Part = Literal["", "encoder", "decoder"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 def packed_student(
@@ -57,7 +58,7 @@ def packed_student(
     """
     from ti_fx.ir.pipeline import Pipeline
     from ti_fx.passes import Pack
-    from ti_fx.train.checkpoint import DESCRIPTION, EXAMPLE, load, read_tensors
+    from ti_fx.train.checkpoint import DESCRIPTION, EXAMPLE, load, read_facts, read_tensors, source_model
 
     folder = Path(source)
     is_checkpoint = (folder / DESCRIPTION).is_file()
@@ -83,7 +84,8 @@ def packed_student(
     student = Student(gm, read_tensors(folder / EXAMPLE), folder)
     if not cache:
         return {"": student}
-    return _with_cache(student, load_source(model or source).model, logits_to_keep)
+    of = source_model(folder, read_facts(folder)) if model is None else load_source(model).model
+    return _with_cache(student, of, logits_to_keep)
 
 
 def _made_ternary(

@@ -144,9 +144,13 @@ def export(
         )
     if print_after is not None:
         require_pass(print_after)
-    from ti_fx.cli._student import packed_student, saved_parts
+    from ti_fx.cli._student import PARTS, packed_student, saved_parts
+    from ti_fx.export.file.companions import contents_of, require_place
     from ti_fx.export.writer import Options, write_files
 
+    places = {part: out.with_name(f"{out.stem}-{part}.onnx") if part else out for part in PARTS}
+    # before anything is computed; a name on the hub has a folder only later
+    require_place(places.values(), contents_of(saved_parts(Path(checkpoint)).values()))
     parts = packed_student(
         checkpoint,
         model=source,
@@ -167,10 +171,7 @@ def export(
         config=saved.pop("config", None),
         beside=tuple(saved.values()),
     )
-    files = {
-        out.with_name(f"{out.stem}-{part}.onnx") if part else out: (student.graph, student.example)
-        for part, student in parts.items()
-    }
+    files = {places[part]: (student.graph, student.example) for part, student in parts.items()}
     with printed_after(print_after) as dump_dir:
         reports = write_files(files, replace(options, dump_dir=dump_dir))
     for report in reports:

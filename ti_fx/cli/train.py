@@ -121,6 +121,8 @@ def train(
             f"{out}'s newest checkpoint"
         )
     _check_folder(out, resume)
+    if resume:
+        _check_recipe(out, chosen if steps is None else replace(chosen, steps=steps))
     teacher, tokenizer = _classifier(model)
     names = {int(index): name for index, name in (teacher.config.id2label or {}).items()}
     columns = {"text_column": text_column, "label_column": label_column}
@@ -131,6 +133,12 @@ def train(
         chosen = replace(chosen, steps=steps)
     run = _Run(chosen, training, held_out, batch_size, learning_rate, seed, compile.value, length)
     run.check_steps()
+    if resume and _is_finished(out, run.steps):
+        output.say(
+            f"the run in {out} is finished, {run.steps} of {run.steps} steps: nothing was changed; export it with "
+            f"ti-fx export {out} --out student.onnx, or train for more --steps into another --out"
+        )
+        return
     _check_writable(out)
     run.train(teacher, tokenizer, out, resume)
 
@@ -276,6 +284,34 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise CheckpointError(f"{out} holds no finished checkpoint to resume from; leave out --resume")
     if not resume and (last is not None or (out / DESCRIPTION).exists()):
         raise InputError(f"{out} holds a run already; --resume goes on with it, another --out begins anew")
+
+
+def _check_recipe(out: Path, recipe: Recipe) -> None:
+    """Refuse to go on with another recipe than the one that the newest checkpoint was trained with."""
+    from ti_fx.train.checkpoint import check_recipe, last_finished, read_facts
+
+    last = last_finished(out)
+    assert last is not None
+    check_recipe(last, read_facts(last), recipe)
+
+
+def _is_finished(out: Path, steps: int) -> bool:
+    """Return whether all steps were trained and the results written.
+
+    Raises:
+        CheckpointError: the run was for another number of steps.
+    """
+    from ti_fx.train.checkpoint import last_finished, training_state
+
+    last = last_finished(out)
+    assert last is not None
+    state = training_state(last)
+    if state.max_steps != steps:
+        raise CheckpointError(
+            f"{last} was trained for {state.max_steps} steps in all, and these rows and --batch-size are for {steps}; "
+            "resume with the options and data that it began with, or begin anew with another --out"
+        )
+    return state.global_step >= steps and (out / RESULTS).is_file()
 
 
 def _check_writable(out: Path) -> None:

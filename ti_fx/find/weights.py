@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from ti_fx import numerics
 from ti_fx.errors import SelectionError, did_you_mean
 from ti_fx.find.walk import CAST, CONVOLUTION, MATMUL, SHAPE, WEIGHT_VIEWS, projection_weight
+from ti_fx.find.word_tables import LookUp, other_tables
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, tensor
 from ti_fx.ir.outputs import model_outputs, named_leaves
@@ -104,16 +105,33 @@ def _stored(node: Node) -> bool:
 
 
 def word_embeddings(gm: GraphModule, min_rows: int) -> list[Node]:
-    """Return the look-ups in tables of at least ``min_rows`` rows whose index is an integer input of the graph."""
+    """Return the look-ups in tables of words: of at least ``min_rows`` rows, by an integer input of the graph.
+
+    Tables of positions, coordinates and kinds are none, whoever looks them up (``ti_fx.find.word_tables``).
+    """
+    lookups = _lookups(gm)
+    others = _other_tables(gm, lookups)
     return [
-        node
-        for node in gm.graph.nodes
-        if roles.is_student(node)
-        and aten_name(node) == "embedding"
-        and (table := _table(node)) is not None
-        and tensor(gm, str(table.target)).shape[0] >= min_rows
-        and _is_input(node.args[1])
+        one.node
+        for one in lookups
+        if one.table not in others and tensor(gm, str(one.table.target)).shape[0] >= min_rows
     ]
+
+
+def _other_tables(gm: GraphModule, lookups: list[LookUp]) -> dict[Node, str]:
+    products = {projection_weight(node) for node in projections(gm)}
+    return other_tables(gm, lookups, products.__contains__)
+
+
+def _lookups(gm: GraphModule) -> list[LookUp]:
+    """Return every look-up of a stored table by an integer input."""
+    found = []
+    for node in gm.graph.nodes:
+        if roles.is_student(node) and aten_name(node) == "embedding" and (table := _table(node)) is not None:
+            ids, part = _input(node.args[1])
+            if ids is not None:
+                found.append(LookUp(node, table, ids, part))
+    return found
 
 
 def _table(node: Node) -> Node | None:
@@ -130,13 +148,14 @@ def table(node: Node) -> Node:
     return found
 
 
-def _is_input(argument: object) -> bool:
-    node = argument
+def _input(argument: object) -> tuple[Node | None, int | None]:
+    """Return the input that an index is, and which number of its last dimension, None if it is not one of those."""
+    node, part = argument, None
     while isinstance(node, Node) and aten_name(node) in _INDEX_OPS:
         tensors = [
             source for source in node.all_input_nodes if isinstance(source.meta.get("val"), torch.Tensor)
         ]
-        node = next(
+        source = next(
             (
                 source
                 for source in tensors
@@ -144,7 +163,12 @@ def _is_input(argument: object) -> bool:
             ),
             None,
         )
-    return isinstance(node, Node) and node.op == "placeholder"
+        if source is not None and aten_name(node) == "select":
+            _, dim, index = node.args
+            if dim in (-1, source.meta["val"].dim() - 1) and isinstance(index, int):
+                part = index
+        node = source
+    return (node, part) if isinstance(node, Node) and node.op == "placeholder" else (None, None)
 
 
 def skipped(names: Iterable[str], globs: Sequence[str], what: str, option: str = "skip") -> set[str]:
@@ -219,9 +243,12 @@ def fates(
         if (weight := projection_weight(node)) is not None:
             products.setdefault(weight, []).append(node)
     tables = dict.fromkeys(table(node) for node in word_embeddings(gm, min_rows))
+    others = _other_tables(gm, _lookups(gm))
     names = [str(node.target) for node in [*products, *tables]]
     left = skipped(names, skip, "weight that ternarize could select")
     constant = _constant(gm)
+    large = (node for node in others if tensor(gm, str(node.target)).shape[0] >= min_rows)
+    others = {node: others[node] for node in large}
     found: dict[Node, Fate] = {}
     for node in constant:
         if node.op != "get_attr" or not tensor(gm, str(node.target)).is_floating_point():
@@ -239,7 +266,7 @@ def fates(
         elif node in tables:
             reason = "embeddings=none"
         else:
-            reason = _why_kept(gm, node, constant, min_rows)
+            reason = others.get(node) or _why_kept(gm, node, constant, min_rows)
         if reason:
             found[node] = Fate(granularity, reason)
     return found

@@ -88,6 +88,8 @@ class GraphFacts:
         encodings: each ternary weight's encoding, by parameter name.
         recipe: of a graph that ``Recipe.prepare`` made, the recipe as JSON values.
         opset: of a graph that is being lowered, the ONNX opset of the file.
+        unfused: of a graph that is being lowered, why a block of attention is not one node, by the name of its softmax.
+        part_of: of an encoder or decoder, a digest of the student that both are parts of.
     """
 
     stage: str = "captured"
@@ -102,6 +104,8 @@ class GraphFacts:
     encodings: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Json] | None = None
     opset: int | None = None
+    unfused: Mapping[str, str] = field(default_factory=dict)
+    part_of: str | None = None
 
 
 def facts(gm: GraphModule) -> GraphFacts:

@@ -8,6 +8,7 @@ phase's dump. A folder without it is an unfinished one.
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 import pickle
@@ -23,6 +24,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from transformers import TrainerState
 
 from ti_fx.errors import CheckpointError, RecipeError, first_line
 from ti_fx.files import atomic_path, atomic_write
@@ -51,6 +53,7 @@ def save(
     source: Mapping[str, Any],
     position: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
+    order: Tensor | None = None,
 ) -> None:
     """Write weights, example and facts into ``folder``; each file atomically, the facts last.
 
@@ -61,6 +64,7 @@ def save(
         source: how to make the source model again: ``{"class": "transformers.BertForSequenceClassification"}``.
         position: the step and phase that training has reached.
         weights: the student's tensors if they were gathered already (sharded training).
+        order: the state of the random numbers that the present epoch's order of rows was drawn from, [bytes] uint8.
 
     Raises:
         InputError: the folder can't be written, or the disk is full; no half-written file is left.
@@ -82,6 +86,11 @@ def save(
         "phases": model.phase_digests(),
         "weights": {name: digest(value) for name, value in plain.items()},
     }
+    if order is not None:
+        facts["order"] = {
+            "state": base64.b64encode(order.numpy().tobytes()).decode(),
+            "digest": digest(order),
+        }
     atomic_write(target / DESCRIPTION, json.dumps(facts, indent=1) + "\n")
 
 
@@ -116,8 +125,24 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     return facts
 
 
-def check_training_state(folder: str | Path) -> None:
-    """Check that a checkpoint has what training goes on from, beside the model.
+def order(folder: str | Path, facts: Mapping[str, Any]) -> Tensor | None:
+    """Return the ``order`` that was saved; None if it was not.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    saved = facts.get("order")
+    if saved is None:
+        return None
+    with readable(folder):
+        state = torch.frombuffer(bytearray(base64.b64decode(saved["state"])), dtype=torch.uint8)
+        if digest(state) != saved["digest"]:
+            raise ValueError("the order of the rows is not what was saved")
+    return state
+
+
+def training_state(folder: str | Path) -> TrainerState:
+    """Return Trainer's state of a checkpoint that has what training goes on from, beside the model.
 
     Raises:
         CheckpointError: it holds only a model, or Trainer's state can't be read.
@@ -129,9 +154,10 @@ def check_training_state(folder: str | Path) -> None:
             "save_only_model"
         )
     with readable(folder):
-        json.loads(path.read_text(encoding="utf-8"))
+        state = TrainerState.load_from_json(str(path))
         if name := intact.changed(Path(folder), _is_training_state):
             raise ValueError(f"{name} is not what was saved")
+        return state
 
 
 def _is_training_state(name: str) -> bool:
@@ -149,7 +175,15 @@ def readable(folder: str | Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        TypeError,
+        ValueError,
+        LookupError,
+        pickle.UnpicklingError,
+    ) as error:
         raise CheckpointError(
             f"can't resume from {folder}: {first_line(error)}; its training state is damaged, use another checkpoint"
         ) from error
@@ -191,11 +225,7 @@ def restore(model: TernaryModel, folder: str | Path, facts: Mapping[str, Any]) -
     Raises:
         CheckpointError: another recipe, teacher or model; names what differs.
     """
-    if facts["recipe"] != model.recipe.to_dict():
-        raise CheckpointError(
-            f"{folder} was trained with recipe {facts['recipe'].get('name')!r} of other options; resume with that "
-            "recipe (ti_fx.Recipe.from_dict of its ti_fx.json)"
-        )
+    check_recipe(folder, facts, model.recipe)
     own = model.teacher_digests()
     for name, wanted in facts["teacher"].items():
         if own.get(name) != wanted:
@@ -204,6 +234,41 @@ def restore(model: TernaryModel, folder: str | Path, facts: Mapping[str, Any]) -
             )
     verify_phases(model, folder, facts)
     load_values(model.prepared(), read_weights(folder, facts), folder)
+
+
+def check_recipe(folder: str | Path, facts: Mapping[str, Any], recipe: Recipe) -> None:
+    """Check that a checkpoint is to go on with the recipe that it was trained with.
+
+    Raises:
+        CheckpointError: with another one; names the options that differ, with both values.
+    """
+    trained, now = facts["recipe"], recipe.to_dict()
+    if trained == now:
+        return
+    differing = [
+        f"{name} was {_shown(one)} and is {_shown(other)}" for name, one, other in _differences(trained, now)
+    ]
+    more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+    raise CheckpointError(
+        f"{folder} was trained with recipe {trained.get('name')!r} of other options: {', '.join(differing[:3])}{more}; "
+        f"resume with that recipe (ti_fx.Recipe.from_dict of its {DESCRIPTION}), or begin anew in another folder"
+    )
+
+
+def _differences(one: Any, other: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Return the places in two JSON values that differ, with both values; None stands for a missing one."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = list(dict.fromkeys([*one, *other]))
+        pairs = [(f"{name}.{key}" if name else str(key), one.get(key), other.get(key)) for key in keys]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(f"{name}[{index}]", *both) for index, both in enumerate(zip(one, other, strict=True))]
+    else:
+        return [] if one == other else [(name, one, other)]
+    return [found for inner, left, right in pairs for found in _differences(left, right, inner)]
+
+
+def _shown(value: Any) -> str:
+    return f"{len(value)} entries" if isinstance(value, dict | list) else repr(value)
 
 
 def verify_phases(model: TernaryModel, folder: str | Path, facts: Mapping[str, Any]) -> None:
@@ -260,7 +325,7 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
     """
     facts = read_facts(checkpoint)
     weights = read_weights(checkpoint, facts)
-    source = _source_model(checkpoint, facts) if model is None else model
+    source = source_model(checkpoint, facts) if model is None else model
     example = read_tensors(Path(checkpoint) / EXAMPLE)
     try:
         recipe = Recipe.from_dict(facts["recipe"])
@@ -293,7 +358,12 @@ def _fits(source: nn.Module, weights: Mapping[str, Tensor], where: str | Path) -
             )
 
 
-def _source_model(checkpoint: str | Path, facts: Mapping[str, Any]) -> nn.Module:
+def source_model(checkpoint: str | Path, facts: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a checkpoint was captured from, made from its config, in eval mode; its values are random.
+
+    Raises:
+        CheckpointError: only the user can make it, or its config can't be read.
+    """
     name = str(facts["source"].get("class", ""))
     module, _, attribute = name.rpartition(".")
     if not module.startswith("transformers"):

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from ti_fx.errors import CheckpointError, InputError
+from ti_fx.errors import InputError
 from ti_fx.frontend.capture import capture
 from ti_fx.ir.facts import facts
-from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.measure.choose import Choice, resolve
 from ti_fx.recipe import Recipe
-from ti_fx.train import checkpoint, rows, schedule
-from ti_fx.train.finished import finished_files, finished_folder
+from ti_fx.train import rows, schedule
 from ti_fx.train.model import Compile, TernaryModel
+from ti_fx.train.resuming import ResumingTrainer
 from ti_fx.train.task_loss import TaskLoss, leaves, single, task_loss
 from ti_fx.train.untrained import require_trained
 
 AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation (benchmarks/train_step.py)
 
 
-class TernaryTrainer(Trainer):
+class TernaryTrainer(ResumingTrainer):
     """Train a ternary student by a recipe, with everything else as in ``transformers.Trainer``.
 
     Differences: ``model`` is captured and prepared here; the phase follows the optimiser step; each loss is logged by
@@ -37,7 +35,6 @@ class TernaryTrainer(Trainer):
 
     model: TernaryModel
     loss_is_scaled_for_ga = False  # the losses are means over a micro-batch: Trainer divides them
-    _saving_to: str | None = None
 
     def __init__(
         self,
@@ -257,125 +254,11 @@ class TernaryTrainer(Trainer):
     def _task_loss(self) -> TaskLoss | None:
         return task_loss(self.source, self.compute_loss_func)
 
-    # --- data and checkpoints ---------------------------------------------------------------------------------------
-
-    @property
-    def _run_folder(self) -> str:
-        return str(self.args.output_dir)
+    # --- data ---------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
         columns: Any = [*self.model.inputs, *self.label_names, *rows.LABELS]
         self._signature_columns = columns
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Train; ``resume_from_checkpoint=True`` takes the newest finished checkpoint in the output folder.
-
-        Raises:
-            CheckpointError: nothing to resume from, or it belongs to another model, teacher or recipe.
-        """
-        if resume_from_checkpoint is True:
-            found = checkpoint.last_finished(self._run_folder)
-            if found is None:
-                raise CheckpointError(f"{self._run_folder} holds no finished checkpoint to resume from")
-            resume_from_checkpoint = str(found)
-        elif isinstance(resume_from_checkpoint, str):
-            checkpoint.read_facts(resume_from_checkpoint)
-        if resume_from_checkpoint:
-            checkpoint.check_training_state(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        facts = checkpoint.read_facts(resume_from_checkpoint)
-        checkpoint.restore(self.model, resume_from_checkpoint, facts)
-        self.model.compile_at(facts["position"].get("compiled", {}))
-
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        with checkpoint.readable(checkpoint_folder):
-            super()._load_optimizer_and_scheduler(checkpoint_folder)
-
-    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
-        with checkpoint.readable(checkpoint_folder):
-            super()._load_rng_state(checkpoint_folder)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is None:
-            raise CheckpointError("no best checkpoint was saved; set save_strategy as eval_strategy")
-        checkpoint.restore(self.model, best, checkpoint.read_facts(best))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir if output_dir is not None else self._run_folder)
-        if not self.args.should_save:
-            return
-        config: Any = getattr(self.source, "config", None)
-        if config is not None:
-            config.save_pretrained(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
-        gathered = None
-        if state_dict is not None:
-            gathered = {
-                name: value for name, value in state_dict.items() if not name.startswith(TEACHER_PREFIX)
-            }
-        checkpoint.save(
-            folder,
-            self.model,
-            example=self.example,
-            source=checkpoint.source_facts(self.source),
-            position={
-                "step": self.state.global_step,
-                "phase": self.model.phase.name,
-                "compiled": self.model.compiled_shapes(),
-            },
-            weights=gathered,
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a checkpoint to evaluate or export from, whole or not at all."""
-        target = Path(output_dir if output_dir is not None else self._run_folder)
-        if _internal_call or not self.args.should_save:
-            super().save_model(str(target), _internal_call=True)
-            return
-        with finished_files(target, checkpoint.DESCRIPTION) as temporary:
-            super().save_model(str(temporary), _internal_call=True)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save into a temporary folder and rename it, so that a checkpoint is whole or not there."""
-        run = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            saving = finished_folder(
-                run / name, owner=self.args.should_save, barrier=self.accelerator.wait_for_everyone
-            )
-            with saving as temporary:
-                self._saving_to = str(temporary.parent)
-                super()._save_checkpoint(model, trial)
-                if self.state.best_model_checkpoint == str(temporary):
-                    self.state.best_model_checkpoint = str(run / name)
-                    if self.args.should_save:
-                        self.state.save_to_json(str(temporary / checkpoint.TRAINER_STATE))
-        finally:
-            self._saving_to = None
-            self.args.save_total_limit = limit
-        if self.args.should_save and limit is not None:
-            from transformers.trainer_utils import rotate_checkpoints
-
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._saving_to or str(super()._get_output_dir(trial))
 
 
 def compile_choice(wanted: str, args: TrainingArguments, recipe: Recipe) -> Compile:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from cached_models import (
@@ -26,6 +28,7 @@ from transformers import T5ForConditionalGeneration
 
 from ti_fx.errors import InputError
 from ti_fx.export import Runtime, encoder_decoder_with_cache, to_onnx, with_cache, write_genai_config
+from ti_fx.export.file.metadata import PART_OF
 from ti_fx.export.run.generate import OnnxCausalLM, OnnxSeq2SeqLM
 
 
@@ -252,3 +255,30 @@ def test_the_configuration_for_genai_names_what_the_file_has(decoder: Decoder, t
 def test_a_configuration_for_genai_needs_a_cache(translator: Translator) -> None:
     with pytest.raises(InputError, match="is no decoder with a cache"):
         write_genai_config(translator.reports[0].path, translator.model.config)
+
+
+def test_a_configuration_for_genai_replaces_no_other_and_takes_no_other_tokenizer(
+    decoder: Decoder, tmp_path: Path
+) -> None:
+    path = tmp_path / "llama.onnx"
+    shutil.copy(decoder.report.path, path)
+    write_genai_config(path, decoder.model.config)
+    written = write_genai_config(path, decoder.model.config).read_bytes()
+    other = tmp_path / "other.onnx"
+    shutil.copy(path, other)
+    with pytest.raises(InputError, match=r"genai_config.json is of llama.onnx.*a folder of its own"):
+        write_genai_config(other, decoder.model.config)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer_config.json beside .* was not exported with it"):
+        write_genai_config(path, decoder.model.config)
+    assert (tmp_path / "genai_config.json").read_bytes() == written
+
+
+def test_an_encoder_of_another_student_is_refused(translator: Translator, tmp_path: Path) -> None:
+    encoder, decoder = (report.path for report in translator.reports)
+    model = onnx.load(encoder)
+    (whole,) = (entry for entry in model.metadata_props if entry.key == PART_OF)
+    whole.value = whole.value[::-1]
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(InputError, match=r"other.onnx and .* are of two students"):
+        OnnxSeq2SeqLM(tmp_path / "other.onnx", decoder, translator.model.config)

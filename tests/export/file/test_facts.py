@@ -18,9 +18,10 @@ from transformers import BertConfig
 
 import ti_fx
 from ti_fx.errors import InputError
-from ti_fx.export import ExportReport, to_onnx
+from ti_fx.export import ExportReport, Runtime, check, to_onnx
 from ti_fx.export.file.metadata import tensors_hash, value_of
 from ti_fx.export.file.minimum_runtime import minimum_runtime
+from ti_fx.export.run.session import reason_of
 from ti_fx.find.packed import batch_dependent
 from ti_fx.ir.facts import record_facts
 from ti_fx.passes import Pack, QuantizeActivations, Ternarize
@@ -154,3 +155,42 @@ def test_the_minimum_runtime_is_that_of_the_operators(
         nodes.append(ir.Node(domain, kind, [], blocks))
     graph = ir.Graph([], [], nodes=nodes, opset_imports={"": opset, "com.microsoft": 1})
     assert minimum_runtime(ir.Model(graph, ir_version=8)) == oldest
+
+
+def test_an_older_runtime_than_the_file_needs_is_refused(
+    mixed: ExportReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = r"student\.onnx needs ONNX Runtime 1\.24 or newer, and 1\.20\.1 is installed"
+    monkeypatch.setattr(onnxruntime, "__version__", "1.20.1")
+    with pytest.raises(InputError, match=older):
+        Runtime(mixed.path)
+    with pytest.raises(InputError, match=older):
+        check(mixed.path, student("float16", **{"second.weight": "int8-tensor"}), layers_example())
+    for newer in ("1.24.0", "1.33.0.dev20270101", "2.0"):
+        monkeypatch.setattr(onnxruntime, "__version__", newer)
+        assert Runtime(mixed.path).outputs
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Load model from /a/very/long/path/of/somebody/student.onnx failed:"
+            "/onnxruntime_src/onnxruntime/core/graph/model.cc:181 onnxruntime::Model::Model(onnx::ModelProto&&, const "
+            "onnxruntime::PathString&, const onnxruntime::IOnnxRuntimeOpSchemaRegistryList*, const "
+            "onnxruntime::logging::Logger&, const onnxruntime::ModelOptions&) Unsupported model IR version: 13, max "
+            "supported IR version: 10\n",
+            "Unsupported model IR version: 13, max supported IR version: 10",
+        ),
+        (
+            "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Non-zero status code returned while running Gather node. "
+            "Name:'look' Status Message: /src/core/cpu/tensor/gather.cc:94 indices element out of data bounds, "
+            "idx=7 must be within the inclusive range [-3,2]",
+            "Non-zero status code returned while running Gather node. Name:'look' Status Message: indices element out "
+            "of data bounds, idx=7 must be within the inclusive range [-3,2]",
+        ),
+        ("x" * 500, "x" * 300 + "..."),
+    ],
+)
+def test_what_onnx_runtime_says_is_cut_to_its_reason(said: str, reason: str) -> None:
+    assert reason_of(RuntimeError(said)) == reason

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from classifier import LABELS, tokenizer
+from exported_models import without_record
 from models import bert_model, llama_model, text_example, vit_model
 from PIL import Image
 from torch import Tensor, nn
@@ -347,6 +348,7 @@ def test_what_is_damaged_or_of_another_model_is_refused(
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(texts.path.parent, folder)
+    without_record(folder / "student.onnx")
     bert_model(num_labels=5).config.save_pretrained(folder)
     with pytest.raises(InputError, match="names 5 labels, and the file gives 3; it is another model's"):
         pipeline(folder / "student.onnx")
