@@ -17,12 +17,8 @@ from numpy.typing import NDArray
 
 from ti_fx.errors import InputError, first_line
 from ti_fx.export import arguments
-<<<<<<< HEAD
-from ti_fx.export.file.external_data import require_data_of
-from ti_fx.export.file.intact import require_intact
-=======
 from ti_fx.export.file.external_data import metadata_in, require_data_of
->>>>>>> main
+from ti_fx.export.file.intact import require_intact
 from ti_fx.export.file.metadata import LARGEST, ROWS, value_of
 from ti_fx.export.file.minimum_runtime import require_runtime
 

@@ -155,15 +155,8 @@ def training_state(folder: str | Path) -> TrainerState:
         )
     with readable(folder):
         state = TrainerState.load_from_json(str(path))
-        if name := intact.changed(Path(folder), _is_training_state):
-            raise ValueError(f"{name} is not what was saved")
+        intact.require_training_state(Path(folder))
         return state
-
-
-def _is_training_state(name: str) -> bool:
-    return name == TRAINER_STATE or name.startswith(
-        ("optimizer", "scheduler", "scaler", "rng_state", "global_step")
-    )
 
 
 @contextmanager
@@ -337,11 +330,7 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
     load_values(gm, weights, checkpoint)
     recipe.prepare(gm)
     verify_phases(TernaryModel(gm, recipe), checkpoint, facts)
-    if name := intact.changed(Path(checkpoint), lambda name: not _is_training_state(name)):
-        raise CheckpointError(
-            f"{Path(checkpoint) / name} is not what was saved; use another checkpoint, or, if you changed it yourself, "
-            f"remove its line from {intact.DIGESTS}"
-        )
+    intact.require_model(Path(checkpoint))
     Pipeline(Strip())(gm)
     gm.eval()
     return gm

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from ti_fx.errors import CheckpointError
 from ti_fx.files import atomic_write
 
 DIGESTS = "digests.json"
@@ -23,15 +24,35 @@ def record(folder: Path) -> None:
     atomic_write(folder / DIGESTS, json.dumps(digests, indent=1) + "\n")
 
 
-def changed(folder: Path, which: Callable[[str], bool]) -> str | None:
-    """Return what a file that is no longer what was recorded is called, None if there is none.
+def require_training_state(folder: Path) -> None:
+    """Check the files that training goes on from.
 
-    A folder without records has none, and files that are missing or came later aren't looked at.
-
-    Args:
-        folder: that :func:`record` recorded.
-        which: says of a file's path below the folder whether it is looked at.
+    Raises:
+        ValueError: one is not what was saved.
     """
+    if name := _changed(folder, _is_training_state):
+        raise ValueError(f"{name} is not what was saved")
+
+
+def require_model(folder: Path) -> None:
+    """Check the files that a model is loaded from, and those that lie beside it.
+
+    Raises:
+        CheckpointError: one is not what was saved.
+    """
+    if name := _changed(folder, lambda name: not _is_training_state(name)):
+        raise CheckpointError(
+            f"{folder / name} is not what was saved; use another checkpoint, or, if you changed it yourself, remove its "
+            f"line from {DIGESTS}"
+        )
+
+
+def _is_training_state(name: str) -> bool:
+    return name.startswith(("trainer_state", "optimizer", "scheduler", "scaler", "rng_state", "global_step"))
+
+
+def _changed(folder: Path, which: Callable[[str], bool]) -> str | None:
+    """Return a file that is not what was recorded; one that was not recorded, or is missing, isn't looked at."""
     records = folder / DIGESTS
     if not records.is_file():
         return None
