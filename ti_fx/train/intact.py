@@ -42,8 +42,8 @@ def require_model(folder: Path) -> None:
     """
     if name := _changed(folder, lambda name: not _is_training_state(name)):
         raise CheckpointError(
-            f"{folder / name} is not what was saved; use another checkpoint, or, if you changed it yourself, remove its "
-            f"line from {DIGESTS}"
+            f"{folder / name} is not what was saved; use another checkpoint, or, if you changed it yourself, remove "
+            f"its line from {DIGESTS}"
         )
 
 
