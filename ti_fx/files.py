@@ -6,6 +6,7 @@ import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,6 +119,35 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+@contextmanager
+def alone_in(folder: Path, seconds: float = 600) -> Iterator[None]:
+    """Wait until no other process that asks for it, too, writes into a folder, and keep the next one waiting.
+
+    Raises:
+        InputError: another one still writes there after that many seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    end = time.monotonic() + seconds
+    try:
+        while descriptor is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise InputError(
+                        f"another process writes into {folder}; give each run a folder of its own"
+                    ) from None
+                time.sleep(0.05)
+            except OSError:  # some file systems have no locks
+                break
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _put_beside(folder: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ti_fx.errors import ExportError
 from ti_fx.export.file.external_data import DATA_KEY, DIGITS, DataFile
+from ti_fx.export.file.intact import with_digest
 
 LIMIT = 2_000_000_000  # protobuf refuses messages of 2 GiB; the graph needs some room, too
 SIZE_THRESHOLD = 1024  # as onnx.save_model's: what is smaller stays in the model
@@ -46,7 +47,7 @@ def write_model(model: ir.Model, path: Path, external: bool | None, size_thresho
         content = ir.serde.serialize_model(model).SerializeToString()
     except Exception as error:  # protobuf says EncodeError or ValueError, by version
         raise ExportError(f"the model does not fit one ONNX file (2 GB): {error}") from error
-    path.write_bytes(content)
+    path.write_bytes(with_digest(content))
 
 
 def _moves(tensor: ir.TensorProtocol, size_threshold: int) -> bool:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ti_fx.errors import InputError, first_line
 from ti_fx.export import arguments
 from ti_fx.export.file.external_data import metadata_in, require_data_of
+from ti_fx.export.file.intact import require_intact
 from ti_fx.export.file.metadata import LARGEST, ROWS, value_of
 from ti_fx.export.file.minimum_runtime import require_runtime
 
@@ -51,6 +52,7 @@ def session(path: str | os.PathLike[str], threads: int | None = None) -> onnxrun
     path, threads = arguments.file_path(path), arguments.threads_of(threads)
     if not path.is_file():
         raise InputError(f"there is no file {path}; export one with ti_fx.export.to_onnx")
+    require_intact(path)
     require_data_of(path)
     require_runtime(path, metadata_in(path))
     return session_of(str(path), str(path), threads)

@@ -33,6 +33,7 @@ from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.passes import Strip
 from ti_fx.recipe import Recipe
+from ti_fx.train import intact
 from ti_fx.train.made_again import has_own_passes, how_made, make_again, require_fit
 from ti_fx.train.model import TernaryModel, digest
 
@@ -156,7 +157,9 @@ def training_state(folder: str | Path) -> TrainerState:
             "save_only_model"
         )
     with readable(folder):
-        return TrainerState.load_from_json(str(path))
+        state = TrainerState.load_from_json(str(path))
+        intact.require_training_state(Path(folder))
+        return state
 
 
 @contextmanager
@@ -339,6 +342,7 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
     gm = make_again(source, recipe, made, example)
     load_values(gm, weights, checkpoint)
     verify_phases(TernaryModel(gm, recipe), checkpoint, facts)
+    intact.require_model(Path(checkpoint))
     Pipeline(Strip())(gm)
     gm.eval()
     return gm
