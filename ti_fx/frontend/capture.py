@@ -16,12 +16,14 @@ from ti_fx.errors import (
     CaptureError,
     InputError,
     RandomnessError,
+    SizeError,
     TiFxError,
     VerificationError,
     VersionError,
+    WriteError,
 )
 from ti_fx.frontend.bind_example import CACHES, bind_example, two_rows
-from ti_fx.frontend.compare import compare_shapes, compare_values, draws_alike
+from ti_fx.frontend.compare import Compared, compare_shapes, compare_values, draws_alike, evaluation_writes
 from ti_fx.frontend.dynamic_sizes import Dynamic, has_open_sizes, named_sizes
 from ti_fx.frontend.exported_graph import exported_graph
 from ti_fx.frontend.patches import one_at_a_time, traceable
@@ -43,14 +45,15 @@ from ti_fx.passes.normalise import NORMALISE
 from ti_fx.passes.normalise.drop_dead import DropDead
 from ti_fx.passes.normalise.name_sizes import NameSizes
 
+_WIDTH: tuple[Dynamic, ...] = ("none", "batch", "auto", "all")  # from no dynamic size to all
+
 
 class _Captured(NamedTuple):
     """A graph, and what its report says."""
 
     gm: GraphModule
     static: dict[str, str]
-    checked: dict[str, float]
-    unchecked: str | None
+    compared: Compared
     followed: tuple[str, ...]
     open_sizes: bool
 
@@ -98,7 +101,7 @@ def capture(
         raise InputError(f"dynamic is {dynamic!r}; use {', '.join(map(repr, get_args(Dynamic)))}")
     tensors, constants = bind_example(model, example)
     with traceable(model) as attention:
-        found = _captured(model, tensors, constants, dynamic)
+        found = _right_everywhere(model, tensors, constants, dynamic)
     gm, static = found.gm, found.static
     dims = named_sizes(gm, list(tensors))[0]
     for name, sizes in dims.items():
@@ -112,13 +115,38 @@ def capture(
         attention=attention,
         nodes=len(gm.graph.nodes),
         parameters=sum(parameter.numel() for parameter in gm.parameters()),
-        checked=found.checked,
-        unchecked=found.unchecked,
+        checked=found.compared.checked,
+        unchecked=found.compared.unchecked,
+        further=found.compared.further,
+        left_out=tuple(found.compared.left_out),
         followed=found.followed,
     )
     record_facts(gm, capture=report, example=tensors, dynamic=dynamic, passes=())
     gm.train(model.training)
     return gm
+
+
+def _right_everywhere(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
+) -> _Captured:
+    """Capture with fewer dynamic sizes where the graph differs from the model at other sizes than the example's."""
+    reason = ""
+    for attempt in (dynamic, "batch", "none"):
+        if reason and _WIDTH.index(attempt) >= _WIDTH.index(dynamic):
+            continue
+        try:
+            found = _captured(model, tensors, constants, attempt)
+        except SizeError as error:
+            if attempt == "none":
+                raise
+            reason = reason or str(error).partition(": ")[0]
+            continue
+        if reason:
+            for name, value in tensors.items():
+                for index in range(int(attempt == "batch"), value.dim()):
+                    found.static[f"{name}.{index}"] = f"with more of it dynamic, {reason}"
+        return found
+    raise AssertionError("a graph of fixed sizes has no others")
 
 
 def _captured(
@@ -136,13 +164,15 @@ def _captured(
         for training in (True, False):
             try:
                 found = _traced(model, tensors, constants, dynamic, training, trace)
-            except (RandomnessError, VersionError):
+            except (RandomnessError, SizeError, VersionError, WriteError):
                 raise
             except (CaptureError, InputError, VerificationError) as error:
                 errors.append(error)
                 continue
             if not (
-                training or found.unchecked is not None or draws_alike(model, found.gm, tensors, constants)
+                training
+                or found.compared.unchecked is not None
+                or draws_alike(model, found.gm, tensors, constants)
             ):
                 continue
             if trace is trace_following_decisions or not found.open_sizes:
@@ -168,7 +198,8 @@ def _traced(
     traced = {name: two_rows(value) for name, value in tensors.items()} if dynamic != "none" else tensors
     with mode(model, training):
         found = trace(model, traced, constants, dynamic)
-        gm = exported_graph(found.program, model, found.baked)
+        written = evaluation_writes(found.program, model, tensors, constants)
+        gm = exported_graph(found.program, model, found.baked, written)
         NORMALISE(gm)
         validate_inputs(gm)
         static = found.static
@@ -177,15 +208,13 @@ def _traced(
             static.update({f"{name}.{index}": why for index in range(value.dim())})
         record_sizes(gm, names=named_sizes(gm, list(tensors))[1])
         record_facts(gm, guards=guard_count(gm))
-        checked: dict[str, float] = {}
-        unchecked: str | None
         if any(value.is_meta for value in tensors.values()):
-            unchecked = compare_shapes(model, gm, tensors, constants)
+            compared = Compared(unchecked=compare_shapes(model, gm, tensors, constants))
         else:
-            checked, unchecked = compare_values(model, gm, tensors, constants)
+            compared = compare_values(model, gm, tensors, constants)
         Pipeline(NameSizes(), DropDead())(gm)
     return _Captured(
-        gm, static, checked, unchecked, _decided_by_values(gm, found.followed), has_open_sizes(found.program)
+        gm, static, compared, _decided_by_values(gm, found.followed), has_open_sizes(found.program)
     )
 
 

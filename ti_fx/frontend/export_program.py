@@ -17,7 +17,14 @@ from ti_fx.frontend.constant_mode import ConstantMode
 from ti_fx.frontend.decisions import Decisions
 from ti_fx.frontend.dynamic_sizes import Dynamic, dynamic_shapes, fixed_by_equalities, has_open_sizes
 from ti_fx.frontend.model_for_trace import constants_bound
-from ti_fx.frontend.patches import broadcast_masks, modules_stay, no_checks_of_values, no_empty_selections
+from ti_fx.frontend.patches import (
+    broadcast_masks,
+    inference_without_gradients,
+    modules_stay,
+    no_checks_of_values,
+    no_empty_selections,
+    regions_stay,
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,9 @@ def _exported(
     values = ConstantMode([*known.baked.values(), *known.numbers], decisions=known.decisions)
     with (
         modules_stay(),
+        inference_without_gradients(),
+        regions_stay(),
+        torch.enable_grad(),
         constants_bound(model, list(tensors), constants),
         torch.random.fork_rng(devices=[]),
         redirect_stderr(printed),

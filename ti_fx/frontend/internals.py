@@ -54,6 +54,21 @@ INTERNALS = (
         "set to False: a look at the arguments' values computes nothing",
     ),
     Internal(
+        "torch.autograd.grad_mode.inference_mode.__enter__",
+        "(self)",
+        "replaced: a trace does not see it, and what it holds would be trained",
+    ),
+    Internal(
+        "torch.autograd.grad_mode.inference_mode.__exit__",
+        "(self, exc_type, exc_value, traceback)",
+        "replaced, as __enter__ is",
+    ),
+    Internal(
+        "torch.fx.node._side_effectful_functions",
+        None,
+        "gets the regions without gradients: one that only writes into a buffer would be left out",
+    ),
+    Internal(
         "torch.nn.modules.module.Module.to",
         "(self, *args, **kwargs)",
         "replaced where it would change nothing: a trace can't swap weights",

@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ti_fx.frontend.internals import known_internal
@@ -235,6 +236,43 @@ def modules_stay() -> Iterator[None]:
 
     with _replaced("torch.nn.modules.module.Module.to", of):
         yield
+
+
+@contextmanager
+def inference_without_gradients() -> Iterator[None]:
+    """Let a trace take ``torch.inference_mode()`` within forward for ``torch.no_grad()``: it would see neither."""
+
+    def entering(_: Any) -> Any:
+        def enter(region: Any) -> None:
+            region._gradients_before = torch.is_grad_enabled()
+            torch.set_grad_enabled(not region.mode)
+
+        return enter
+
+    def leaving(_: Any) -> Any:
+        def leave(region: Any, *error: Any) -> None:
+            torch.set_grad_enabled(region._gradients_before)
+
+        return leave
+
+    name = "torch.autograd.grad_mode.inference_mode"
+    with _replaced(f"{name}.__enter__", entering), _replaced(f"{name}.__exit__", leaving):
+        yield
+
+
+@contextmanager
+def regions_stay() -> Iterator[None]:
+    """Let a trace keep a region without gradients whose results nobody reads: it may write into a buffer."""
+    kept: set[Any] = known_internal("torch.fx.node._side_effectful_functions")
+    region = torch.ops.higher_order.wrap_with_set_grad_enabled
+    with one_at_a_time():
+        known = region in kept
+        kept.add(region)
+        try:
+            yield
+        finally:
+            if not known:
+                kept.discard(region)
 
 
 @cache

@@ -31,6 +31,8 @@ class CaptureReport:
         parameters: number of parameter elements the graph reads.
         checked: largest relative difference from the source model, in ``eval`` and ``train`` mode.
         unchecked: what could not be compared with the source model, and why; None if everything was.
+        further: the same difference where more was compared: buffers, gradients, other sizes, values and calls.
+        left_out: further comparisons that could not be made, and why.
         followed: what the model decides by values, which the graph has as on the example.
     """
 
@@ -43,12 +45,18 @@ class CaptureReport:
     checked: dict[str, float] = field(default_factory=dict)
     unchecked: str | None = None
     followed: tuple[str, ...] = ()
+    further: dict[str, float] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [f"{name}: [{', '.join(map(str, sizes))}]" for name, sizes in self.dims.items()] + [
             f"{where} is static: {why}" for where, why in self.static.items()
         ]
         rows += self.followed
+        rows += self.left_out
+        if self.further:
+            more = "; ".join(f"{name}: {value:.1e}" for name, value in self.further.items())
+            rows.append(f"relative difference from the model: {more}")
         checked = ", ".join(f"{name} {value:.1e}" for name, value in self.checked.items())
         compared = self.unchecked or f"relative difference: {checked}"
         rows.append(f"{self.nodes} nodes, {self.parameters:,} parameters; {compared}")
@@ -82,6 +90,7 @@ class GraphFacts:
         guards: how many guards those sizes had at capture; None: not captured yet.
         tied: further names of a tensor in the source model, by its first one.
         baked: the values of inputs that are constants of the graph.
+        written: the buffers that the source model writes into in evaluation.
         example: the inputs that the graph was captured with.
         dynamic: which sizes the capture left open: its argument.
         passes: those that a pipeline has run on the graph since its capture, as text, in order.
@@ -100,6 +109,7 @@ class GraphFacts:
     guards: int | None = None
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     baked: Mapping[str, Tensor] = field(default_factory=dict)
+    written: frozenset[str] = frozenset()
     example: Mapping[str, Tensor] | None = None
     dynamic: str = "auto"
     passes: tuple[str, ...] = ()
