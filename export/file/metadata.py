@@ -15,6 +15,10 @@ ti_fx.recipe_sha256             of that text
 ti_fx.source                    JSON: the model's class, and its name on the hub where its configuration has one
 ti_fx.largest                   JSON: the largest size that the model takes of a dynamic dimension
 ti_fx.rows                      JSON: how many rows the table has that an input of ids looks up, by the input's name
+ti_fx.assumptions               JSON, where there are any: conditions on the sizes of the inputs without which the file
+                                is not the model, and the line of the model's code that decides by each
+ti_fx.checks                    JSON, where there are any: what the model refuses by values, and what that is computed
+                                from (``ti_fx.export.file.checks``)
 ti_fx.opset                     the ONNX opset
 ti_fx.minimum_onnxruntime       the oldest ONNX Runtime that computes what this one does
 ti_fx.versions                  JSON: what wrote it
@@ -44,13 +48,16 @@ from ti_fx._version import __version__
 from ti_fx.errors import InputError
 from ti_fx.export import inputs as io
 from ti_fx.export.file import content
+from ti_fx.export.file.checks import checks_of, to_json
 from ti_fx.export.file.minimum_runtime import minimum_runtime
 from ti_fx.export.student import same_numerics
 from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights
 from ti_fx.ir.edit import aten_name, tensor
 from ti_fx.ir.facts import facts
 
+ASSUMPTIONS = "ti_fx.assumptions"
 BATCH_DEPENDENT = "ti_fx.batch_dependent"
+CHECKS = "ti_fx.checks"
 KEPT = "ti_fx.kept"
 LARGEST = "ti_fx.largest"
 MINIMUM_RUNTIME = "ti_fx.minimum_onnxruntime"
@@ -97,6 +104,11 @@ def metadata_of(
     }
     if not same_numerics(student, gm):
         found |= content.requantized_entries(encoding_of(gm))
+    assumed = facts(gm).sizes.assumptions
+    if assumed:
+        found[ASSUMPTIONS] = json.dumps({one.text: one.line for one in assumed})
+    if checks := checks_of(student):
+        found[CHECKS] = to_json(checks)
     recipe = facts(gm).recipe
     if recipe is not None:
         found[RECIPE] = recipe if isinstance(recipe, str) else json.dumps(recipe)
