@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from ti_fx.errors import InputError, first_line
 from ti_fx.export import arguments
+from ti_fx.export.file.checks import from_json
 from ti_fx.export.file.external_data import metadata_in, require_data_of
 from ti_fx.export.file.intact import require_intact
-from ti_fx.export.file.metadata import LARGEST, ROWS, value_of
+from ti_fx.export.file.metadata import ASSUMPTIONS, CHECKS, LARGEST, ROWS, value_of
 from ti_fx.export.file.minimum_runtime import require_runtime
+from ti_fx.ir.assumptions import Assumption, require
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -107,6 +109,8 @@ class Runtime:
         outputs: their names.
         metadata: what the file says of itself (see ``ti_fx.export.file.metadata``).
         largest: the largest size that the model takes of a dynamic dimension, by the dimension's name.
+        assumptions: conditions on the dynamic dimensions by which the model decides what it computes.
+        checks: what the model refuses by values; those without rows need more than the inputs, and are not made here.
         rows: how many rows the table has that an input of ids looks up, by the input's name.
     """
 
@@ -122,6 +126,10 @@ class Runtime:
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
         self.largest: dict[str, int] = value_of(self.metadata, LARGEST, {})
+        self.assumptions = tuple(
+            Assumption(text, str(line)) for text, line in value_of(self.metadata, ASSUMPTIONS, {}).items()
+        )
+        self.checks = from_json(value_of(self.metadata, CHECKS, {}))
         self.rows: dict[str, int] = value_of(self.metadata, ROWS, {})
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
@@ -131,8 +139,8 @@ class Runtime:
             inputs: one array or tensor per input of the file; other entries that are not arrays are refused, too.
 
         Raises:
-            InputError: a name, dtype or shape is not the file's, a size is more than the model takes, or an id is not
-                in its table.
+            InputError: a name, dtype or shape is not the file's, the model takes no such size, an id is not in its
+                table, or the model refuses such values.
         """
         if not isinstance(inputs, Mapping):
             raise InputError(
@@ -146,6 +154,8 @@ class Runtime:
         feed = {name: self._array(name, value) for name, value in inputs.items()}
         self._check_sizes(feed)
         self._check_ids(feed)
+        for check in self.checks:
+            check.require({name: torch.from_numpy(array) for name, array in feed.items()})
         try:
             return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
         except Exception as error:  # ONNX Runtime's errors share no base class but Exception
@@ -204,3 +214,4 @@ class Runtime:
                     raise InputError(
                         f"input {where} has size {size}, but {other} has {limit}; they must be equal"
                     )
+        require(self.assumptions, {name: size for name, (size, _) in known.items()})

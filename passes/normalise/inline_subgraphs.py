@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,15 @@ from ti_fx.ir.stages import EXPORTED
 # What torch.export makes of `with torch.no_grad():` and `with torch.autocast(...):`.
 _GRADIENTS = "wrap_with_set_grad_enabled"
 _WRAPPED = (_GRADIENTS, "wrap_with_autocast")
+# What to write instead of an operator that decides or repeats by itself.
+_INSTEAD = {
+    "cond": "compute both branches and choose with torch.where(condition, first, second)",
+    "while_loop": "write a Python loop of a fixed number of steps",
+    "map_impl": "call the function on the whole tensor (torch.vmap, or a batch dimension)",
+    "scan": "write a Python loop of a fixed number of steps, or a cumulative operation (torch.cumsum)",
+    "associative_scan": "use a cumulative operation (torch.cumsum, torch.cumprod, torch.logcumsumexp)",
+    "flex_attention": "use scaled_dot_product_attention with the mask and the bias as a tensor (attn_mask=)",
+}
 
 
 @dataclass(frozen=True)
@@ -62,13 +73,20 @@ def _calls(gm: GraphModule) -> list[Node]:
     return [node for node in gm.graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator)]
 
 
+def _line(call: Node) -> str:
+    """Return where the model calls it, if torch.export noted that."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', str(call.meta.get("stack_trace") or ""))
+    own = [(Path(file).name, line) for file, line in frames if not file.startswith(("<", torch.__path__[0]))]
+    return f" ({own[-1][0]}:{own[-1][1]})" if own else ""
+
+
 def _inline(gm: GraphModule, of: Node, regions: dict[Node, Node | None]) -> None:
     """Inline one; ``regions`` says of each node which region without gradients it is in."""
     name = getattr(of.target, "__name__", str(of.target))
     if name not in _WRAPPED:
         raise CaptureError(
-            f"%{of.name} calls torch's operator {name}, whose sub-graphs have no place in one graph; make it tensor "
-            "operations, or leave that part out of the model"
+            f"%{of.name} calls torch's operator {name}{_line(of)}, whose sub-graphs have no place in one graph; "
+            f"{_INSTEAD.get(name, 'make it tensor operations')}, or leave that part out of the model"
         )
     where, read = next(
         (index, node)

@@ -103,8 +103,7 @@ def compare_values(
         CaptureError: they differ.
         SizeError: they differ at a size beside the example's.
     """
-    found = Compared()
-    _compare_modes(model, gm, tensors, constants, found)
+    found = compare_modes(model, gm, tensors, constants)
     cost = sum(parameter.numel() for parameter in model.parameters()) * _tokens(tensors)
     if cost > LARGE:
         found.left_out.append(
@@ -132,14 +131,15 @@ def compare_values(
     return found
 
 
-def _compare_modes(
-    model: nn.Module,
-    gm: GraphModule,
-    tensors: dict[str, Tensor],
-    constants: dict[str, Any],
-    found: Compared,
-) -> None:
-    """Compare outputs and buffers on the example, in both modes, and a second call where the first leaves a trace."""
+def compare_modes(
+    model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
+) -> Compared:
+    """Compare outputs and buffers on these inputs, in both modes, and a second call where the first leaves a trace.
+
+    Raises:
+        CaptureError: they differ.
+    """
+    found = Compared()
     outlines: list[list[torch.Size]] = []
     for name, training in (("eval", False), ("train", True)):
         with (
@@ -164,7 +164,7 @@ def _compare_modes(
                     "not compared with the model in train mode, where it fails on the example: "
                     f"{first_line(error)}"
                 )
-                return
+                return found
             torch.manual_seed(0)
             undrawn = torch.get_rng_state()
             with unchanged_buffers(model):
@@ -183,7 +183,7 @@ def _compare_modes(
                 "not compared with the model in train mode, where it returns other outputs than in eval mode: the "
                 "graph returns those of eval mode, with dropout in training"
             )
-            return
+            return found
         found.checked[name] = difference(expected, actual)
         if not found.checked[name] <= tolerance(expected):
             raise CaptureError(
@@ -201,6 +201,7 @@ def _compare_modes(
                     "mode: forward keeps something between calls outside its buffers, which a graph does not "
                     "have; keep it in a buffer, and write that in training alone"
                 )
+    return found
 
 
 def _devices(tensors: dict[str, Tensor]) -> list[int]:

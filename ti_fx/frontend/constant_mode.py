@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -166,6 +167,8 @@ class ConstantMode(TorchFunctionMode):
             self.decisions.record(outcome)
             return outcome
         decision = self.decisions.replay()
+        if func is Tensor.__len__ and not free_unbacked_symbols(args[0].shape[:1]):
+            return func(*args)
         if alone:
             return self._at_once(func, args, {})
         if decision is None:

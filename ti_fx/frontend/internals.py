@@ -111,7 +111,17 @@ INTERNALS = (
     Internal(
         "transformers.utils.import_utils.torch_compilable_check",
         "(cond, msg, error_type)",
-        "switched off by TRANSFORMERS_DISABLE_TORCH_CHECK: it looks at values and computes nothing",
+        "replaced by a node that checks: it looks at values and computes nothing",
+    ),
+    Internal(
+        "torch._check_with",
+        "(error_type, cond, message)",
+        "replaced by a node that checks, where the model calls it: a trace loses its message",
+    ),
+    Internal(
+        "torch._check_tensor_all_with",
+        "(error_type, cond, message)",
+        "replaced by a node that checks, where the model calls it: a trace loses its message",
     ),
     Internal(
         "transformers.modeling_utils.PreTrainedModel.set_attn_implementation",
