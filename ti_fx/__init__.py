@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ti_fx.frontend.capture import capture, capture_report
     from ti_fx.ir.edit import fork
     from ti_fx.ir.pipeline import Pass, Pipeline, Report
+    from ti_fx.ir.roles import stands_for
     from ti_fx.ir.stages import verify
     from ti_fx.ir.text import diff, dump
     from ti_fx.recipe import Phase, Recipe
@@ -36,6 +37,7 @@ __all__ = [
     "find_feed_forward",
     "fork",
     "load",
+    "stands_for",
     "verify",
 ]
 
@@ -56,6 +58,7 @@ _HOMES = {
     "find_feed_forward": "find.feed_forward",
     "fork": "ir.edit",
     "load": "train.checkpoint",
+    "stands_for": "ir.roles",
     "verify": "ir.stages",
 }
 _SUBPACKAGES = ("analysis", "example_inputs", "export", "measure", "numerics", "passes", "train", "view")
@@ -65,6 +68,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name or a subpackage when it is first used."""
     if name in _SUBPACKAGES:
         return importlib.import_module(f"ti_fx.{name}")
+    if name in ("Pass", "Pipeline"):
+        importlib.import_module("ti_fx.passes")  # so that their names are known in texts
     if name in _HOMES:
         value = getattr(importlib.import_module(f"ti_fx.{_HOMES[name]}"), name)
         globals()[name] = value

@@ -24,7 +24,7 @@ from ti_fx.files import atomic_write
 from ti_fx.find.attention import POINTS
 from ti_fx.ir import options
 from ti_fx.ir.edit import fork
-from ti_fx.ir.facts import record_facts
+from ti_fx.ir.facts import PREPARE, facts, record_facts
 from ti_fx.ir.pipeline import Pass, Pipeline, Report
 from ti_fx.ir.untrained import Untrained, untrained
 from ti_fx.numerics.encodings import AUTO, ENCODINGS
@@ -160,8 +160,9 @@ class Recipe:
             gm: from ``ti_fx.capture``.
             teacher: a module to take the teacher's values from; None: the student's own values now.
         """
+        before = facts(gm).passes
         report = Pipeline(*self.passes(teacher=teacher))(gm)
-        record_facts(gm, recipe=self.to_dict())
+        record_facts(gm, recipe=self.to_dict(), passes=(*before, PREPARE))
         return dataclasses.replace(report, untrained=self.untrained(gm))
 
     def untrained(self, gm: GraphModule) -> tuple[Untrained, ...]:

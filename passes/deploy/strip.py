@@ -42,6 +42,8 @@ class Strip(Pass):
         for node in reversed(list(gm.graph.nodes)):
             if roles.is_teacher(node):
                 erase(node)
+        for node in gm.graph.nodes:
+            roles.record(node, stands_for=None)
         erase_dead(gm.graph.nodes)
         if not self.keep_tensors:
             prune(gm)

@@ -124,4 +124,5 @@ def _twin(gm: GraphModule, node: Node, twins: dict[Node, Node]) -> Node:
         register(gm, target, leaves.Frozen(gm.get_submodule(str(node.target))))
     twin = insert(node.next, node.op, target, args, kwargs, name=f"{node.name}_t", role="teacher", like=node)
     roles.record(twin, twin=node.name)
+    roles.record(node, stands_for=None)  # the teacher does what the student does now
     return twin

@@ -159,6 +159,7 @@ class Codes(nn.Module):
 
 IDS = torch.randint(0, 1000, (2, 6), generator=torch.Generator().manual_seed(0))
 PLACES = torch.arange(6).expand(2, 6).contiguous()
+PADDED = torch.tensor([[2, 3, 4, 5, 1, 1], [2, 3, 1, 1, 1, 1]])
 KINDS = torch.tensor([[0, 0, 0, 1, 1, 1]] * 2)
 
 

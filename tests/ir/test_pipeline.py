@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import ti_fx
 from ti_fx.errors import (
     InputError,
     PostconditionError,
+    RecipeError,
     TiFxError,
     VerificationError,
 )
@@ -257,3 +261,48 @@ def test_a_pipeline_as_text_names_its_passes() -> None:
     assert str(Pipeline(DuplicateTeacher(), Intervene("map", layers=(0, 2)))) == (
         "duplicate-teacher\nintervene{at=map layers=0,2}"
     )
+
+
+# ---- what a pipeline is made of
+
+
+def test_passes_as_text(bert: Tiny) -> None:
+    made = Pipeline("duplicate-teacher", Ternarize(), "intervene{at=map}")
+    assert made.passes == (DuplicateTeacher(), Ternarize(), Intervene("map"))
+    assert Pipeline(str(made)).passes == made.passes
+    gm, other = bert.fork(), bert.fork()
+    Pipeline("duplicate-teacher\nintervene{at=map}")(gm)
+    Pipeline(DuplicateTeacher(), Intervene("map"))(other)
+    assert ti_fx.dump(gm) == ti_fx.dump(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "message"),
+    [
+        (
+            DuplicateTeacher,
+            r"^DuplicateTeacher is a class of passes; give an instance: DuplicateTeacher\(\)$",
+        ),
+        ([Ternarize()], r"one by one, and this is a list; write Pipeline\(\*passes\)$"),
+        (Pipeline(Ternarize()), r"one by one, and this is a Pipeline; write Pipeline\(\*passes\)$"),
+        (len, "^builtin_function_or_method is no pass; give an instance"),
+        (None, "^NoneType is no pass; give an instance"),
+    ],
+)
+def test_what_is_no_pass(one: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Pipeline(one)
+
+
+def test_a_text_that_names_no_pass() -> None:
+    with pytest.raises(RecipeError, match="no pass is called 'intervine'; did you mean 'intervene'"):
+        Pipeline("intervine{at=map}")
+    with pytest.raises(RecipeError, match="intervene has no option 'att'; did you mean 'at'"):
+        Pipeline("intervene{att=map}")
+
+
+@pytest.mark.slow
+def test_passes_of_ti_fx_are_known_in_a_fresh_interpreter() -> None:
+    code = "import ti_fx; print(ti_fx.Pipeline('intervene{at=map}'), ti_fx.Pass.parse('pack'))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("intervene{at=map} pack\n", "")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -78,6 +79,15 @@ def train(
             metavar=METAVAR,
         ),
     ] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass",
+            help="A pass to run after the recipe's, as text: my-pass{key=value}; may be given again. It is one of "
+            "ti_fx, or of a distribution with an entry point in the group ti_fx.passes.",
+            metavar="PASS",
+        ),
+    ] = None,
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="Rows to evaluate on, in the same form.", metavar="FILE")
     ] = None,
@@ -114,7 +124,8 @@ def train(
     from ti_fx.cli._recipe import chosen_recipe
     from ti_fx.train.data import read_texts
 
-    chosen = with_encodings(chosen_recipe(recipe), chosen_encodings(encoding, measured=True))
+    chosen = with_passes(chosen_recipe(recipe), passes or ())
+    chosen = with_encodings(chosen, chosen_encodings(encoding, measured=True))
     if resume and chosen.activations.encoding == AUTO:
         raise InputError(
             "--resume goes on with the encoding that was chosen, so auto is none; its name is in ti_fx.json of "
@@ -141,6 +152,13 @@ def train(
         return
     _check_writable(out)
     run.train(teacher, tokenizer, out, resume)
+
+
+def with_passes(recipe: Recipe, written: Sequence[str]) -> Recipe:
+    """Return the recipe with further passes behind its own."""
+    from ti_fx.ir.pipeline import Pass
+
+    return replace(recipe, extra_passes=(*recipe.extra_passes, *map(Pass.parse, written)))
 
 
 def with_encodings(recipe: Recipe, encodings: Encodings) -> Recipe:

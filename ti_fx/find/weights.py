@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import numerics
 from ti_fx.errors import SelectionError, did_you_mean
+from ti_fx.find.low_rank import low_rank_adapters, makes_weight
 from ti_fx.find.walk import CAST, CONVOLUTION, MATMUL, SHAPE, WEIGHT_VIEWS, projection_weight
 from ti_fx.find.word_tables import LookUp, other_tables
 from ti_fx.ir import roles
@@ -239,7 +240,9 @@ def fates(
     """
     kept = set() if head else heads(gm)
     products: dict[Node, list[Node]] = {}
-    for node in projections(gm):
+    multiplied = projections(gm)
+    adapters = low_rank_adapters(gm, multiplied)
+    for node in multiplied:
         if (weight := projection_weight(node)) is not None:
             products.setdefault(weight, []).append(node)
     tables = dict.fromkeys(table(node) for node in word_embeddings(gm, min_rows))
@@ -249,14 +252,19 @@ def fates(
     constant = _constant(gm)
     large = (node for node in others if tensor(gm, str(node.target)).shape[0] >= min_rows)
     others = {node: others[node] for node in large}
+    constant = _constant(gm)
     found: dict[Node, Fate] = {}
     for node in constant:
         if node.op != "get_attr" or not tensor(gm, str(node.target)).is_floating_point():
             continue
-        own = products.get(node, [])
+        own = [product for product in products.get(node, ()) if not makes_weight(product, constant)]
         granularity: Granularity | None = None
         if node.target in left:
             reason = "skip"
+        elif node in adapters:
+            reason = (
+                f"low-rank adapter of {adapters[node]}; merged into that first, it becomes ternary with it"
+            )
         elif node in tables and embeddings is not None:
             granularity, reason = embeddings, "word embedding" + (", tied to a projection" if own else "")
         elif own and all(product in kept for product in own):

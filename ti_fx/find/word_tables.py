@@ -15,6 +15,7 @@ from ti_fx.ir.facts import facts
 _KINDS = (
     16  # rows up to which a table is taken for one of kinds (token types), beside which ids may well count on
 )
+_OFFSET = 2  # where the positions of a row begin in some models
 _JOINS = frozenset(["add", "add_", "cat"])
 _PASSES = SHAPE | CAST | {"mul", "dropout"}
 
@@ -98,11 +99,10 @@ def _joins(node: Node) -> set[Node]:
 
 
 def _counts_on(example: Mapping[str, Tensor], name: str) -> bool:
-    """Whether an input's rows are the same and count on by ones, with padding perhaps: those of positions."""
+    """Whether an input's rows count on by ones up to about their length, with padding perhaps: those of positions."""
     ids = example.get(name)
     if ids is None or ids.is_meta or ids.dim() == 0 or ids.shape[-1] < 2:
         return False
-    rows = ids.reshape(-1, ids.shape[-1])
-    steps = rows.diff(dim=1)
-    alike = bool((steps[0].eq(1) | steps.ne(1)).all())
-    return alike and bool((steps <= 1).all()) and bool(steps.eq(1).any())
+    steps = ids.diff(dim=-1)
+    counts = bool((steps <= 1).all()) and bool(steps.eq(1).any())
+    return counts and int(ids.max()) <= ids.shape[-1] + _OFFSET

@@ -116,7 +116,7 @@ def capture(
         unchecked=found.unchecked,
         followed=found.followed,
     )
-    record_facts(gm, capture=report, example=tensors)
+    record_facts(gm, capture=report, example=tensors, dynamic=dynamic, passes=())
     gm.train(model.training)
     return gm
 

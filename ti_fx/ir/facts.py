@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 KEY = "ti_fx"  # in gm.meta; of a node's own entry see ti_fx.ir.roles
+PREPARE = "recipe"  # in the place of a recipe's passes among those that a graph went through
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -82,6 +83,8 @@ class GraphFacts:
         tied: further names of a tensor in the source model, by its first one.
         baked: the values of inputs that are constants of the graph.
         example: the inputs that the graph was captured with.
+        dynamic: which sizes the capture left open: its argument.
+        passes: those that a pipeline has run on the graph since its capture, as text, in order.
         capture: the report of the capture.
         task: the weight of the model's own loss, None if it is not trained.
         encoding: the encoding that was chosen for the ternary weights.
@@ -98,6 +101,8 @@ class GraphFacts:
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     baked: Mapping[str, Tensor] = field(default_factory=dict)
     example: Mapping[str, Tensor] | None = None
+    dynamic: str = "auto"
+    passes: tuple[str, ...] = ()
     capture: CaptureReport | None = None
     task: float | None = None
     encoding: str | None = None

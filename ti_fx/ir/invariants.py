@@ -112,7 +112,6 @@ def _readers(node: Node) -> Iterator[str]:
 
 
 def _same_twins(gm: GraphModule) -> Iterator[str]:
-    twins = roles.twins(gm.graph)
     teacher_of = roles.twin_of(gm.graph)
     by_name = {node.name: node for node in gm.graph.nodes}
 
@@ -128,14 +127,34 @@ def _same_twins(gm: GraphModule) -> Iterator[str]:
             source = source.all_input_nodes[0]
         return teacher_of.get(source, source)
 
-    for twin, node in twins.items():
+    for node, twin in teacher_of.items():
+        if stood := roles.fact(node, "stands_for"):
+            if not _fits(node.meta.get("val"), twin.meta.get("val")):
+                yield f"%{node.name} stands for %{stood} and has another shape or dtype than %{twin.name}"
+            continue
         if node.op in ("get_attr", "call_module") and twin.target != f"{TEACHER_PREFIX}{node.target}":
             yield f"teacher %{twin.name} reads {twin.target}, its twin {node.target}"
         if twin.op == "call_function" and twin.target is not node.target:
-            yield f"teacher %{twin.name} computes another op than its twin %{node.name}"
+            yield f"teacher %{twin.name} computes another op than its twin %{node.name}; {_DECLARE}"
         expected = torch.fx.node.map_arg((node.args, dict(node.kwargs)), origin)
         if str(expected) != str((twin.args, dict(twin.kwargs))):
-            yield f"teacher %{twin.name} and its twin %{node.name} read different inputs or constants"
+            yield f"teacher %{twin.name} and its twin %{node.name} read different inputs or constants; {_DECLARE}"
+
+
+_DECLARE = "where the student alone shall differ, declare it with ti_fx.stands_for(new, old)"
+
+
+def _fits(one: object, other: object) -> bool:
+    """Whether two values have one dtype and shape, as far as sizes are numbers."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return type(one) is type(other)
+    sizes = list(zip(one.shape, other.shape, strict=False))
+    numbers = [pair for pair in sizes if all(isinstance(size, int) for size in pair)]
+    return (
+        one.dtype == other.dtype
+        and one.dim() == other.dim()
+        and all(left == right for left, right in numbers)
+    )
 
 
 def _frozen(gm: GraphModule) -> Iterator[str]:

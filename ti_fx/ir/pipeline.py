@@ -13,11 +13,11 @@ from typing import ClassVar
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ti_fx.errors import PostconditionError, PreconditionError
+from ti_fx.errors import InputError, PostconditionError, PreconditionError
 from ti_fx.files import atomic_write
 from ti_fx.ir import options, roles, text
 from ti_fx.ir.edit import prune, sort, tensor
-from ti_fx.ir.facts import record_facts
+from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.outputs import prepared_result
 from ti_fx.ir.registered import WithRegistered
 from ti_fx.ir.shapes import refresh, signature
@@ -152,18 +152,24 @@ class Pipeline:
     pass fails, or a check of what it left, the graph is as it was before the first one, with new node objects.
 
     Args:
-        passes: in order.
+        passes: in order, each as an instance or as text (``"intervene{at=map}"``, several on a line each).
         stage: where the passes lead. After each, every invariant of that stage that held before must hold; after the
             last, all of them, and the graph is recorded in that stage. None: after each pass the graph keeps the
             invariants of the stage that it is in.
         dump_dir: a folder for the graph's text before the first pass (``00-exported.txt``) and after each
             (``01-inline-subgraphs.txt``). It is made if it is not there.
+
+    Raises:
+        InputError: one of ``passes`` is none (a class of passes, a list). RecipeError: a text can't be read.
     """
 
     def __init__(
-        self, *passes: PassBase, stage: Stage | None = None, dump_dir: str | PathLike[str] | None = None
+        self,
+        *passes: PassBase | str,
+        stage: Stage | None = None,
+        dump_dir: str | PathLike[str] | None = None,
     ) -> None:
-        self.passes = passes
+        self.passes = tuple(made for one in passes for made in _instances(one))
         self.stage = stage
         self.dump_dir = None if dump_dir is None else Path(dump_dir)
 
@@ -200,6 +206,7 @@ class Pipeline:
         if progress is not None:
             progress.finish()  # also where there is no pass at all
             record_facts(gm, stage=progress.stage.name)
+        record_facts(gm, passes=(*facts(gm).passes, *map(_written, self.passes)))
         return Report(tuple(rows), _untrained(gm))
 
     def __str__(self) -> str:
@@ -220,11 +227,34 @@ class Pipeline:
         return "\n".join([note, *change])
 
 
+def _instances(one: object) -> Iterator[PassBase]:
+    """Yield the passes that an argument of a Pipeline stands for."""
+    if isinstance(one, PassBase):
+        yield one
+    elif isinstance(one, str):
+        yield from (Pass.parse(line) for line in one.splitlines() if line.strip())
+    elif isinstance(one, type) and issubclass(one, PassBase):
+        raise InputError(f"{one.__name__} is a class of passes; give an instance: {one.__name__}()")
+    elif isinstance(one, Pipeline | list | tuple):
+        raise InputError(
+            f"a Pipeline takes passes one by one, and this is a {type(one).__name__}; write Pipeline(*passes)"
+        )
+    else:
+        raise InputError(
+            f"{type(one).__name__} is no pass; give an instance of ti_fx.Pass or of torch.fx's PassBase, or a text"
+        )
+
+
 def _untrained(gm: GraphModule) -> tuple[Untrained, ...]:
     """Return what the losses of a graph do not move; what an intervention leaves out, another phase may train."""
     is_whole = stage_of(gm) is PREPARED and prepared_result(gm) is not None
     intervened = is_whole and any(roles.fact(node, "intervened") for node in gm.graph.nodes)
     return untrained(gm) if is_whole and not intervened else ()
+
+
+def _written(one: PassBase) -> str:
+    """Return a pass as text; of a foreign one, which has none that parses, where its class is."""
+    return str(one) if isinstance(one, Pass) else f"{type(one).__module__}.{type(one).__qualname__}"
 
 
 def name_of(one: PassBase) -> str:

@@ -57,15 +57,36 @@ def is_teacher(node: Node) -> bool:
     return role(node) == "teacher"
 
 
+def stands_for(new: Node, old: Node) -> None:
+    """Declare that a student node stands where ``old`` stood: its counterpart in the teacher is that of ``old``.
+
+    A pass after DuplicateTeacher that changes the student alone calls it, for the node that others read in the place
+    of ``old``: ``old`` may be gone, may feed ``new``, or may be ``new`` itself with another operation. Losses (those
+    that read ``old`` now, too), interventions and the finders take ``new`` for the student's value from then on, and
+    the rule that twins compute the same does not hold of it.
+
+    Args:
+        new: of the shape and dtype of ``old``.
+        old: a student node, or one that stands for another.
+    """
+    record(new, stands_for=fact(old, "stands_for") or old.name)
+    for user in list(old.users):
+        if role(user) == "loss":
+            user.replace_input_with(old, new)
+
+
 def twins(graph: Graph) -> dict[Node, Node]:
-    """Return teacher node -> student node, as recorded by DuplicateTeacher."""
+    """Return teacher node -> student node: what DuplicateTeacher copied, or the last one that stands for that."""
     by_name = {node.name: node for node in graph.nodes}
+    by_name |= {fact(node, "stands_for"): node for node in graph.nodes if fact(node, "stands_for")}
     return {node: by_name[fact(node, "twin")] for node in graph.nodes if fact(node, "twin") in by_name}
 
 
 def twin_of(graph: Graph) -> dict[Node, Node]:
-    """Return student node -> teacher node: :func:`twins`, read the other way."""
-    return {node: twin for twin, node in twins(graph).items()}
+    """Return student node -> teacher node: :func:`twins`, read the other way, with all that stand for one."""
+    teacher = {fact(node, "twin"): node for node in graph.nodes if fact(node, "twin")}
+    found = {node: teacher.get(fact(node, "stands_for") or node.name) for node in graph.nodes}
+    return {node: twin for node, twin in found.items() if twin is not None and is_student(node)}
 
 
 def infer(graph: Graph) -> None:

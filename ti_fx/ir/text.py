@@ -195,6 +195,8 @@ def _line(gm: GraphModule, node: Node, dims: Mapping[str, str]) -> str:
         parts.append(f"#{role}")
     if point := roles.fact(node, "intervened"):
         parts.append(f"tap of {point}")
+    if stood := roles.fact(node, "stands_for"):
+        parts.append(f"stands for %{stood}")
     if layout := roles.fact(node, "layout"):
         parts.append(f"stored as {layout}")
     return "  ".join(part for part in parts if part)

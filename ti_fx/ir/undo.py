@@ -96,11 +96,11 @@ class _Sizes:
         environment._replacements_version_counter += 1
 
 
-class _Writes(TorchDispatchMode):
+class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Copies the values of some storages before an operator writes into one of them."""
 
     def __init__(self, storages: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages = storages
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -135,4 +135,4 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ite
 
 
 def _storage(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)

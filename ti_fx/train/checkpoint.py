@@ -28,12 +28,13 @@ from transformers import TrainerState
 
 from ti_fx.errors import CheckpointError, RecipeError, first_line
 from ti_fx.files import atomic_path, atomic_write
-from ti_fx.frontend.capture import capture
+from ti_fx.ir.facts import facts as graph_facts
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.passes import Strip
 from ti_fx.recipe import Recipe
 from ti_fx.train import intact
+from ti_fx.train.made_again import has_own_passes, how_made, make_again, require_fit
 from ti_fx.train.model import TernaryModel, digest
 
 DESCRIPTION = "ti_fx.json"
@@ -60,7 +61,7 @@ def save(
     Args:
         folder: made if missing.
         model: the trained module.
-        example: the inputs that its graph was captured with.
+        example: inputs that fit its graph; those that it was captured with go first, where they are known.
         source: how to make the source model again: ``{"class": "transformers.BertForSequenceClassification"}``.
         position: the step and phase that training has reached.
         weights: the student's tensors if they were gathered already (sharded training).
@@ -70,6 +71,7 @@ def save(
         InputError: the folder can't be written, or the disk is full; no half-written file is left.
     """
     target = Path(folder)
+    example = graph_facts(model.prepared()).example or example
     student = model.student_state() if weights is None else weights
     plain = {name: value.detach().cpu().contiguous() for name, value in student.items()}
     _save_tensors(target / WEIGHTS, plain)
@@ -80,6 +82,7 @@ def save(
         "format": FORMAT,
         "recipe": model.recipe.to_dict(),
         "source": dict(source),
+        "made": how_made(model.prepared()),
         "versions": {name: _version(name) for name in VERSIONS},
         "position": dict(position),
         "teacher": model.teacher_digests(),
@@ -274,6 +277,12 @@ def verify_phases(model: TernaryModel, folder: str | Path, facts: Mapping[str, A
         if facts["phases"].get(name) != found:
             written = ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
             now = ", ".join(f"{key} {_version(key)}" for key in VERSIONS)
+            if now == written:
+                raise CheckpointError(
+                    f"{folder}: phase {name!r} is another graph now, though the versions are those that it was saved "
+                    "with: the graph was captured otherwise, or edited without a pass; give model= a graph captured "
+                    "and edited as for training"
+                )
             raise CheckpointError(
                 f"{folder}: phase {name!r} is another graph now (saved by {written}; this is {now}); "
                 "use the versions it was saved with"
@@ -311,7 +320,8 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
 
     Args:
         checkpoint: a folder that ``TernaryTrainer`` wrote.
-        model: the source model, of any values; None: made from the config in the checkpoint (Hugging Face models).
+        model: the source model, of any values, or a graph that was captured from it; None: made from the config in
+            the checkpoint (Hugging Face models). The checkpoint's values are put into its tensors.
 
     Raises:
         CheckpointError: the checkpoint is unfinished, damaged, or of another model.
@@ -323,28 +333,19 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
     try:
         recipe = Recipe.from_dict(facts["recipe"])
     except RecipeError as error:
-        raise CheckpointError(f"{Path(checkpoint) / DESCRIPTION}: {error}; use another checkpoint") from None
-    device = next((parameter.device for parameter in source.parameters()), torch.device("cpu"))
-    _fits(source, weights, checkpoint)
-    gm = capture(source, {name: value.to(device) for name, value in example.items()})
+        raise CheckpointError(
+            f"{Path(checkpoint) / DESCRIPTION}: {error}; import the module that defines what is missing first, or use "
+            "another checkpoint"
+        ) from None
+    made = facts.get("made", {})
+    require_fit(source, weights, checkpoint, is_whole=not has_own_passes(made, recipe))
+    gm = make_again(source, recipe, made, example)
     load_values(gm, weights, checkpoint)
-    recipe.prepare(gm)
     verify_phases(TernaryModel(gm, recipe), checkpoint, facts)
     intact.require_model(Path(checkpoint))
     Pipeline(Strip())(gm)
     gm.eval()
     return gm
-
-
-def _fits(source: nn.Module, weights: Mapping[str, Tensor], where: str | Path) -> None:
-    own = dict(source.named_parameters()) | dict(source.named_buffers())
-    for name, value in weights.items():
-        if name not in own or own[name].shape != value.shape:
-            found = tuple(own[name].shape) if name in own else "missing"
-            raise CheckpointError(
-                f"{where} is of another model: {name} is {tuple(value.shape)} there and {found} in "
-                f"{type(source).__name__}"
-            )
 
 
 def source_model(checkpoint: str | Path, facts: Mapping[str, Any]) -> nn.Module:

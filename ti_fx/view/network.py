@@ -75,7 +75,7 @@ def to_networkx(gm: GraphModule, sizes: Mapping[str, int] | None = None) -> netw
             "part": " ".join(part) or None,
             "point": next((name for name in part if name in POINTS), None),
             "intervened": roles.fact(node, "intervened"),
-            "twin": roles.fact(node, "twin"),
+            "twin": twins[node].name if node in twins else None,
             "module": module_path(node) or None,
             **_type(gm, node),
             **_cost(gm, node, sizes),
