@@ -107,7 +107,7 @@ def run(
     tally = Tally()
     for index, case in enumerate(drawn(count, first_seed, until)):
         if cheap:
-            last = "export" if index % 10 == 0 else "prepare" if index % 5 == 1 else "capture"
+            last = {0: "export", 5: "prepare", 15: "prepare"}.get(index % 20, "capture")
             case = dataclasses.replace(case, layers=1, until=last)
         run_one(case, tally, folder, shrink=shrink)
         if progress:
