@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ti_fx.errors import InputError
 from ti_fx.export.file.content import FileContent
 from ti_fx.export.file.external_data import DATA_KEY
+from ti_fx.export.file.intact import INTACT_KEY
 
 RECORD_KEY = "ti_fx.record"
 _DIGITS = 8
@@ -111,7 +112,7 @@ def _parts(
     said = {  # what others add is theirs
         key: value
         for key, value in metadata.items()
-        if key.startswith("ti_fx.") and key not in (RECORD_KEY, DATA_KEY)
+        if key.startswith("ti_fx.") and key not in (RECORD_KEY, DATA_KEY, INTACT_KEY)
     }
     content = {
         _OPSETS: json.dumps(opsets, sort_keys=True).encode(),

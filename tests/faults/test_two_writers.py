@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import bert_model
-from test_killed import FINISHED, REFUSED, answer, ended, is_one_of, packed, started, text_example
+from forked import FINISHED, REFUSED, answer, ended, is_one_of, packed, started
+from models import bert_model, text_example
 from tiny_training import trainer
 
 from ti_fx import Recipe

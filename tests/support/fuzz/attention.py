@@ -80,7 +80,8 @@ class Attention(nn.Module):
     def ternary(self) -> list[str]:
         """Return the names of the weights of projections, below this module."""
         if self.case.kernel == "multihead":
-            return ["multihead.in_proj_weight", "multihead.out_proj.weight"]
+            # of cross-attention the weight is cut in two before it is read, and kept
+            return ["multihead.in_proj_weight"] * (not self.cross) + ["multihead.out_proj.weight"]
         return [
             f"{name}.weight" for name, part in self.named_children() if isinstance(part, nn.Linear | Conv1D)
         ]
@@ -210,8 +211,8 @@ class Attention(nn.Module):
                 hidden, memory, memory, key_padding_mask=padding, attn_mask=tokens, need_weights=False
             )
             return context  # type: ignore[no-any-return]
-        keyed = valued = trace.quantise(memory)
-        hidden = trace.quantise(hidden)
+        keyed = valued = memory if self.cross else trace.quantise(memory)
+        hidden = hidden if self.cross else trace.quantise(hidden)
         if trace.point != "none" and trace.teacher is not None:
             hidden, keyed = hidden.detach(), keyed.detach()
             valued = valued if trace.point == "map" else valued.detach()
