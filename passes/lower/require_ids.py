@@ -126,7 +126,7 @@ def _counts(gm: GraphModule, argument: Any) -> bool:
     if argument.target is operator.getitem:
         source, index = argument.args
         ordered = isinstance(source, Node) and aten_name(source) in _ORDERS
-        return _counts(gm, source) or (ordered and index == 1)
+        return _counts(gm, source) or (ordered and isinstance(index, int) and index == 1)
     if name == "masked_fill":
         source, where, number = argument.args
         is_guard = isinstance(where, Node) and aten_name(where) == "lt" and where.args == (source, 0)
