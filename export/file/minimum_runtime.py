@@ -5,8 +5,8 @@ with the installed one's on the same inputs. What it found on 2026-11-22, on an 
 version from 1.15, the oldest that the registry still has, to 1.31 (1.19 was left out):
 
 * Where a version loads a file, every node agrees with 1.31.1's to 2e-7 (relative L2), but for MatMulNBits.
-* MatMulNBits of two bits loads from 1.24 on, and computes something else until 1.27: 0.4% to 1% apart. So files name its
-  attribute ``weight_prepacked``, with its default: 1.28 was the first to know it, and older ones refuse the file.
+* MatMulNBits of two bits loads from 1.24 on, and computes something else until 1.27: 0.4% to 1% apart. So files name
+  its attribute ``weight_prepacked``, with its default: 1.28 was the first to know it, and older ones refuse the file.
 * GatherBlockQuantized of two bits, which looks rows of a table up that a product reads, too, loads from 1.27 on.
 * Up to 1.29 the norms round otherwise in the last bit. A value beside a rounding boundary of an 8-bit
   quantiser may then fall on the other side, as it may on another CPU, and a deep network may amplify that. In
