@@ -35,7 +35,7 @@ _CALL = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |(?:Load model from|Exce
 _PLACE = re.compile(
     r"\S+\.(?:cc|h|cpp):\d+ (?:(?:[\w:~<>]+ ){0,2}[\w:~<>]+\([^()]*\)(?: const)?(?: \[with [^\]]*\])? )?"
 )
-_BOUNDS = re.compile(r"\bbounds\b|[Oo]ut of range value in index|invalid indice")
+_BOUNDS = re.compile(r"\bbounds\b|[Oo]ut of range value in index|invalid ind(?:ex|ice)")
 _LONGEST = 300
 SILENT = 4  # its errors are raised, too, and said in one line
 
