@@ -14,6 +14,7 @@ from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.export import arguments
 from ti_fx.ir.edit import call, constant_size, erase_dead, fork, mode
 from ti_fx.ir.facts import facts
+from ti_fx.ir.inputs import distinct
 from ti_fx.ir.outputs import is_container, named_leaves
 from ti_fx.ir.shapes import fake_mode
 
@@ -44,7 +45,7 @@ def bind(gm: GraphModule, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[
             raise InputError(
                 f"input {name!r} is {value.layout} on {value.device}; give a dense tensor on the CPU"
             )
-    return {name: given[name] for name in names}
+    return distinct({name: given[name] for name in names})
 
 
 def dimensions(gm: GraphModule) -> dict[str, dict[int, str]]:

@@ -35,8 +35,10 @@ DTYPES = {
 }
 # What ONNX Runtime says before its reason: which call failed, and the place in its source with the function's types.
 _CALL = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |(?:Load model from|Exception during).*? failed: ?")
-_PLACE = re.compile(r"\S+\.(?:cc|h|cpp):\d+ (?:[\w:~<>]+\([^()]*\)(?: const)? )?")
-_BOUNDS = re.compile(r"\bbounds\b|invalid indice")
+_PLACE = re.compile(
+    r"\S+\.(?:cc|h|cpp):\d+ (?:(?:[\w:~<>]+ ){0,2}[\w:~<>]+\([^()]*\)(?: const)?(?: \[with [^\]]*\])? )?"
+)
+_BOUNDS = re.compile(r"\bbounds\b|[Oo]ut of range value in index|invalid ind(?:ex|ice)")
 _LONGEST = 300
 SILENT = 4  # its errors are raised, too, and said in one line
 

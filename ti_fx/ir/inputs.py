@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,15 @@ from ti_fx.errors import InputError
 from ti_fx.ir.assumptions import require
 from ti_fx.ir.edit import constant_size
 from ti_fx.ir.facts import facts
+
+
+def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors by name, with a copy of one that was given twice: a trace takes it for a single input."""
+    first: dict[int, str] = {}
+    return {
+        name: value if first.setdefault(id(value), name) == name else value.clone()
+        for name, value in tensors.items()
+    }
 
 
 def validate_inputs(gm: GraphModule) -> None:
