@@ -20,7 +20,7 @@ from ti_fx.train import rows, schedule
 from ti_fx.train.model import Compile, TernaryModel
 from ti_fx.train.resuming import ResumingTrainer
 from ti_fx.train.task_loss import TaskLoss, leaves, single, task_loss
-from ti_fx.train.untrained import require_trained
+from ti_fx.train.untrained import prepare_to_train, require_trained
 
 AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation (benchmarks/train_step.py)
 
@@ -121,12 +121,13 @@ class TernaryTrainer(ResumingTrainer):
             gm = capture(model, example)
         if facts(gm).recipe is None:
             self.recipe, self.choice = resolve(self.recipe, gm)
-            self.recipe.prepare(gm, teacher=teacher)
-        if facts(gm).recipe != self.recipe.to_dict():
+            prepare_to_train(gm, self.recipe, teacher)
+        elif facts(gm).recipe == self.recipe.to_dict():
+            require_trained(gm, self.recipe)
+        else:
             raise InputError(
                 "the graph was prepared by another recipe; capture the model again, or pass that recipe"
             )
-        require_trained(gm, self.recipe)
         return gm, {name: value for name, value in example.items() if isinstance(value, Tensor)}
 
     # --- the loop: phases, losses, restarts -------------------------------------------------------------------------
