@@ -33,7 +33,8 @@ class _Base(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         attended = torch.softmax(x @ x.transpose(-1, -2), -1) @ x
-        return self.head(self.dense(attended).relu()).mean(1)
+        result: Tensor = self.head(self.dense(attended).relu()).mean(1)
+        return result
 
 
 class _Padded(_Base):
@@ -132,7 +133,8 @@ class _Related(_Base):
         if other.shape[1] < ids.shape[1]:
             other = functional.pad(other, (0, 1), value=3)
         x, y = self.table(ids), self.table(other)
-        return self.head(self.dense(torch.softmax(x @ y.transpose(-1, -2), -1) @ y)).mean(1)
+        result: Tensor = self.head(self.dense(torch.softmax(x @ y.transpose(-1, -2), -1) @ y)).mean(1)
+        return result
 
 
 def test_sizes_of_two_inputs_that_are_compared() -> None:
@@ -154,7 +156,8 @@ class _Image(nn.Module):
         height, width = pixels.shape[2:]
         if height % 4 or width % 4:
             pixels = functional.pad(pixels, (0, -width % 4, 0, -height % 4), value=1.0)
-        return self.dense(self.cut(pixels).flatten(2).transpose(1, 2)).mean(1)
+        result: Tensor = self.dense(self.cut(pixels).flatten(2).transpose(1, 2)).mean(1)
+        return result
 
 
 def test_sizes_of_images() -> None:

@@ -24,6 +24,7 @@ from ti_fx.frontend.patches import replaced
 from ti_fx.frontend.source_lines import TORCH, caller, short
 from ti_fx.ir.checks import REFUSES
 
+_PLAIN: Any = torch  # its checks have no types
 _LIBRARY = "transformers.utils.import_utils"
 
 
@@ -64,7 +65,7 @@ def kept_checks(hints: Callable[[], bool] = lambda: True) -> Iterator[None]:
             elif isinstance(cond, torch.SymBool) and _is_open(cond):
                 torch._assert_async(_as_tensor(cond), _message(msg))
                 if hints():
-                    torch._check(cond)
+                    _PLAIN._check(cond)
             elif not cond:  # by sizes: a branch like any other
                 raise error_type(_text(msg))
 
@@ -103,7 +104,8 @@ def _is_open(cond: torch.SymBool) -> bool:
 
 def _as_tensor(cond: torch.SymBool) -> Tensor:
     """Return a condition as a tensor: torch.export drops an assertion on a number that it knows from another."""
-    return torch.scalar_tensor(torch.sym_ite(cond, 1, 0)) != 0
+    number: Tensor = _PLAIN.scalar_tensor(_PLAIN.sym_ite(cond, 1, 0))
+    return number != 0
 
 
 def _asked_by_model() -> bool:

@@ -74,7 +74,8 @@ class Questions:
                 f"{short(numbers[0].line)} makes a Python number of it, {size} (range, int, a list by length, an "
                 "f-string, ...); a tensor operation there (torch.arange) leaves it open"
             )
-        equal = [one for one in about if getattr(one.asked, "is_Equality", False) and bool(one.answer)]
+        relations = {"==": True, "!=": False}
+        equal = [one for one in about if relations.get(getattr(one.asked, "rel_op", "")) == bool(one.answer)]
         equal.sort(key=lambda one: not one.branch)
         if equal:
             return (
