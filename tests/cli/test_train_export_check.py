@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     left, right = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (out, checkpoint))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, checkpoint: Path, train_command: Train) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(checkpoint, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    ran = train_command(out, "--resume")
+    assert (ran.code, ran.err) == (0, "")
+    assert f"the run in {out} is finished, 4 of 4 steps: nothing was changed" in ran.out
+    ran = train_command(out, "--resume", "--steps", 8)
+    assert ran.code == 2
+    assert "of other options: steps was 4 and is 8; resume with that recipe" in ran.err
+    assert ran.err.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_the_exported_file_answers_as_the_student(checkpoint: Path, onnx_file: Path) -> None:

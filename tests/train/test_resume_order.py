@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,39 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import bert_model
+from models import seeded
 from tiny_training import PLAIN, different, history, rows, trainer, weights
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
+from transformers import TrainerCallback
 from transformers.data.data_collator import default_data_collator
 
+from ti_fx import Phase, Recipe
+from ti_fx.errors import CheckpointError
+from ti_fx.passes import Intervene
 from ti_fx.train import TernaryTrainer
 
 ROWS = 18  # with batches of 4: epochs of 5 steps, whose last batch has 2 rows
 STEPS = 13
+
+
+class Tiny(nn.Module):
+    """One layer of attention, with a dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(1100, 8)
+        self.query, self.key, self.value, self.output = (nn.Linear(8, 8) for _ in range(4))
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.words(input_ids)
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / 8**0.5
+        scores = scores + (1 - attention_mask[:, None]) * -1e4
+        x = x + self.dropout(self.output(scores.softmax(-1) @ self.value(x)))
+        result: Tensor = self.classifier(x[:, 0])
+        return result
 
 
 class Augmented(Dataset[dict[str, Any]]):
@@ -43,7 +69,10 @@ class Stream(IterableDataset[dict[str, Any]]):
     """Rows without a length."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from rows(ROWS, padded=False)
+        given = rows(ROWS, padded=False)
+        for index in torch.randperm(len(given)).tolist():  # shuffled, and augmented as they come
+            given[index]["input_ids"][0] = random.randrange(1, 1100)
+            yield given[index]
 
 
 def masked(batch: list[dict[str, Any]]) -> Any:
@@ -90,38 +119,80 @@ CASES: dict[str, dict[str, Any]] = {
     "augmented": {"rows": Augmented},
     "masked": {"data_collator": masked, "train_sampling_strategy": "sequential"},
     "workers": {"rows": Augmented, "dataloader_num_workers": 2},
-    "stream": {"rows": Stream},
+    "stream": {"rows": Stream, "data_collator": masked},
     "epochs": {"max_steps": -1, "num_train_epochs": 2.6, "train_sampling_strategy": "group_by_length"},
     "evaluated after saving": {"eval_strategy": "epoch", "train_sampling_strategy": "group_by_length"},
 }  # fmt: skip
-SLOW = ("unseeded", "workers", "drop_last", "data_seed", "stream")
+QUICK = ("group_by_length", "masked")
 
 
-def made(folder: Path, options: dict[str, Any]) -> TernaryTrainer:
-    settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, **options}
+class SaveAt(TrainerCallback):
+    """Save a checkpoint after these steps."""
+
+    def __init__(self, steps: tuple[int, ...]) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        control.should_save = state.global_step in self.steps
+
+
+def made(folder: Path, options: dict[str, Any], steps: tuple[int, ...] = ()) -> TernaryTrainer:
+    settings = {"max_steps": STEPS, **options}
     make: Callable[..., Any] = settings.pop("rows", lambda: rows(ROWS))
     collator = settings.pop("data_collator", None)
     return trainer(
         folder,
         PLAIN,
-        model=bert_model(layers=1),
+        model=seeded(lambda: Tiny()),
         train_dataset=make(),
         arguments_options=settings,
         data_collator=collator,
+        callbacks=[SaveAt(steps)],
     )
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
-    whole = made(tmp_path / "whole", CASES[name])
+    # the end of the first epoch, and within the second; the slow ones: also within the first, and before the last step
+    steps = (5, 8) if name in QUICK else (2, 5, 6)
+    whole = made(tmp_path / "whole", CASES[name], steps)
     whole.train()
-    last = whole.state.global_step
-    # in the first epoch, at its end, in a later one, before the last step
-    for step in (2, 5, 8, last - 1) if name == "group_by_length" else (5, last - 2):
+    for step in steps:
         resumed = made(tmp_path / f"from-{step}", CASES[name])
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert [one["loss"] for one in history(resumed)] == [one["loss"] for one in history(whole)], step
         assert different(weights(resumed), weights(whole)) == [], step
-        assert resumed.state.global_step == last
+        assert resumed.state.global_step == whole.state.global_step
+
+
+def test_a_finished_run_is_loaded_and_not_trained_on(tmp_path: Path) -> None:
+    whole = made(tmp_path, {"max_steps": 2}, (2,))
+    whole.train()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for options in ({"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 0.4}):
+        again = made(tmp_path, options)
+        result = again.train(resume_from_checkpoint=True)
+        assert (result.global_step, again.state.global_step) == (2, 2)
+        assert different(weights(again), weights(whole)) == []
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_other_steps_on_resuming_are_refused_where_the_phases_would_be_others(tmp_path: Path) -> None:
+    phases = (Phase("map", Intervene("map"), 3), Phase("quantise"))
+    short = trainer(
+        tmp_path,
+        Recipe("short", schedule=phases),
+        model=seeded(lambda: Tiny()),
+        arguments_options={"max_steps": 4},
+        callbacks=[SaveAt((3,))],
+    )
+    short.train()
+    options = json.loads((tmp_path / "checkpoint-3" / "ti_fx.json").read_text())["recipe"]
+    options["schedule"][0]["steps"] = 2
+    other = trainer(tmp_path, Recipe.from_dict(options), model=seeded(lambda: Tiny()))
+    with pytest.raises(
+        CheckpointError, match=r"of other options: schedule\[0\].steps was 3 and is 2; resume with"
+    ):
+        other.train(resume_from_checkpoint=True)

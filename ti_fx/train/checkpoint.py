@@ -34,6 +34,7 @@ from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.passes import Strip
 from ti_fx.recipe import Recipe
 from ti_fx.train.model import TernaryModel, digest
+from ti_fx.train.order import EpochStart
 
 DESCRIPTION = "ti_fx.json"
 WEIGHTS = "model.safetensors"
@@ -52,7 +53,7 @@ def save(
     source: Mapping[str, Any],
     position: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
-    order: Tensor | None = None,
+    epoch: EpochStart | None = None,
 ) -> None:
     """Write weights, example and facts into ``folder``; each file atomically, the facts last.
 
@@ -63,7 +64,7 @@ def save(
         source: how to make the source model again: ``{"class": "transformers.BertForSequenceClassification"}``.
         position: the step and phase that training has reached.
         weights: the student's tensors if they were gathered already (sharded training).
-        order: the state of the random numbers that the present epoch's order of rows was drawn from, [bytes] uint8.
+        epoch: where the present epoch began.
 
     Raises:
         InputError: the folder can't be written, or the disk is full; no half-written file is left.
@@ -85,11 +86,11 @@ def save(
         "phases": model.phase_digests(),
         "weights": {name: digest(value) for name, value in plain.items()},
     }
-    if order is not None:
-        facts["order"] = {
-            "state": base64.b64encode(order.numpy().tobytes()).decode(),
-            "digest": digest(order),
-        }
+    if epoch is not None:
+        facts["epoch"] = {"epoch": epoch.epoch, "step": epoch.step}
+        if epoch.state is not None:
+            state = base64.b64encode(epoch.state.numpy().tobytes()).decode()
+            facts["epoch"] |= {"state": state, "digest": digest(epoch.state)}
     atomic_write(target / DESCRIPTION, json.dumps(facts, indent=1) + "\n")
 
 
@@ -124,20 +125,22 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     return facts
 
 
-def order(folder: str | Path, facts: Mapping[str, Any]) -> Tensor | None:
-    """Return the ``order`` that was saved; None if it was not.
+def epoch_start(folder: str | Path, facts: Mapping[str, Any]) -> EpochStart | None:
+    """Return where the checkpoint's epoch began; None if that was not saved.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    saved = facts.get("order")
+    saved = facts.get("epoch")
     if saved is None:
         return None
     with readable(folder):
+        if "state" not in saved:
+            return EpochStart(int(saved["epoch"]), int(saved["step"]))
         state = torch.frombuffer(bytearray(base64.b64decode(saved["state"])), dtype=torch.uint8)
         if digest(state) != saved["digest"]:
             raise ValueError("the order of the rows is not what was saved")
-    return state
+        return EpochStart(int(saved["epoch"]), int(saved["step"]), state)
 
 
 def training_state(folder: str | Path) -> TrainerState:

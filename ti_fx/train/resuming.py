@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from ti_fx.recipe import Recipe
 from ti_fx.train import checkpoint, schedule
 from ti_fx.train.finished import finished_files, finished_folder
 from ti_fx.train.model import TernaryModel
-from ti_fx.train.order import RowOrder, SeededCollator, SeededRows, has_order
+from ti_fx.train.order import (
+    EpochStart,
+    RowOrder,
+    SeededCollator,
+    SeededRows,
+    SeededStream,
+    has_order,
+    seeded,
+)
 
 logger = get_logger(__name__)
 
@@ -41,21 +50,23 @@ class ResumingTrainer(Trainer):
     example: dict[str, Tensor]
     _saving_to: str | None = None
     _saved_step: int | None = None
+    _rows: Any = None
     _order: RowOrder | None = None
-    _order_start: Tensor | None = None  # of the checkpoint that training goes on from
+    _epoch: EpochStart | None = None  # of the present epoch
+    _left: EpochStart | None = None  # of the checkpoint that training goes on from
 
     # --- the same rows in the same order --------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, *args: Any, **options: Any) -> Any:
-        if options.get("is_training") and has_order(dataset):
-            dataset = SeededRows(dataset, self._data_seed)
+        if options.get("is_training") and (self.args.world_size <= 1 or has_order(dataset)):
+            dataset = self._rows = seeded(dataset, self._data_seed)
         return super()._get_dataloader(dataset, *args, **options)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         return SeededCollator(super()._get_collator_with_removed_columns(data_collator, description))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows = train_dataset.rows if isinstance(train_dataset, SeededRows) else train_dataset
+        rows: Any = train_dataset.rows if isinstance(train_dataset, SeededRows) else train_dataset
         sampler: Any = super()._get_train_sampler(rows)
         if sampler is None or isinstance(sampler, BatchRebalanceSampler):  # has an order by epoch already
             return sampler
@@ -69,13 +80,29 @@ class ResumingTrainer(Trainer):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
+    def _init_training_state(self, *args: Any, **options: Any) -> Any:
+        self._left = None
+        epochs, batches = super()._init_training_state(*args, **options)
+        resumed = args[3]
+        if resumed is not None:
+            self._left = checkpoint.epoch_start(resumed, checkpoint.read_facts(resumed))
+        if self._left is None or has_order(self.train_dataset):
+            return epochs, batches
+        # where rows have no number, Trainer takes all of training for one epoch
+        since = (self.state.global_step - self._left.step) * self.args.gradient_accumulation_steps
+        return self._left.epoch, 0 if self.args.ignore_data_skip else since
+
     def _run_epoch(self, **options: Any) -> None:
+        epoch, left = options["epoch"], self._left
+        inside = options["steps_trained_in_current_epoch"] > 0 and not self.args.ignore_data_skip
+        goes_on = left is not None and epoch == options["epochs_trained"] and inside
+        self._epoch = left if goes_on else EpochStart(epoch, self.state.global_step)
+        if isinstance(self._rows, SeededStream):
+            self._rows.set_epoch(epoch)
         if self._order is not None:
-            self._order.set_epoch(options["epoch"])
-            goes_on = options["resume_from_checkpoint"] and options["epoch"] == options["epochs_trained"]
-            inside = options["steps_trained_in_current_epoch"] > 0 and not self.args.ignore_data_skip
-            if goes_on and inside and self._order_start is not None:
-                self._order.draw_again(self._order_start)
+            self._order.set_epoch(epoch)
+            if left is not None and left.state is not None and goes_on:
+                self._order.draw_again(left.state)
         super()._run_epoch(**options)
 
     def _evaluate(self, *args: Any, **options: Any) -> Any:
@@ -151,7 +178,6 @@ class ResumingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         facts = checkpoint.read_facts(resume_from_checkpoint)
         checkpoint.restore(self.model, resume_from_checkpoint, facts)
-        self._order_start = checkpoint.order(resume_from_checkpoint, facts)
         self.model.compile_at(facts["position"].get("compiled", {}))
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
@@ -194,7 +220,7 @@ class ResumingTrainer(Trainer):
                 "compiled": self.model.compiled_shapes(),
             },
             weights=gathered,
-            order=None if self._order is None else self._order.start,
+            epoch=self._epoch and replace(self._epoch, state=self._order and self._order.start),
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
