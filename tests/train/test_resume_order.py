@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from models import seeded
+from one_layer import OneLayer
 from tiny_training import PLAIN, different, history, rows, trainer, weights
-from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback
 from transformers.data.data_collator import default_data_collator
@@ -25,25 +24,6 @@ from ti_fx.train import TernaryTrainer
 
 ROWS = 18  # with batches of 4: epochs of 5 steps, whose last batch has 2 rows
 STEPS = 13
-
-
-class Tiny(nn.Module):
-    """One layer of attention, with a dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(1100, 8)
-        self.query, self.key, self.value, self.output = (nn.Linear(8, 8) for _ in range(4))
-        self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Linear(8, 3)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        x = self.words(input_ids)
-        scores = self.query(x) @ self.key(x).transpose(1, 2) / 8**0.5
-        scores = scores + (1 - attention_mask[:, None]) * -1e4
-        x = x + self.dropout(self.output(scores.softmax(-1) @ self.value(x)))
-        result: Tensor = self.classifier(x[:, 0])
-        return result
 
 
 class Augmented(Dataset[dict[str, Any]]):
@@ -143,7 +123,7 @@ def made(folder: Path, options: dict[str, Any], steps: tuple[int, ...] = ()) -> 
     return trainer(
         folder,
         PLAIN,
-        model=seeded(lambda: Tiny()),
+        model=seeded(OneLayer),
         train_dataset=make(),
         arguments_options=settings,
         data_collator=collator,
@@ -179,20 +159,31 @@ def test_a_finished_run_is_loaded_and_not_trained_on(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_other_steps_on_resuming_are_refused_where_the_phases_would_be_others(tmp_path: Path) -> None:
-    phases = (Phase("map", Intervene("map"), 3), Phase("quantise"))
-    short = trainer(
-        tmp_path,
-        Recipe("short", schedule=phases),
-        model=seeded(lambda: Tiny()),
-        arguments_options={"max_steps": 4},
-        callbacks=[SaveAt((3,))],
-    )
-    short.train()
-    options = json.loads((tmp_path / "checkpoint-3" / "ti_fx.json").read_text())["recipe"]
+def test_what_differs_from_the_run_that_is_resumed_is_said(tmp_path: Path) -> None:
+    def made_for(recipe: Recipe, steps: int) -> TernaryTrainer:
+        return trainer(
+            tmp_path,
+            recipe,
+            model=seeded(OneLayer),
+            arguments_options={"max_steps": steps},
+            callbacks=[SaveAt((3,))],
+        )
+
+    quarter = Recipe("quarter", schedule=(Phase("map", Intervene("map"), 0.25), Phase("quantise")))
+    made_for(quarter, 8).train()
+    options = quarter.to_dict()
     options["schedule"][0]["steps"] = 2
-    other = trainer(tmp_path, Recipe.from_dict(options), model=seeded(lambda: Tiny()))
-    with pytest.raises(
-        CheckpointError, match=r"of other options: schedule\[0\].steps was 3 and is 2; resume with"
+    for recipe, steps, message in (
+        (
+            Recipe.from_dict(options),
+            8,
+            r"of other options: schedule\[0\]\.steps was 0\.25 and is 2; resume with",
+        ),
+        (
+            quarter,
+            20,
+            "for 8 steps in all, and this is for 20: step 3 was of phase 'quantise' and would be of 'map'",
+        ),
     ):
-        other.train(resume_from_checkpoint=True)
+        with pytest.raises(CheckpointError, match=message):
+            made_for(recipe, steps).train(resume_from_checkpoint=True)

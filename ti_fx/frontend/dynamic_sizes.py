@@ -32,6 +32,8 @@ def dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[s
         for index, size in enumerate(value.shape):
             if index == 0 and size == batch and batch > 1:
                 dims[index] = named
+            elif index == 0 and size > 1 and value.dim() > 1:  # a batch of its own: two texts with one image
+                dims[index] = torch.export.Dim.AUTO
             elif dynamic == "auto" and value.dim() >= IMAGE_RANK:
                 static[f"{name}.{index}"] = (
                     f"dynamic='auto' fixes it at {size}, as in every input of {IMAGE_RANK} or more dimensions; "

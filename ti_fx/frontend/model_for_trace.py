@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -45,6 +46,16 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for name, buffer in model.named_buffers():
             buffer.copy_(before[name])
+
+
+def runs(model: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]) -> bool:
+    """Return whether a model takes these inputs."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), unchanged_buffers(model):
+        try:
+            model(**tensors, **constants)
+        except Exception:  # whatever a model raises at sizes that don't fit
+            return False
+    return True
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def require_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         expected, value, name = node.meta["val"], given[str(node.target)], str(node.target)
         if not isinstance(value, Tensor):
             raise InputError(f"input {name!r} is a {type(value).__name__}; give a tensor")
+        require_plain(name, value)
         if value.dtype != expected.dtype:
             raise InputError(f"input {name!r} is {value.dtype}; the graph was captured with {expected.dtype}")
         if device is not None and value.device != device:
@@ -56,6 +57,21 @@ def require_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
                 f"input {name!r} steers Python in the model, so the graph has the captured values as constants; "
                 "give those, or capture with these"
             )
+
+
+def require_plain(name: str, value: Tensor) -> None:
+    """Refuse a tensor that is not one block of values: a nested or a sparse one.
+
+    Raises:
+        InputError: names the input, and what to make of it.
+    """
+    if value.is_nested:
+        raise InputError(
+            f"input {name!r} is a nested tensor, and a graph takes rows of one length; pad it with "
+            "torch.nested.to_padded_tensor, and give the model a mask"
+        )
+    if value.layout is not torch.strided:
+        raise InputError(f"input {name!r} is a {value.layout} tensor; give a dense one: .to_dense()")
 
 
 def _validate_size(

@@ -29,12 +29,14 @@ from transformers import TrainerState
 from ti_fx.errors import CheckpointError, RecipeError, first_line
 from ti_fx.files import atomic_path, atomic_write
 from ti_fx.frontend.capture import capture
+from ti_fx.frontend.wrappers import plain_model, unwrapped
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.passes import Strip
 from ti_fx.recipe import Recipe
 from ti_fx.train.model import TernaryModel, digest
 from ti_fx.train.order import EpochStart
+from ti_fx.train.source import not_finite
 
 DESCRIPTION = "ti_fx.json"
 WEIGHTS = "model.safetensors"
@@ -87,11 +89,16 @@ def save(
         "weights": {name: digest(value) for name, value in plain.items()},
     }
     if epoch is not None:
-        facts["epoch"] = {"epoch": epoch.epoch, "step": epoch.step}
-        if epoch.state is not None:
-            state = base64.b64encode(epoch.state.numpy().tobytes()).decode()
-            facts["epoch"] |= {"state": state, "digest": digest(epoch.state)}
+        facts["epoch"] = _epoch_facts(epoch)
     atomic_write(target / DESCRIPTION, json.dumps(facts, indent=1) + "\n")
+
+
+def _epoch_facts(epoch: EpochStart) -> dict[str, Any]:
+    place = {"epoch": epoch.epoch, "step": epoch.step}
+    if epoch.state is None:
+        return place
+    state = base64.b64encode(epoch.state.numpy().tobytes()).decode()
+    return {**place, "state": state, "digest": digest(epoch.state)}
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -156,7 +163,8 @@ def training_state(folder: str | Path) -> TrainerState:
             "save_only_model"
         )
     with readable(folder):
-        return TrainerState.load_from_json(str(path))
+        state: TrainerState = TrainerState.load_from_json(str(path))
+    return state
 
 
 @contextmanager
@@ -208,6 +216,10 @@ def read_weights(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Tens
         if name not in tensors or digest(tensors[name]) != wanted:
             raise CheckpointError(
                 f"{path}: {name} is not what was saved; the file is damaged, use another checkpoint"
+            )
+        if not_finite(tensors[name]) == "nan":
+            raise CheckpointError(
+                f"{path}: {name} holds nan, as training had diverged; use an earlier checkpoint"
             )
     return tensors
 
@@ -318,7 +330,7 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
     """
     facts = read_facts(checkpoint)
     weights = read_weights(checkpoint, facts)
-    source = _source_model(checkpoint, facts) if model is None else model
+    source = _source_model(checkpoint, facts) if model is None else plain_model(model)
     example = read_tensors(Path(checkpoint) / EXAMPLE)
     try:
         recipe = Recipe.from_dict(facts["recipe"])
@@ -336,7 +348,8 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
 
 
 def _fits(source: nn.Module, weights: Mapping[str, Tensor], where: str | Path) -> None:
-    own = dict(source.named_parameters()) | dict(source.named_buffers())
+    with unwrapped(source):
+        own = dict(source.named_parameters()) | dict(source.named_buffers())
     for name, value in weights.items():
         if name not in own or own[name].shape != value.shape:
             found = tuple(own[name].shape) if name in own else "missing"

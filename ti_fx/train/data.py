@@ -18,6 +18,7 @@ TEXT_COLUMNS = ("text", "sentence", "question", "content")
 LABEL_COLUMNS = ("label", "labels", "class")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
+_JSON = ".json"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_texts(
     text_column: str | None = None,
     label_column: str | None = None,
 ) -> LabelledTexts:
-    """Read labelled texts from a ``.csv`` or ``.tsv`` file with a header, or from a ``.jsonl`` file.
+    """Read labelled texts from a ``.csv`` or ``.tsv`` file with a header, a ``.jsonl`` file, or a list in ``.json``.
 
     Args:
         path: the file, in UTF-8.
@@ -92,11 +93,13 @@ def read_texts(
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each row with the number of the line it ends on."""
     suffix = path.suffix.lower()
-    if suffix not in _DELIMITERS and suffix not in _JSON_LINES:
-        raise DataError(f"data file {path} must end in .csv, .tsv or .jsonl")
+    if suffix not in (*_DELIMITERS, *_JSON_LINES, _JSON):
+        raise DataError(f"data file {path} must end in .csv, .tsv or .jsonl (or .json: a list of objects)")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            if suffix in _DELIMITERS:
+            if suffix == _JSON:
+                yield from _json_rows(path, file.read())
+            elif suffix in _DELIMITERS:
                 reader = csv.DictReader(file, delimiter=_DELIMITERS[suffix])
                 for row in reader:
                     yield reader.line_num, row
@@ -110,6 +113,25 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except csv.Error as error:
         raise DataError(f"{path} is not well-formed {suffix[1:].upper()}: {error}") from None
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a list of objects, with their places in it, or of a file with an object a line."""
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        lines = [(line, one) for line, one in enumerate(text.splitlines(), 1) if one.strip()]
+        if len(lines) < 2 or not lines[0][1].strip().startswith("{") or not lines[0][1].strip().endswith("}"):
+            raise DataError(
+                f"{path} is not JSON ({error}); write a list of objects, or one object per line"
+            ) from None
+        for line, one in lines:
+            yield line, _json_row(one, f"{path}, line {line}")
+        return
+    rows = [rows] if isinstance(rows, dict) else rows
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} holds no list of objects; write one object with a text and a label per row")
+    yield from enumerate(rows, 1)
 
 
 def _json_row(text: str, where: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.logging import get_logger
@@ -21,6 +21,7 @@ from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.recipe import Recipe
 from ti_fx.train import checkpoint, schedule
 from ti_fx.train.finished import finished_files, finished_folder
+from ti_fx.train.finite import refuse_gradient, refuse_loss
 from ti_fx.train.model import TernaryModel
 from ti_fx.train.order import (
     EpochStart,
@@ -92,7 +93,7 @@ class ResumingTrainer(Trainer):
         since = (self.state.global_step - self._left.step) * self.args.gradient_accumulation_steps
         return self._left.epoch, 0 if self.args.ignore_data_skip else since
 
-    def _run_epoch(self, **options: Any) -> None:
+    def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]  # Trainer calls it by keywords
         epoch, left = options["epoch"], self._left
         inside = options["steps_trained_in_current_epoch"] > 0 and not self.args.ignore_data_skip
         goes_on = left is not None and epoch == options["epochs_trained"] and inside
@@ -103,12 +104,35 @@ class ResumingTrainer(Trainer):
             self._order.set_epoch(epoch)
             if left is not None and left.state is not None and goes_on:
                 self._order.draw_again(left.state)
-        super()._run_epoch(**options)
+        run: Any = super()._run_epoch
+        run(**options)
+
+    def _epoch_start(self) -> EpochStart | None:
+        if self._epoch is None or self._order is None:
+            return self._epoch
+        return replace(self._epoch, state=self._order.start)
 
     def _evaluate(self, *args: Any, **options: Any) -> Any:
         """Evaluate; after a checkpoint of this step no random number is drawn, as its reader would lack that."""
         with torch.random.fork_rng(devices=[], enabled=self._saved_step == self.state.global_step):
             return super()._evaluate(*args, **options)
+
+    # --- numbers ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Train as Trainer does, and stop at a loss that is not finite."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        refuse_loss(loss, self.model, inputs, self.state.global_step + 1)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm_of: Any = super()._get_grad_norm
+        norm = norm_of(model, grad_norm)
+        if (
+            self.accelerator.scaler is None and norm is not None
+        ):  # a scaler leaves such a step out, and says so
+            refuse_gradient(norm, self.model, self.state.global_step + 1)
+        return norm
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -138,6 +162,9 @@ class ResumingTrainer(Trainer):
         elif isinstance(resume_from_checkpoint, str):
             checkpoint.read_facts(resume_from_checkpoint)
         if resume_from_checkpoint:
+            checkpoint.check_recipe(
+                resume_from_checkpoint, checkpoint.read_facts(resume_from_checkpoint), self.recipe
+            )
             state = checkpoint.training_state(resume_from_checkpoint)
             steps = self._total_steps()
             if state.global_step >= steps:
@@ -198,9 +225,10 @@ class ResumingTrainer(Trainer):
         folder = Path(output_dir if output_dir is not None else self._run_folder)
         if not self.args.should_save:
             return
-        config: Any = getattr(self.source, "config", None)
-        if config is not None:
-            config.save_pretrained(folder)
+        if isinstance(
+            self.source, PreTrainedModel
+        ):  # a wrapper's weights have other names than its config says
+            self.source.config.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
@@ -220,7 +248,7 @@ class ResumingTrainer(Trainer):
                 "compiled": self.model.compiled_shapes(),
             },
             weights=gathered,
-            epoch=self._epoch and replace(self._epoch, state=self._order and self._order.start),
+            epoch=self._epoch_start(),
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.data.data_collator import default_data_collator
 from transformers.utils.generic import find_labels
 
 from ti_fx.errors import DataError
+from ti_fx.frontend.wrappers import input_names
 
 LABELS = ("labels", "label", "label_ids")
 
@@ -68,17 +68,18 @@ def first_rows(
     if not rows:
         raise DataError("train_dataset has 0 rows; give at least 1")
     if isinstance(model, GraphModule):
-        names = [str(node.target) for node in model.graph.find_nodes(op="placeholder")]
+        names: list[str] | None = [str(node.target) for node in model.graph.find_nodes(op="placeholder")]
     else:
-        names = list(inspect.signature(model.forward).parameters)
+        names = input_names(model)
     columns = ", ".join(map(str, rows[0])) if isinstance(rows[0], Mapping) else type(rows[0]).__name__
-    if remove_unused and isinstance(rows[0], Mapping):
+    if remove_unused and isinstance(rows[0], Mapping) and names is not None:
         wanted = {*names, *label_names, *LABELS}
         rows = [{name: row[name] for name in row if name in wanted} for row in rows]
         if not any(rows):
             raise DataError(f"no column of the data ({columns}) is an input of {type(model).__name__}")
     batch = options["data_collator"](rows)
-    kept = {name: batch[name] for name in names if name in batch and name not in label_names}
+    names = list(batch) if names is None else names
+    kept = {name: batch[name] for name in names if name in batch and name not in {*label_names, *LABELS}}
     if not kept:
         raise DataError(f"no column of the data ({columns}) is an input of {type(model).__name__}")
     return kept

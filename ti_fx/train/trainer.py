@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,12 +14,15 @@ from transformers import TrainingArguments
 
 from ti_fx.errors import InputError
 from ti_fx.frontend.capture import capture
+from ti_fx.frontend.dynamic_sizes import Dynamic
+from ti_fx.frontend.wrappers import unwrapped
 from ti_fx.ir.facts import facts
 from ti_fx.measure.choose import Choice, resolve
-from ti_fx.recipe import Recipe
+from ti_fx.recipe import Recipe, chosen_recipe
 from ti_fx.train import rows, schedule
 from ti_fx.train.model import Compile, TernaryModel
 from ti_fx.train.resuming import ResumingTrainer
+from ti_fx.train.source import check_frozen, ready_source
 from ti_fx.train.task_loss import TaskLoss, leaves, single, task_loss
 
 AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation (benchmarks/train_step.py)
@@ -38,11 +42,12 @@ class TernaryTrainer(ResumingTrainer):
     def __init__(
         self,
         model: nn.Module,
-        recipe: Recipe | str,
+        recipe: Recipe | str | Path,
         args: TrainingArguments | None = None,
         *,
         teacher: nn.Module | None = None,
         example: Mapping[str, Any] | None = None,
+        dynamic: Dynamic = "auto",
         compile: Literal["on", "off", "auto"] = "auto",
         evaluate_distillation: bool = False,
         **options: Any,
@@ -51,12 +56,14 @@ class TernaryTrainer(ResumingTrainer):
 
         Args:
             model: the trained full-precision model (its Parameters become the student's), or a graph from
-                ``ti_fx.capture``, prepared by this recipe or not at all.
-            recipe: a Recipe or a preset's name.
+                ``ti_fx.capture``, prepared by this recipe or not at all. ``torch.compile``, DDP and their like are
+                taken off it, and half precision becomes float32, which a warning says.
+            recipe: a Recipe, a preset's name, or the path of a recipe's file.
             args: as for Trainer. ``max_steps`` left out takes the recipe's ``steps``. Use ``compile=`` here, not
                 ``torch_compile``.
             teacher: a module to take the teacher's values from; None: the model's own values.
             example: inputs to capture with; None: the first rows of ``train_dataset``, collated.
+            dynamic: which sizes of the inputs are left open, as for ``ti_fx.capture``.
             compile: compile each phase's graph. ``auto``: on an accelerator, or for phases of many steps.
             evaluate_distillation: evaluation also reports ``eval_distillation`` and each loss by name.
             options: train_dataset, eval_dataset, data_collator, processing_class, compute_metrics, callbacks, ...
@@ -68,7 +75,9 @@ class TernaryTrainer(ResumingTrainer):
         args = TrainingArguments(output_dir="trainer_output") if args is None else copy.copy(args)
         if args.torch_compile:
             raise InputError("torch_compile would compile the wrapper; use TernaryTrainer(compile='on')")
-        self.recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+        args.logging_nan_inf_filter = False  # it leaves out of the mean what is no number
+        self.recipe = chosen_recipe(recipe)
+        model = ready_source(model)
         self.choice: Choice | None = None  # what was measured for the encoding "auto"
         self.source = model
         label_names = (
@@ -77,7 +86,7 @@ class TernaryTrainer(ResumingTrainer):
         options["data_collator"] = options.get("data_collator") or rows.collator(
             options.get("processing_class")
         )
-        prepared, self.example = self._prepare(model, teacher, example, args, label_names, options)
+        prepared, self.example = self._prepare(model, teacher, example, args, label_names, options, dynamic)
         if args.max_steps <= 0 and self.recipe.steps is not None:
             args.max_steps = self.recipe.steps
         if args.device.type == "cpu":
@@ -109,18 +118,24 @@ class TernaryTrainer(ResumingTrainer):
         args: TrainingArguments,
         label_names: Sequence[str],
         options: dict[str, Any],
+        dynamic: Dynamic,
     ) -> tuple[GraphModule, dict[str, Tensor]]:
         if example is None:
             example = rows.first_rows(model, options, label_names, args.remove_unused_columns)
         example = {name: _move(value, args.device) for name, value in example.items()}
         if isinstance(model, GraphModule):
+            if dynamic != "auto":
+                raise InputError(
+                    f"dynamic={dynamic!r} is for a model, and this graph was captured already; give it to ti_fx.capture"
+                )
             gm = model
         else:
             model.to(args.device)
-            gm = capture(model, example)
+            gm = capture(model, example, dynamic=dynamic)
         if facts(gm).recipe is None:
             self.recipe, self.choice = resolve(self.recipe, gm)
-            self.recipe.prepare(gm, teacher=teacher)
+            check_frozen(gm, self.recipe.ternarize)
+            _prepare_with(self.recipe, gm, teacher)
         if facts(gm).recipe != self.recipe.to_dict():
             raise InputError(
                 "the graph was prepared by another recipe; capture the model again, or pass that recipe"
@@ -257,6 +272,15 @@ class TernaryTrainer(ResumingTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         columns: Any = [*self.model.inputs, *self.label_names, *rows.LABELS]
         self._signature_columns = columns
+
+
+def _prepare_with(recipe: Recipe, gm: GraphModule, teacher: nn.Module | None) -> None:
+    if teacher is None:
+        recipe.prepare(gm)
+        return
+    teacher = ready_source(teacher)
+    with unwrapped(teacher):
+        recipe.prepare(gm, teacher=teacher)
 
 
 def compile_choice(wanted: str, args: TrainingArguments, recipe: Recipe) -> Compile:
