@@ -123,6 +123,7 @@ def test_half_precision_becomes_float32_and_is_said(
         tmp_path, PLAIN, model=model, teacher=copy.deepcopy(model), arguments_options={"max_steps": 1}
     )
     assert different(weights(made), dict(expected.state_dict())) == []
+    assert f"was in {str(dtype).removeprefix('torch.')} and is float32 now" in caplog.text
     made.train()
     made.save_model()
     loaded = BertForSequenceClassification.from_pretrained(tmp_path)
@@ -200,6 +201,7 @@ def test_frozen_weights_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     made.train()
     assert "words.weight" not in different(before, weights(made))
     assert "query.weight" in different(before, weights(made))
+    assert "1 of 5 weights that become ternary are frozen" in caplog.text
 
 
 class Wrapper(nn.Module):

@@ -286,7 +286,8 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 def _check_recipe(out: Path, recipe: Recipe) -> None:
     """Refuse to go on with another recipe than the one that the newest checkpoint was trained with."""
-    from ti_fx.train.checkpoint import check_recipe, last_finished, read_facts
+    from ti_fx.train.checkpoint import last_finished, read_facts
+    from ti_fx.train.same_recipe import check_recipe
 
     last = last_finished(out)
     assert last is not None

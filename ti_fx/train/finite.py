@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from ti_fx.train.source import not_finite
 _WAYS = "lower the learning rate, or look at the rows of this step"
 
 
-def refuse_loss(loss: Tensor, model: TernaryModel, inputs: Mapping[str, Any], step: int) -> None:
-    """Refuse to go on after a loss that is not finite.
+def refuse_loss(loss: Tensor, model: TernaryModel, inputs: Mapping[str, Any], step: int) -> NoReturn:
+    """Say where a loss that is not finite comes from.
 
     Args:
         loss: of a step, [].
@@ -28,8 +28,6 @@ def refuse_loss(loss: Tensor, model: TernaryModel, inputs: Mapping[str, Any], st
     Raises:
         TrainingError: names the step, the phase, and the first input, weight or loss term that is not finite.
     """
-    if bool(loss.isfinite()):
-        return
     found = f"step {step}, phase {model.phase.name!r}: the loss is {_number(loss)}"
     for kind, values in (("input", inputs), ("weight", model.student_state())):
         for name, value in values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import TrainOutput
-from transformers.utils.logging import get_logger
 
 from ti_fx.errors import CheckpointError
 from ti_fx.ir.roles import TEACHER_PREFIX
@@ -32,8 +32,9 @@ from ti_fx.train.order import (
     has_order,
     seeded,
 )
+from ti_fx.train.same_recipe import check_recipe
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class ResumingTrainer(Trainer):
@@ -59,6 +60,8 @@ class ResumingTrainer(Trainer):
     # --- the same rows in the same order --------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, *args: Any, **options: Any) -> Any:
+        if has_order(dataset) and type(dataset).__module__.startswith("datasets."):  # before rows are read
+            dataset = self._remove_unused_columns(dataset, description="training")
         if options.get("is_training") and (self.args.world_size <= 1 or has_order(dataset)):
             dataset = self._rows = seeded(dataset, self._data_seed)
         return super()._get_dataloader(dataset, *args, **options)
@@ -122,7 +125,8 @@ class ResumingTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Train as Trainer does, and stop at a loss that is not finite."""
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        refuse_loss(loss, self.model, inputs, self.state.global_step + 1)
+        if not bool(loss.isfinite()):
+            refuse_loss(loss, self.model, self._prepare_inputs(inputs), self.state.global_step + 1)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -162,9 +166,7 @@ class ResumingTrainer(Trainer):
         elif isinstance(resume_from_checkpoint, str):
             checkpoint.read_facts(resume_from_checkpoint)
         if resume_from_checkpoint:
-            checkpoint.check_recipe(
-                resume_from_checkpoint, checkpoint.read_facts(resume_from_checkpoint), self.recipe
-            )
+            check_recipe(resume_from_checkpoint, checkpoint.read_facts(resume_from_checkpoint), self.recipe)
             state = checkpoint.training_state(resume_from_checkpoint)
             steps = self._total_steps()
             if state.global_step >= steps:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers.utils.logging import get_logger
 
 from ti_fx.errors import InputError
 from ti_fx.frontend.wrappers import plain_model, unwrapped
 from ti_fx.ir.edit import tensor
 from ti_fx.passes import Ternarize
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 _SHOWN = 3
 
 
@@ -68,7 +68,7 @@ def _to_float32(model: nn.Module) -> None:
     half = {
         str(value.dtype).removeprefix("torch.")
         for value in model.parameters()
-        if value.is_floating_point() and value.dtype != torch.float32
+        if value.is_floating_point() and value.element_size() < 4
     }
     if not half:
         return
