@@ -201,6 +201,15 @@ def test_quoted_text_may_hold_commas_and_lines(tmp_path: Path) -> None:
     assert read_texts(path, NAMES).texts == ("one, two\nthree",)
 
 
+def test_json_is_a_list_of_objects_or_one_a_line(tmp_path: Path) -> None:
+    rows = [{"text": "one", "label": "human"}, {"text": "two", "label": 2}]
+    path = tmp_path / "rows.json"
+    for written in (json.dumps(rows), json.dumps(rows, indent=1), "\n".join(map(json.dumps, rows))):
+        path.write_text(written)
+        found = read_texts(path, NAMES)
+        assert (found.texts, found.labels) == (("one", "two"), (1, 2))
+
+
 def test_columns_may_have_other_names(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("id,review,stars\n7,good,1\n")
@@ -230,6 +239,18 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
         ("a.csv", "text,rating\nhi,0\n", "has no label column .*--label-column"),
         ("a.jsonl", "{'text': 1}\n", "line 1 is not JSON"),
         ("a.jsonl", "[1]\n", "line 1 holds a list"),
+        (
+            "a.json",
+            '[{"text": "a", "label": 0}, {"text": "b", "label": 9}]',
+            "row 2: label 9 is out of range",
+        ),
+        (
+            "a.json",
+            '[{"text": "a", "label": 0}',
+            r"is not JSON \(.*; write a list of objects, or one object per line",
+        ),
+        ("a.json", '["a"]', "holds no list of objects"),
+        ("a.json", "[]", "has 0 rows"),
         ("a.txt", "hi", "must end in .csv, .tsv or .jsonl"),
         ("a.csv", "text,label\n\udcff,0\n", "is not UTF-8"),
         ("a.csv", "text,label\n" + "x" * 140_000 + ",0\n", "is not well-formed CSV"),
