@@ -29,18 +29,16 @@ def refuse_loss(loss: Tensor, model: TernaryModel, inputs: Mapping[str, Any], st
         TrainingError: names the step, the phase, and the first input, weight or loss term that is not finite.
     """
     found = f"step {step}, phase {model.phase.name!r}: the loss is {_number(loss)}"
-    for kind, values in (("input", inputs), ("weight", model.student_state())):
-        for name, value in values.items():
-            if isinstance(value, Tensor) and (what := not_finite(value)) is not None and not _may(kind, what):
-                raise TrainingError(f"{found}, as {kind} {name} holds {what}; {_WAYS}")
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and not_finite(value) == "nan":
+            raise TrainingError(f"{found}, as input {name} holds nan; {_WAYS}")
+    for name, value in model.named_parameters():
+        if (what := not_finite(value)) is not None:
+            raise TrainingError(f"{found}, as weight {name} holds {what}; {_WAYS}")
     with torch.no_grad():
         losses = model(**{name: inputs[name] for name in model.inputs})["losses"]
     terms = [name for name, value in losses.items() if not bool(value.isfinite())]
     raise TrainingError(f"{found}, from the term {terms[0] if terms else 'task'}; {_WAYS}")
-
-
-def _may(kind: str, what: str) -> bool:
-    return kind == "weight" and what == "infinity"  # a buffer of a mask
 
 
 def refuse_gradient(norm: Any, model: TernaryModel, step: int) -> None:

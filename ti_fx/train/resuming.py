@@ -60,10 +60,13 @@ class ResumingTrainer(Trainer):
     # --- the same rows in the same order --------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, *args: Any, **options: Any) -> Any:
-        if has_order(dataset) and type(dataset).__module__.startswith("datasets."):  # before rows are read
-            dataset = self._remove_unused_columns(dataset, description="training")
-        if options.get("is_training") and (self.args.world_size <= 1 or has_order(dataset)):
-            dataset = self._rows = seeded(dataset, self._data_seed)
+        if options.get("is_training"):
+            if has_order(dataset) and type(dataset).__module__.startswith(
+                "datasets."
+            ):  # before rows are read
+                dataset = self._remove_unused_columns(dataset, description="training")
+            if has_order(dataset) or self.args.world_size <= 1:
+                dataset = self._rows = seeded(dataset, self._data_seed)
         return super()._get_dataloader(dataset, *args, **options)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
@@ -84,10 +87,18 @@ class ResumingTrainer(Trainer):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def _init_training_state(self, *args: Any, **options: Any) -> Any:
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        started: Any = super()._init_training_state
+        resumed = resume_from_checkpoint
+        epochs, batches = started(max_steps, num_update_steps_per_epoch, num_train_epochs, resumed, trial)
         self._left = None
-        epochs, batches = super()._init_training_state(*args, **options)
-        resumed = args[3]
         if resumed is not None:
             self._left = checkpoint.epoch_start(resumed, checkpoint.read_facts(resumed))
         if self._left is None or has_order(self.train_dataset):
@@ -132,9 +143,7 @@ class ResumingTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm_of: Any = super()._get_grad_norm
         norm = norm_of(model, grad_norm)
-        if (
-            self.accelerator.scaler is None and norm is not None
-        ):  # a scaler leaves such a step out, and says so
+        if norm is not None and self.accelerator.scaler is None:  # a scaler leaves such a step out
             refuse_gradient(norm, self.model, self.state.global_step + 1)
         return norm
 
