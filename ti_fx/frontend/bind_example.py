@@ -89,7 +89,7 @@ def rows_for_trace(
     sizes = {value.shape[0] for value in tensors.values() if value.dim()}
     count = next(size for size in range(2, len(sizes) + 3) if size not in sizes)
     grown = {name: torch.cat([tensors[name]] * count) for name in single}
-    if len(sizes) <= 1 or runs({**tensors, **grown}):
+    if len(sizes) <= 1 or not grown or runs({**tensors, **grown}):
         return {**tensors, **grown}
     found = dict(tensors)
     for name, value in grown.items():

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from ti_fx.errors import VersionError, first_line
 from ti_fx.frontend.constant_mode import ConstantMode
 from ti_fx.frontend.decisions import Decisions
-from ti_fx.frontend.dynamic_sizes import Dynamic, dynamic_shapes, fixed_by_equalities, has_open_sizes
+from ti_fx.frontend.dynamic_sizes import (
+    Dynamic,
+    dynamic_shapes,
+    fixed_by_equalities,
+    has_open_sizes,
+    has_own_batches,
+)
 from ti_fx.frontend.model_for_trace import constants_bound
 from ti_fx.frontend.patches import broadcast_masks, modules_stay, no_checks_of_values, no_empty_selections
 
@@ -47,6 +53,10 @@ def export_program(
     Sizes that the model ties or fixes in a way that can't be expressed are fixed: all but the batch, or all.
     """
     constants = {**constants, **known.baked}
+    if dynamic != "none" and has_own_batches(tensors):
+        found = _with_own_batches(model, tensors, constants, dynamic, known)
+        if found is not None:
+            return found
     follows = known.decisions is not None
     attempts: list[Dynamic] = [dynamic]
     if dynamic in ("auto", "all"):  # values that are constants mostly fix the batch, too
@@ -87,6 +97,25 @@ def export_program(
         )
     assert spare is not None
     return spare
+
+
+def _with_own_batches(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    constants: dict[str, Any],
+    dynamic: Dynamic,
+    known: KnownValues,
+) -> tuple[torch.export.ExportedProgram, dict[str, str]] | None:
+    """Return the program in which inputs of other numbers of rows have batches of their own; None if it has none."""
+    shapes, static = dynamic_shapes(tensors, dynamic, own_batches=True)
+    try:
+        program = _exported(model, tensors, constants, shapes, known)
+    except VersionError:
+        raise
+    except Exception:  # whatever the trace raises; without these batches it is tried again
+        return None
+    settled = not fixed_by_equalities(program, tensors) and not has_open_sizes(program)
+    return (program, static) if settled else None
 
 
 def _exported(
