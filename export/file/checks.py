@@ -34,7 +34,7 @@ zeros zeros_like
 _ATEN = frozenset(_COMPUTES.split())
 _OF_SIZES = "add and_ eq floordiv ge getitem gt le lt mod mul ne neg or_ sub"
 _PYTHON: dict[str, Callable[..., Any]] = {name: getattr(operator, name) for name in _OF_SIZES.split()}
-_SYMBOLIC = {"not_": operator.not_, "sym_ite": torch.sym_ite, "sym_not": torch.sym_not}
+_SYMBOLIC: dict[str, Any] = {"not_": operator.not_, "sym_ite": torch.sym_ite, "sym_not": torch.sym_not}
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def _operator(name: str) -> Callable[..., Any]:
     """
     kind, _, rest = name.partition(".")
     if kind == "python" and rest in {**_PYTHON, **_SYMBOLIC}:
-        return {**_PYTHON, **_SYMBOLIC}[rest]
+        computes: Callable[..., Any] = {**_PYTHON, **_SYMBOLIC}[rest]
+        return computes
     packet, _, overload = rest.partition(".")
     if kind != "aten" or packet not in _ATEN:
         raise ValueError(f"{name!r} is no operator of a check")

@@ -101,16 +101,16 @@ def test_graph_and_runtime_refuse_what_the_model_refuses(kind: type[_Checking], 
 
 def test_bart_with_rows_of_other_ends(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "d_model": 16,
         "encoder_layers": 1,
         "decoder_layers": 1,
         "encoder_ffn_dim": 16,
         "decoder_ffn_dim": 16,
     }
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    heads: dict[str, Any] = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = BartConfig(vocab_size=60, eos_token_id=END, max_position_embeddings=32, **sizes, **heads)
-    model = BartForSequenceClassification(config).eval()
+    model = BartForSequenceClassification(config).train(False)
     gm = _packed(model)
     to_onnx(gm, tmp_path / "student.onnx", {"input_ids": _ids(1, 1)})
     runtime = Runtime(tmp_path / "student.onnx")

@@ -33,7 +33,8 @@ class _Routed(_Chosen):
 
     def forward(self, x: Tensor) -> Tensor:
         chosen: Tensor = torch.cond(x.shape[0] > 3, self.dense, self.other, (x,))
-        return chosen + torch.cond(x.sum() > 0, self.dense, self.other, (x,))
+        again: Tensor = torch.cond(x.sum() > 0, self.dense, self.other, (x,))
+        return chosen + again
 
 
 class _Repeated(_Chosen):

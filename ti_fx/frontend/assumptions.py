@@ -26,6 +26,8 @@ from ti_fx.ir.facts import facts
 
 _MOST_RUNS = 12  # of model and graph
 _LARGEST_RUN = 1100
+# Of sizes at which what kernels ask is tried: there are thousands of such questions about an image's sizes.
+_NEAR, _FAR = 24, 200
 
 
 def size_assumptions(
@@ -156,7 +158,9 @@ def assumptions(
     asked = list({one.text: one for one in reversed(list(candidates)) if one.text}.values())[::-1]
     asked.sort(key=lambda one: not one.branch)
     tried = points(own, [one.text for one in asked])
-    allowed = [where for where in tried if _within(where, bounds)]
+    near = [where for where in tried if sum(abs(where[name] - own[name]) > _NEAR for name in own) == 0]
+    far = [where for where in tried if max(where.values()) <= _LARGEST_RUN][:: max(1, len(tried) // _FAR)]
+    allowed = [where for where in (*near, *far) if _within(where, bounds)]
     runs = _Runs(agrees)
     for one in asked:
         assumption = Assumption(one.text, one.line)

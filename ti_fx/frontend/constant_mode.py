@@ -27,6 +27,8 @@ SIZED = re.compile(
 _OF_NUMBERS = (torch.div, torch.floor_divide, torch.tensor)
 # What gives the places at which a mask is true.
 _POSITIONS = (torch.nonzero, Tensor.nonzero, torch.where)
+# How many rows a tensor has, which depends on values where its rows were chosen by them.
+_LENGTH: tuple[Any, ...] = (Tensor.__len__,)
 # What gives the same rows of a ``nonzero`` in another shape.
 _SAME_ROWS = ("__getitem__", "flatten", "reshape", "squeeze", "to", "view")
 
@@ -167,7 +169,7 @@ class ConstantMode(TorchFunctionMode):
             self.decisions.record(outcome)
             return outcome
         decision = self.decisions.replay()
-        if func is Tensor.__len__ and not free_unbacked_symbols(args[0].shape[:1]):
+        if func in _LENGTH and not free_unbacked_symbols(args[0].shape[:1]):
             return func(*args)
         if alone:
             return self._at_once(func, args, {})

@@ -185,12 +185,13 @@ def _equal(first: str, second: str) -> bool:
 
 def points(own: Mapping[str, int], texts: Iterable[str]) -> list[Sizes]:
     """Return sizes at which conditions are tried, those nearest to ``own`` first: one changed, then several."""
-    numbers = {
-        abs(int(node.value))
+    constants = [
+        node.value
         for text in texts
         for node in ast.walk(ast.parse(text, mode="eval"))
-        if isinstance(node, ast.Constant) and abs(node.value) < 2**20
-    }
+        if isinstance(node, ast.Constant)
+    ]
+    numbers = {abs(int(one)) for one in constants if isinstance(one, int | float) and abs(one) < 2**20}
     edges = {number + step for number in numbers for step in (-1, 0, 1)} | {2 * one for one in numbers}
     every = sorted({*range(1, _TRIED), *(edge for edge in edges if edge > 0), 512, 1024, 4096})
     found = [

@@ -94,10 +94,10 @@ def size_questions(questions: Questions) -> Iterator[None]:
     def of(original: Any) -> Any:
         def evaluated(environment: Any, expression: Any, *args: Any, **kwargs: Any) -> Any:
             answer = original(environment, expression, *args, **kwargs)
-            if expression.free_symbols:
-                line, branch = _asker(sys._getframe(1))
+            question = Question(expression, answer, *_asker(sys._getframe(1)))
+            if question not in questions.asked and expression.free_symbols:
                 questions.environment = environment
-                questions.asked[Question(expression, answer, line, branch)] = None
+                questions.asked[question] = None
             return answer
 
         return evaluated
