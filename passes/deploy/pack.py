@@ -57,7 +57,7 @@ class Pack(Pass):
         """Replace every quantiser, drop the latent weights and what writes into buffers."""
         if writes := [node for node in gm.graph.nodes if is_buffer_write(gm, node)]:
             for node in writes:
-                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                node.replace_all_uses_with(node.all_input_nodes[0])
             for node in writes:
                 erase(node)
             erase_dead(gm.graph.nodes)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ti_fx.errors import CaptureError
 from ti_fx.ir.checks import is_assertion
-from ti_fx.ir.edit import aten_name, call, erase, insert_copy, stored, written_arguments
+from ti_fx.ir.edit import aten_name, call, erase, insert_copy, stored, supersede, written_arguments
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import EXPORTED
 
@@ -46,7 +46,8 @@ class InlineSubgraphs(Pass):
        assertions stay out, which need not hold outside the region (autocast gives other dtypes)
     2. who read one of its results reads the node that computes it
     3. a sub-graph may hold others, which are inlined in turn
-    4. what leaves a region without gradients is detached, and so is what the region writes into a stored tensor; what
+    4. what is written by a keyword, ``out=``, is computed and then copied
+    5. what leaves a region without gradients is detached, and so is what the region writes into a stored tensor; what
        no gradient could reach is left: rotary's tables, made from constants and positions
     """
 
@@ -65,6 +66,8 @@ class InlineSubgraphs(Pass):
             for one in calls:
                 _inline(gm, one, regions)
             calls = _calls(gm)
+        for node in list(gm.graph.nodes):
+            _write_by_position(node, regions)
         if any(regions.values()):
             _detach(gm, regions)
 
@@ -140,7 +143,7 @@ def _detach(gm: GraphModule, regions: dict[Node, Node | None]) -> None:
 
 def _detach_written(node: Node, region: Node, regions: dict[Node, Node | None], flows: set[Node]) -> None:
     """Let what a region writes into a tensor from outside be without a gradient."""
-    for written in written_arguments(node):
+    for written in map(_origin, written_arguments(node)):
         if regions.get(written) is region:
             continue
         if written in flows and written.op != "get_attr":
@@ -149,8 +152,38 @@ def _detach_written(node: Node, region: Node, regions: dict[Node, Node | None], 
                 "write the result into a new tensor"
             )
         for value in node.all_input_nodes:
-            if value is not written and value in flows:
+            if value in flows and _origin(value) is not written:
                 node.replace_input_with(value, _detached(node, value))
+
+
+def _origin(node: Node) -> Node:
+    """Return the node whose memory this one gives: past views and what writes into its input."""
+    value: Any = node
+    while isinstance(value, Node) and value.args and isinstance(value.args[0], Node):
+        views = isinstance(value.target, torch._ops.OpOverload) and value.target.is_view
+        if not (views or value.target is operator.getitem or written_arguments(value)):
+            break
+        value = value.args[0]
+    return value if isinstance(value, Node) else node
+
+
+def _write_by_position(node: Node, regions: dict[Node, Node | None]) -> None:
+    """Let an operator give its result, and copy_ write it, where the operator writes into its keyword ``out``."""
+    written = node.kwargs.get("out")
+    if not isinstance(written, Node) or not isinstance(node.target, torch._ops.OpOverload):
+        return
+    packet = node.target.overloadpacket
+    taken = [(part.name, str(part.type)) for part in node.target._schema.arguments if part.name != "out"]
+    for name in packet.overloads():
+        plain = getattr(packet, name)
+        if [(part.name, str(part.type)) for part in plain._schema.arguments] == taken:
+            options = {key: value for key, value in node.kwargs.items() if key != "out"}
+            result = call(node, plain, node.args, f"{node.name}_result", kwargs=options)
+            result.meta["val"] = node.meta["val"]
+            copied = call(node, torch.ops.aten.copy_.default, (written, result))
+            regions[result] = regions[copied] = regions.get(node)
+            supersede(node, copied)
+            return
 
 
 def _detached(before: Node, node: Node) -> Node:

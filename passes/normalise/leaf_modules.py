@@ -89,7 +89,8 @@ def _count_of_batches(gm: GraphModule, mean: Any) -> Node | None:
     target = f"{str(mean.target).rpartition('.')[0]}.num_batches_tracked".removeprefix(".")
     if not gm.training:
         return get_attr(mean, target) if target in dict(gm.named_buffers()) else None
-    for count in [node for node in gm.graph.find_nodes(op="get_attr") if node.target == target]:
+    counts: list[Node] = [node for node in gm.graph.find_nodes(op="get_attr") if node.target == target]
+    for count in counts:
         updates = _updates(count)
         for update in reversed(updates):
             erase(update)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import ti_fx
 from ti_fx.errors import CaptureError
@@ -57,6 +58,7 @@ def moved(module: nn.Module, name: str = "value") -> None:
         lambda: Stopped(6),
         lambda: nn.InstanceNorm1d(6, affine=True, track_running_stats=True),
         lambda: nn.InstanceNorm1d(6),
+        lambda: nn.Sequential(nn.BatchNorm1d(6), spectral_norm(nn.Linear(5, 5))),
         lambda: nn.Sequential(*[nn.BatchNorm1d(6, momentum=None)] * 2),
     ],
 )
@@ -77,6 +79,7 @@ def test_norms_move_their_statistics_as_in_the_model(norm: Callable[[], nn.Modul
 def same_buffers(model: nn.Module, source: nn.Module) -> None:
     for name, value in source.named_buffers():
         torch.testing.assert_close(model.get_buffer(name), value, rtol=1e-6, atol=1e-6, msg=name)
+        assert model.get_buffer(name).requires_grad == value.requires_grad
 
 
 def test_the_count_of_batches_is_the_models_own_and_the_teacher_stands_still(tmp_path: Path) -> None:
@@ -139,7 +142,12 @@ def part(module: Writes, value: Tensor) -> None:
     module.table[2:].lerp_(value.detach()[0, :1], 0.5)
 
 
-@pytest.mark.parametrize("write", [average, detached_average, counted, replaced, part])
+@torch.no_grad()
+def by_keyword(module: Writes, value: Tensor) -> None:
+    torch.add(module.center * 0.9, value.mean((0, 1)), alpha=0.1, out=module.center)
+
+
+@pytest.mark.parametrize("write", [by_keyword, average, detached_average, counted, replaced, part])
 def test_what_training_writes_is_written_in_training_alone(
     write: Callable[[Writes, Tensor], None], tmp_path: Path
 ) -> None:

@@ -58,8 +58,9 @@ def test_a_layer_that_is_never_dropped_is_captured_and_one_that_may_be_is_not(
 
 
 def test_a_generator_of_the_modules_own_is_named() -> None:
-    model = Drops(lambda p: bool(model.generator.random() < p), 0.1)
-    model.generator = numpy.random.default_rng(0)
+    generator = numpy.random.default_rng(0)
+    model = Drops(lambda p: bool(generator.random() < p), 0.1)
+    vars(model)["generator"] = generator
     with pytest.raises(RandomnessError, match="draws random numbers in Python \\(generator\\)"):
         ti_fx.capture(model, EXAMPLE)
 

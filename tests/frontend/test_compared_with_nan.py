@@ -40,4 +40,5 @@ def test_a_number_in_one_alone_is_a_difference(broken: tuple[float, float]) -> N
 def test_nan_in_both_is_none() -> None:
     model = Two(1.0, float("nan"))
     gm = ti_fx.capture(model, INPUT)
-    assert compare_values(model, gm, INPUT, {}) == ({"eval": 0.0, "train": 0.0}, None)
+    found = compare_values(model, gm, INPUT, {})
+    assert (found.checked, found.unchecked) == ({"eval": 0.0, "train": 0.0}, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +132,39 @@ def compare_values(
     return found
 
 
+@dataclass
+class _Calls:
+    """One call of the model or the graph, or two in a row where the first leaves a trace.
+
+    Attributes:
+        first: the outputs. second: those of the second call, None if there was none.
+        drawn: the generator's state after the first.
+        buffers: what the calls have left in the model's buffers.
+    """
+
+    first: Any
+    second: Any
+    drawn: Tensor
+    buffers: dict[str, Tensor]
+
+
+def _called(model: nn.Module, run: Callable[[], Any], twice: bool | None = None) -> _Calls:
+    """Call once, or ``twice``; None: twice if buffers or what modules keep beside them have moved."""
+    torch.manual_seed(0)
+    with unchanged_buffers(model):
+        state, before = python_state(model), values_of_buffers(model)
+        first, drawn = run(), torch.get_rng_state()
+        if twice is None:
+            after = values_of_buffers(model)
+            moved = any(
+                value.shape != after[name].shape or not torch.equal(value, after[name])
+                for name, value in before.items()
+            )
+            twice = moved or has_moved(model, state)
+        second = run() if twice else None
+        return _Calls(first, second, drawn, values_of_buffers(model))
+
+
 def compare_modes(
     model: nn.Module, gm: GraphModule, tensors: dict[str, Tensor], constants: dict[str, Any]
 ) -> Compared:
@@ -141,6 +175,11 @@ def compare_modes(
     """
     found = Compared()
     outlines: list[list[torch.Size]] = []
+
+    def run_model() -> Any:
+        with ConstantMode():  # a number that nothing depends on is not drawn in the graph
+            return without_caches(model(**tensors, **constants))
+
     for name, training in (("eval", False), ("train", True)):
         with (
             mode(model, training),
@@ -148,15 +187,8 @@ def compare_modes(
             torch.random.fork_rng(devices=_devices(tensors)),
             torch.no_grad(),
         ):
-            torch.manual_seed(0)
             try:
-                # a number that nothing depends on is not drawn in the graph
-                with ConstantMode(), unchanged_buffers(model):
-                    state = python_state(model)
-                    expected = without_caches(model(**tensors, **constants))
-                    drawn = torch.get_rng_state()
-                    buffers = values_of_buffers(model)
-                    again = has_moved(model, state) and without_caches(model(**tensors, **constants))
+                expected = _called(model, run_model)
             except Exception as error:
                 if not training:
                     raise
@@ -165,43 +197,52 @@ def compare_modes(
                     f"{first_line(error)}"
                 )
                 return found
+            twice = expected.second is not None
+            actual = _called(model, lambda: _run(gm, tensors, type(model).__name__), twice)
             torch.manual_seed(0)
             undrawn = torch.get_rng_state()
-            with unchanged_buffers(model):
-                actual = _run(gm, tensors, type(model).__name__)
-                drawn_by_graph = torch.get_rng_state()
-                moved = values_of_buffers(model)
-                second = None if again is False else _run(gm, tensors, type(model).__name__)
-        if not training and torch.equal(drawn, undrawn) and not torch.equal(drawn_by_graph, undrawn):
+        if not training and torch.equal(expected.drawn, undrawn) and not torch.equal(actual.drawn, undrawn):
             raise CaptureError(
                 f"the captured graph of {type(model).__name__} draws random numbers in eval mode, where the model "
                 "draws none: Python decides by the mode what is drawn; turn that off in its config"
             )
-        outlines.append([leaf.shape for leaf in pytree.tree_leaves(expected) if isinstance(leaf, Tensor)])
+        outlines.append(
+            [leaf.shape for leaf in pytree.tree_leaves(expected.first) if isinstance(leaf, Tensor)]
+        )
         if outlines[0] != outlines[-1]:
             found.unchecked = (
                 "not compared with the model in train mode, where it returns other outputs than in eval mode: the "
                 "graph returns those of eval mode, with dropout in training"
             )
             return found
-        found.checked[name] = difference(expected, actual)
-        if not found.checked[name] <= tolerance(expected):
+        found.checked[name] = difference(expected.first, actual.first)
+        if not found.checked[name] <= tolerance(expected.first):
             raise CaptureError(
                 f"the captured graph of {type(model).__name__} differs from the model in {name} mode (relative "
                 f"{found.checked[name]:.1e}): something is decided in Python by the mode or at random; turn it off in "
                 "the model's config (layerdrop, masking)"
             )
-        if buffers:
-            found.further[f"buffers after {name}"] = compare_buffers(model, buffers, moved, name)
-        if again is not False:
-            found.further[f"a second call in {name}"] = difference(again, second)
-            if not difference(again, second) <= tolerance(again):
-                raise CaptureError(
-                    f"the captured graph of {type(model).__name__} differs from the model in a second call in {name} "
-                    "mode: forward keeps something between calls outside its buffers, which a graph does not "
-                    "have; keep it in a buffer, and write that in training alone"
-                )
+        _compare_what_stays(model, expected, actual, name, found)
     return found
+
+
+def _compare_what_stays(
+    model: nn.Module, expected: _Calls, actual: _Calls, name: str, found: Compared
+) -> None:
+    """Compare the buffers after the calls in a mode, and the second call."""
+    if expected.buffers:
+        found.further[f"buffers after {name}"] = compare_buffers(
+            model, expected.buffers, actual.buffers, name
+        )
+    if expected.second is None:
+        return
+    second = found.further[f"a second call in {name}"] = difference(expected.second, actual.second)
+    if not second <= tolerance(expected.second):
+        raise CaptureError(
+            f"the captured graph of {type(model).__name__} differs from the model in a second call in {name} mode: "
+            "forward keeps something between calls outside its buffers, which a graph does not have; keep it in a "
+            "buffer, and write that in training alone"
+        )
 
 
 def _devices(tensors: dict[str, Tensor]) -> list[int]:

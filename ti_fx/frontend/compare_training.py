@@ -24,10 +24,6 @@ _SMALL = 1e-2
 Gradients = dict[str, Tensor | None]
 
 
-class BackwardError(Exception):
-    """The backward pass of a module fails."""
-
-
 def compare_gradients(
     model: nn.Module,
     gm: GraphModule,
@@ -41,21 +37,19 @@ def compare_gradients(
         CaptureError: a Parameter has a gradient in one of the two alone, or another one.
     """
     name = type(model).__name__
-    try:
-        with mode(model, training):
-            expected = _gradients(model, run_model)
-    except BackwardError as error:
-        return None, f"gradients not compared: the model's own backward pass fails ({error})"
+    with mode(model, training):
+        expected = _gradients(model, run_model)
+    if isinstance(expected, RuntimeError):
+        return None, f"gradients not compared: the model's own backward pass fails ({first_line(expected)})"
     if not any(value is not None for value in expected.values()):
         return None, "gradients not compared: the outputs have none"
-    try:
-        with mode(gm, training):
-            found = _gradients(model, run_graph)
-    except BackwardError as error:
+    with mode(gm, training):
+        found = _gradients(model, run_graph)
+    if isinstance(found, RuntimeError):
         raise CaptureError(
-            f"the backward pass of the captured graph of {name} fails ({error}), the model's own does not: forward "
-            "changes in place what a gradient is computed from; write the result into a new tensor"
-        ) from error
+            f"the backward pass of the captured graph of {name} fails ({first_line(found)}), the model's own does not: "
+            "forward changes in place what a gradient is computed from; write the result into a new tensor"
+        ) from found
     largest = max(
         float(_finite(value).abs().max())
         for value in expected.values()
@@ -87,22 +81,22 @@ def compare_gradients(
     return worst, None
 
 
-def _gradients(model: nn.Module, run: Callable[[], Any]) -> Gradients:
-    """Return the gradient of each Parameter, None of one that no output depends on."""
+def _gradients(model: nn.Module, run: Callable[[], Any]) -> Gradients | RuntimeError:
+    """Return the gradient of each Parameter, None of one that no output depends on; or why there is none."""
     with _all_trained(model) as parameters, unchanged_buffers(model), torch.enable_grad():
-        outputs = [
-            leaf
-            for leaf in pytree.tree_leaves(run())
-            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
-        ]
-        if not outputs:
-            return dict.fromkeys(parameters)
-        drawn = torch.Generator().manual_seed(0)
-        given = [torch.randn(leaf.shape, generator=drawn).to(leaf.device, leaf.dtype) for leaf in outputs]
         try:
+            outputs = [
+                leaf
+                for leaf in pytree.tree_leaves(run())
+                if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
+            ]
+            if not outputs:
+                return dict.fromkeys(parameters)
+            drawn = torch.Generator().manual_seed(0)
+            given = [torch.randn(leaf.shape, generator=drawn).to(leaf.device, leaf.dtype) for leaf in outputs]
             found = torch.autograd.grad(outputs, list(parameters.values()), given, allow_unused=True)
         except RuntimeError as error:
-            raise BackwardError(first_line(error)) from error
+            return error
     return dict(zip(parameters, found, strict=True))
 
 
