@@ -14,6 +14,7 @@ from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.export import arguments
 from ti_fx.ir.edit import call, constant_size, erase_dead, fork, mode
 from ti_fx.ir.facts import facts
+from ti_fx.ir.inputs import distinct
 from ti_fx.ir.outputs import is_container, named_leaves
 from ti_fx.ir.shapes import fake_mode
 
@@ -44,7 +45,7 @@ def bind(gm: GraphModule, example: Mapping[str, Any] | tuple[Any, ...]) -> dict[
             raise InputError(
                 f"input {name!r} is {value.layout} on {value.device}; give a dense tensor on the CPU"
             )
-    return {name: given[name] for name in names}
+    return distinct({name: given[name] for name in names})
 
 
 def dimensions(gm: GraphModule) -> dict[str, dict[int, str]]:
@@ -104,7 +105,7 @@ def other_sizes(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[dict[str,
     Those are of a graph with a cache: before the first token, and one token at a time.
     """
     bounds, own = limits(gm), sizes(gm, inputs)
-    longer, shorter = {}, {}
+    longer, shorter = dict(own), dict(own)
     for name, size in own.items():
         step = 1 if name == BATCH else 3
         lowest, highest = bounds[name]
@@ -114,11 +115,20 @@ def other_sizes(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[dict[str,
                 *(size + step, size + 2 * step, size - step, size // 2),
                 *(size + 1, size - 1, 2 * size, 3 * size),
             )
-            if lowest <= candidate <= (highest or candidate) and _fits(gm, {**own, name: candidate})
+            if lowest <= candidate <= (highest or candidate) and _fits(gm, {**longer, name: candidate})
         ] or [size]
         longer[name] = allowed[0]
-        others = [candidate for candidate in allowed if candidate not in (size, allowed[0])]
-        shorter[name] = min(others, key=lambda candidate: abs(candidate - size / 2), default=allowed[-1])
+        others = [
+            candidate
+            for candidate in allowed
+            if candidate not in (size, allowed[0]) and _fits(gm, {**shorter, name: candidate})
+        ]
+        shorter[name] = min(
+            others, key=lambda candidate: abs(candidate - size / 2), default=_last(gm, shorter, name, allowed)
+        )
+    if own and longer == own:  # sizes that change together: one is twice the other
+        scaled = [{name: times * size for name, size in own.items()} for times in (2, 3)]
+        longer = next((sizes for sizes in scaled if _allowed(gm, sizes, bounds)), longer)
     found = [longer, shorter, *({**longer, **case} for case in facts(gm).sizes.cases)]
     for name, parts in facts(gm).sizes.sums.items():  # a mask covers the cache and what is new
         for wanted in found:
@@ -126,8 +136,23 @@ def other_sizes(gm: GraphModule, inputs: Mapping[str, Tensor]) -> list[dict[str,
     return found
 
 
+def _last(gm: GraphModule, wanted: Mapping[str, int], name: str, allowed: list[int]) -> int:
+    return next((one for one in reversed(allowed) if _fits(gm, {**wanted, name: one})), wanted[name])
+
+
+def _allowed(
+    gm: GraphModule, wanted: Mapping[str, int], bounds: Mapping[str, tuple[int, int | None]]
+) -> bool:
+    within = all(bounds[name][0] <= size <= (bounds[name][1] or size) for name, size in wanted.items())
+    return within and _fits(gm, wanted)
+
+
 def _fits(gm: GraphModule, wanted: Mapping[str, int]) -> bool:
-    """Whether the equalities that the trace asked of the sizes hold (a length that is a multiple of a window's)."""
+    """Whether what the graph assumes of sizes holds, and the equalities that the trace asked of them."""
+    for name, parts in facts(gm).sizes.sums.items():
+        wanted = {**wanted, name: sum(wanted[part] for part in parts)}
+    if not all(assumption.holds(wanted) for assumption in facts(gm).sizes.assumptions):
+        return False
     environment = fake_mode(gm).shape_env
     symbols = {symbol: wanted[name] for symbol, name in facts(gm).sizes.names.items() if name in wanted}
     guards = [guard.expr for guard in environment.guards] if environment is not None else []

@@ -24,6 +24,14 @@ class CaptureError(TiFxError):
     """The model can't be captured as one graph, or the captured graph does not equal the model."""
 
 
+class SizeError(CaptureError):
+    """The captured graph does not equal the model at a size that it claims to take: that size has to be fixed."""
+
+
+class WriteError(CaptureError):
+    """The model's forward writes into a tensor of its own in a way that has no place in a graph."""
+
+
 class RandomnessError(CaptureError):
     """The model decides something by Python's or NumPy's random numbers, which a trace would freeze."""
 

@@ -143,10 +143,15 @@ class Recipe:
         return self.schedule
 
     def passes(self, *, teacher: nn.Module | None = None) -> tuple[Pass, ...]:
-        """Return the passes that :meth:`prepare` runs, in order; ``teacher`` as there."""
+        """Return the passes that :meth:`prepare` runs, in order; ``teacher`` as there.
+
+        A recipe of the task's loss alone, without an intervention, needs no teacher and makes none.
+        """
+        intervenes = any(phase.intervene.at is not None for phase in self.schedule)
+        teaches = teacher is not None or intervenes or not self.distill.is_task_alone
         return (
             DecomposeAttention(),
-            DuplicateTeacher(teacher),
+            *((DuplicateTeacher(teacher),) if teaches else ()),
             self.ternarize,
             self.activations,
             self.distill,

@@ -32,8 +32,9 @@ def compare_tensors(file: FileContent, gm: GraphModule) -> int:
         item = stored.get(target)
         if item is None or item.initializer not in file.stored:
             raise ParityError(
-                f"the file has no packed tensor {target}, which {_reader(gm, target)} reads; check it with the graph "
-                "it came from"
+                f"the file has no packed tensor {target}, which {_reader(gm, target)} reads: it is of another graph, "
+                "or a tool (a simplifier, a quantiser) unpacked it or put another in its place; check the file that "
+                "to_onnx wrote with the graph it came from"
             )
         value = tensor(gm, target).detach()
         if shape is not None and item.kind in LAYOUTS:
@@ -75,6 +76,6 @@ def _reader(gm: GraphModule, target: str) -> str:
 
 def _difference(found: NDArray[Any], expected: NDArray[Any]) -> str:
     if found.shape != expected.shape:
-        return f"{found.size} bytes instead of {expected.size}"
+        return f"{found.size} bytes instead of {expected.size}, as of another type"
     differing = np.flatnonzero(found != expected)
     return f"{differing.size} of {expected.size} bytes differ, the first at {differing[0]}"

@@ -169,7 +169,8 @@ def open_file(path: str | os.PathLike[str]) -> FileContent:
         )
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(
-            f"{path} was not written by ti_fx.export.to_onnx, or it was cut short ({error}); export it again"
+            f"{path} was not written by ti_fx.export.to_onnx, or a tool dropped its metadata, or it was cut short "
+            f"({error}); export it again"
         ) from error
 
 

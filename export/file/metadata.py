@@ -17,6 +17,10 @@ ti_fx.source                    JSON: the model's class, and its name on the hub
 ti_fx.largest                   JSON: the largest size that the model takes of a dynamic dimension
 ti_fx.rows                      JSON: how many rows the table has that an input of ids looks up, by the input's name
 ti_fx.companions                JSON: the SHA-256 of each file that was saved beside it, by its name
+ti_fx.assumptions               JSON, where there are any: conditions on the sizes of the inputs without which the file
+                                is not the model, and the line of the model's code that decides by each
+ti_fx.checks                    JSON, where there are any: what the model refuses by values, and what that is computed
+                                from (``ti_fx.export.file.checks``)
 ti_fx.opset                     the ONNX opset
 ti_fx.minimum_onnxruntime       the oldest ONNX Runtime that computes what this one does
 ti_fx.versions                  JSON: what wrote it
@@ -46,13 +50,16 @@ from ti_fx._version import __version__
 from ti_fx.errors import InputError
 from ti_fx.export import inputs as io
 from ti_fx.export.file import content
+from ti_fx.export.file.checks import checks_of, to_json
 from ti_fx.export.file.minimum_runtime import MINIMUM_RUNTIME, minimum_runtime
 from ti_fx.export.student import same_numerics
 from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights
 from ti_fx.ir.edit import aten_name, tensor
 from ti_fx.ir.facts import facts
 
+ASSUMPTIONS = "ti_fx.assumptions"
 BATCH_DEPENDENT = "ti_fx.batch_dependent"
+CHECKS = "ti_fx.checks"
 KEPT = "ti_fx.kept"
 LARGEST = "ti_fx.largest"
 OPSET = "ti_fx.opset"
@@ -101,6 +108,11 @@ def metadata_of(
         found |= content.requantized_entries(encoding_of(gm))
     if (whole := facts(gm).part_of) is not None:
         found[PART_OF] = whole
+    assumed = facts(gm).sizes.assumptions
+    if assumed:
+        found[ASSUMPTIONS] = json.dumps({one.text: one.line for one in assumed})
+    if checks := checks_of(student):
+        found[CHECKS] = to_json(checks)
     recipe = facts(gm).recipe
     if recipe is not None:
         found[RECIPE] = recipe if isinstance(recipe, str) else json.dumps(recipe)

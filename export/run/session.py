@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from ti_fx.errors import InputError, first_line
 from ti_fx.export import arguments
+from ti_fx.export.file.checks import from_json
 from ti_fx.export.file.external_data import metadata_in, require_data_of
 from ti_fx.export.file.intact import require_intact
-from ti_fx.export.file.metadata import LARGEST, ROWS, value_of
+from ti_fx.export.file.metadata import ASSUMPTIONS, CHECKS, LARGEST, ROWS, value_of
 from ti_fx.export.file.minimum_runtime import require_runtime
+from ti_fx.ir.assumptions import Assumption, require
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -33,8 +35,10 @@ DTYPES = {
 }
 # What ONNX Runtime says before its reason: which call failed, and the place in its source with the function's types.
 _CALL = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |(?:Load model from|Exception during).*? failed: ?")
-_PLACE = re.compile(r"\S+\.(?:cc|h|cpp):\d+ (?:[\w:~<>]+\([^()]*\)(?: const)? )?")
-_BOUNDS = re.compile(r"\bbounds\b|invalid indice")
+_PLACE = re.compile(
+    r"\S+\.(?:cc|h|cpp):\d+ (?:(?:[\w:~<>]+ ){0,2}[\w:~<>]+\([^()]*\)(?: const)?(?: \[with [^\]]*\])? )?"
+)
+_BOUNDS = re.compile(r"\bbounds\b|[Oo]ut of range value in index|invalid ind(?:ex|ice)")
 _LONGEST = 300
 SILENT = 4  # its errors are raised, too, and said in one line
 
@@ -107,6 +111,8 @@ class Runtime:
         outputs: their names.
         metadata: what the file says of itself (see ``ti_fx.export.file.metadata``).
         largest: the largest size that the model takes of a dynamic dimension, by the dimension's name.
+        assumptions: conditions on the dynamic dimensions by which the model decides what it computes.
+        checks: what the model refuses by values; those without rows need more than the inputs, and are not made here.
         rows: how many rows the table has that an input of ids looks up, by the input's name.
     """
 
@@ -122,6 +128,10 @@ class Runtime:
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
         self.largest: dict[str, int] = value_of(self.metadata, LARGEST, {})
+        self.assumptions = tuple(
+            Assumption(text, str(line)) for text, line in value_of(self.metadata, ASSUMPTIONS, {}).items()
+        )
+        self.checks = from_json(value_of(self.metadata, CHECKS, {}))
         self.rows: dict[str, int] = value_of(self.metadata, ROWS, {})
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
@@ -131,8 +141,8 @@ class Runtime:
             inputs: one array or tensor per input of the file; other entries that are not arrays are refused, too.
 
         Raises:
-            InputError: a name, dtype or shape is not the file's, a size is more than the model takes, or an id is not
-                in its table.
+            InputError: a name, dtype or shape is not the file's, the model takes no such size, an id is not in its
+                table, or the model refuses such values.
         """
         if not isinstance(inputs, Mapping):
             raise InputError(
@@ -146,11 +156,13 @@ class Runtime:
         feed = {name: self._array(name, value) for name, value in inputs.items()}
         self._check_sizes(feed)
         self._check_ids(feed)
+        for check in self.checks:
+            check.require({name: torch.from_numpy(array) for name, array in feed.items()})
         try:
             return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
         except Exception as error:  # ONNX Runtime's errors share no base class but Exception
             reason = reason_of(error)
-            if _BOUNDS.search(reason):
+            if _BOUNDS.search(reason) and "[0,-1]" not in reason:  # which is a table without a row: there is none to take
                 raise InputError(
                     f"an input holds an id that is negative or beyond its table ({reason}); give ids that it has"
                 ) from error
@@ -204,3 +216,4 @@ class Runtime:
                     raise InputError(
                         f"input {where} has size {size}, but {other} has {limit}; they must be equal"
                     )
+        require(self.assumptions, {name: size for name, (size, _) in known.items()})

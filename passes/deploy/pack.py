@@ -11,8 +11,9 @@ from torch.fx import GraphModule, Node
 from ti_fx import numerics
 from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.ir import roles
-from ti_fx.ir.edit import call, erase, get_attr, prune, register, supersede, tensor
+from ti_fx.ir.edit import call, erase, erase_dead, get_attr, prune, register, supersede, tensor
 from ti_fx.ir.facts import facts
+from ti_fx.ir.leaves import is_buffer_write
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import PACKED, PREPARED
 from ti_fx.numerics import encodings
@@ -28,6 +29,8 @@ class Pack(Pass):
     with ``kept=float16``:
              %bias = bias                                %bias_half = packed.bias_half  f16
                                                          %bias = to(%bias_half, float32)
+
+    What writes into a buffer goes: a packed student is not trained, and whoever runs it keeps the buffers as they are.
 
     Attributes:
         kept: the type in which float32 Parameters that are not ternary are stored (biases, norms, position tables,
@@ -51,7 +54,13 @@ class Pack(Pass):
                 )
 
     def apply(self, gm: GraphModule) -> None:
-        """Replace every quantiser and drop the latent weights."""
+        """Replace every quantiser, drop the latent weights and what writes into buffers."""
+        if writes := [node for node in gm.graph.nodes if is_buffer_write(gm, node)]:
+            for node in writes:
+                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            for node in writes:
+                erase(node)
+            erase_dead(gm.graph.nodes)
         for node in [node for node in gm.graph.nodes if node.target is numerics.ternary]:
             pack_weight(gm, node, tensor(gm, str(node.all_input_nodes[0].target)))
         if (self.kept or _kept(gm)) == "float16":

@@ -65,7 +65,7 @@ class FuseAttention(Pass):
                 unfused[softmax.name] = match
             else:
                 found.append(match)
-        record_facts(gm, unfused=facts(gm).unfused | unfused)
+        record_facts(gm, unfused={**facts(gm).unfused, **unfused})
         matches = _with_caches(found, gm.graph)
         sums: dict[tuple[_Mask, ...], Node] = {}
         wholes = [_replace(match, _mask(match, sums)) for match in matches]

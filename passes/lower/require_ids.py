@@ -16,57 +16,27 @@ from ti_fx.ir.stages import PACKED
 
 aten = torch.ops.aten
 BEYOND = 2**31 - 1  # beyond every table, in both integer types
-# Where the index is among the arguments of the operators that take no negative one.
-_INDEX = {"embedding": 1} | dict.fromkeys(
-    (
-        *("gather", "index_select", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce"),
-        *("index_add", "index_add_", "index_copy", "index_copy_"),
-    ),
-    2,
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# These take no negative index; it is their third argument.
+_READERS = _names(
+    "gather index_select scatter scatter_ scatter_add scatter_add_ scatter_reduce index_add index_add_ "
+    "index_copy index_copy_"
 )
-_OF_SHAPES = (
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
+_MOVES = _names(
+    "view reshape slice select expand expand_as unsqueeze squeeze to _to_copy clone contiguous transpose permute "
+    "flatten unflatten cat stack repeat chunk split flip unbind sum cumsum gather index index_select"
 )
-_MOVES = (
-    *(
-        "view",
-        "reshape",
-        "slice",
-        "select",
-        "expand",
-        "expand_as",
-        "unsqueeze",
-        "squeeze",
-        "to",
-        "_to_copy",
-        "clone",
-    ),
-    *(
-        "contiguous",
-        "transpose",
-        "permute",
-        "flatten",
-        "unflatten",
-        "cat",
-        "stack",
-        "repeat",
-        "chunk",
-        "split",
-        "flip",
-    ),
-    *("unbind", "sum", "cumsum", "gather", "index", "index_select"),
+_COUNTS = _names(
+    "argmax argmin argsort nonzero searchsorted bucketize abs relu sym_size zeros ones zeros_like ones_like "
+    "new_zeros new_ones"
 )
-_COUNTS = (
-    *("argmax", "argmin", "argsort", "nonzero", "searchsorted", "bucketize", "abs", "relu", "sym_size"),
-    *("zeros", "ones", "zeros_like", "ones_like", "new_zeros", "new_ones"),
-)
+_OF_SHAPES = _names("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty")
+_INDEX = {"embedding": 1} | dict.fromkeys(_READERS, 2)
 # Which arguments must be counts, so that the result is one.
 _TERMS: dict[str, slice] = (
     dict.fromkeys(_COUNTS, slice(0))
@@ -87,7 +57,8 @@ class RequireIds(Pass):
                                                              %e = embedding(%table, %i)
 
     1. look-ups, gather and scatter, which take no negative id in PyTorch (``x[ids]`` counts from the end there, too)
-    2. not where the id is computed from sizes and stored tensors alone, or can't be negative (a count, a clamped one)
+    2. of one_hot, one beyond its classes, too: ONNX gives it no class
+    3. not where the id is computed from sizes and stored tensors alone, or can't be negative (a count, a clamped one)
     """
 
     takes = (PACKED,)
@@ -102,8 +73,34 @@ class RequireIds(Pass):
             place = _INDEX.get(aten_name(node))
             ids = None if place is None else node.args[place]
             if isinstance(ids, Node) and ids in given and place is not None and not _counts(gm, ids):
-                negative = call(node, aten.lt.Scalar, (ids, 0))
-                node.update_arg(place, call(node, aten.masked_fill.Scalar, (ids, negative, BEYOND)))
+                node.update_arg(place, _not_negative(node, ids))
+            elif aten_name(node) == "one_hot" and node.args[0] in given and not _is_within(node.args[0]):
+                _look_up_nothing(node)
+
+
+def _not_negative(before: Node, ids: Node) -> Node:
+    negative = call(before, aten.lt.Scalar, (ids, 0))
+    return call(before, aten.masked_fill.Scalar, (ids, negative, BEYOND))
+
+
+def _look_up_nothing(node: Node) -> None:
+    """Look the ids of a one_hot up in as many zeros as it has classes, and add what is found: ONNX's takes any id."""
+    ids, classes = node.args
+    assert isinstance(ids, Node)
+    guarded = _not_negative(node, ids)
+    zeros = call(node, aten.zeros.default, ([classes],), kwargs={"dtype": torch.int64})
+    found = call(node, aten.index.Tensor, (zeros, [guarded]))
+    node.update_arg(0, call(node, aten.add.Tensor, (guarded, found)))
+
+
+def _is_within(ids: Any) -> bool:
+    """Whether ids were looked up in zeros."""
+    found = ids.args[1] if aten_name(ids) == "add" else None
+    return (
+        isinstance(found, Node)
+        and aten_name(found) == "index"
+        and aten_name(found.all_input_nodes[0]) == "zeros"
+    )
 
 
 def _depends(node: Node, given: set[Node]) -> bool:
@@ -126,7 +123,7 @@ def _counts(gm: GraphModule, argument: Any) -> bool:
     if argument.target is operator.getitem:
         source, index = argument.args
         ordered = isinstance(source, Node) and aten_name(source) in _ORDERS
-        return _counts(gm, source) or (ordered and index == 1)
+        return _counts(gm, source) or (ordered and isinstance(index, int) and index == 1)
     if name == "masked_fill":
         source, where, number = argument.args
         is_guard = isinstance(where, Node) and aten_name(where) == "lt" and where.args == (source, 0)

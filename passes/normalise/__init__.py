@@ -7,6 +7,7 @@ compared with the model.
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.stages import CAPTURED
 from ti_fx.passes.normalise.assign_roles import AssignRoles
+from ti_fx.passes.normalise.buffer_writes import BufferWrites
 from ti_fx.passes.normalise.canonicalize import Canonicalize
 from ti_fx.passes.normalise.drop_assertions import DropAssertions
 from ti_fx.passes.normalise.evaluate_anew import EvaluateAnew
@@ -25,6 +26,7 @@ NORMALISE = Pipeline(
     TakeBakedInputs(),
     StochasticDepth(),
     LeafModules(),
+    BufferWrites(),
     MergeTiedNames(),
     OneReadEach(),
     AssignRoles(),

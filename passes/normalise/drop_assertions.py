@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from ti_fx.errors import CaptureError, RandomnessError
-from ti_fx.ir.checks import MARK, check_message, is_assertion, is_random
+from ti_fx.ir.checks import MARK, REFUSES, check_message, is_assertion, is_random
 from ti_fx.ir.edit import aten_name, erase, tensor
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import EXPORTED
@@ -30,6 +31,7 @@ class DropAssertions(Pass):
     1. torch.export's own assertions: inputs are validated before the call instead
     2. a check of a decision (``ti_fx.ir.checks``) stays if inputs or buffers decide, and goes if only constants do; one
        that a weight or a random number decides is refused: training changes the one, and every run the other
+    3. so does a check of the model's own, whatever decides it but constants
 
     What only an assertion read has no reader any more; it goes with everything else that is dead.
     """
@@ -53,7 +55,8 @@ def _varies(gm: GraphModule, check: Node) -> bool:
     sources = _value_sources(check)
     place = str(check_message(check)).removeprefix(MARK)
     stored = [source for source in sources if source.op == "get_attr"]
-    trained = any(isinstance(tensor(gm, str(source.target)), nn.Parameter) for source in stored)
+    own = str(check_message(check)).startswith(REFUSES)
+    trained = not own and any(isinstance(tensor(gm, str(source.target)), nn.Parameter) for source in stored)
     if trained and not any(aten_name(source) in FINITENESS for source in sources):
         raise CaptureError(
             "data-dependent control flow by what the weights compute, which training changes: "
@@ -61,11 +64,11 @@ def _varies(gm: GraphModule, check: Node) -> bool:
         )
     if stored or any(source.op == "placeholder" for source in sources):
         return True
-    if any(is_random(source) for source in sources):
+    if not own and any(is_random(source) for source in sources):
         raise RandomnessError(
             f"a random number decides in Python: {place.partition(', and')[0]}; turn that off"
         )
-    return False
+    return own and any(is_random(source) for source in sources)
 
 
 def _value_sources(check: Node) -> set[Node]:
@@ -80,6 +83,23 @@ def _value_sources(check: Node) -> set[Node]:
         name = aten_name(node)
         if re.fullmatch("expand_as|view_as|type_as", name):
             queue += node.all_input_nodes[:1]
-        elif not re.fullmatch("(full|ones|zeros|empty|rand|randn)_like|new_.*|sym_size", name):
+        elif name == "sym_size":
+            queue += _sized_by_values(node)
+        elif not re.fullmatch("(full|ones|zeros|empty|rand|randn)_like|new_.*", name):
             queue += node.all_input_nodes
     return seen
+
+
+def _sized_by_values(size: Node) -> list[Node]:
+    """Return what a size depends on that values decide: how many distinct numbers there are, what a mask selects."""
+    seen: set[Node] = set()
+    queue = list(size.all_input_nodes)
+    found = []
+    while queue:
+        node = queue.pop()
+        if node not in seen:
+            seen.add(node)
+            queue += node.all_input_nodes
+            if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+                found.append(node)
+    return found

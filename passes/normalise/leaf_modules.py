@@ -11,9 +11,13 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.errors import CaptureError
 from ti_fx.ir import leaves
-from ti_fx.ir.edit import aten_name, erase, replace_by_leaf
+from ti_fx.ir.edit import aten_name, erase, get_attr, replace_by_leaf
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import EXPORTED
+
+# The momentum that a trace sees where there is none and all batches count alike: no model has it.
+AVERAGE = -1.0
+_NORMALISED = ("input", "weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class LeafModules(Pass):
 
     1. dropout; one that is off in a trace in training mode is off for good, and goes
     2. scaled_dot_product_attention, for the dropout within it
-    3. batch_norm; the count of its batches is its source module's own and goes
+    3. batch_norm and instance_norm with running statistics, and the count of batches; one that has stopped for good in
+       a trace in training mode stays as it is
     4. any other operator that has a flag for the mode is refused
     """
 
@@ -68,13 +73,44 @@ def _attention(gm: GraphModule, node: Node) -> None:
 
 def _batch_norm(gm: GraphModule, node: Node) -> None:
     arguments = _bound(node)
-    leaf = leaves.BatchNorm(float(arguments["momentum"]), float(arguments["eps"]))
-    names = ("input", "weight", "bias", "running_mean", "running_var")
-    replace_by_leaf(gm, node, leaf, tuple(arguments[name] for name in names))
-    for update in list(gm.graph.nodes):
-        counted = update.args[0] if aten_name(update) == "add_" else None
-        if isinstance(counted, Node) and str(counted.target).endswith("num_batches_tracked"):
+    if gm.training and not arguments["training"]:
+        return
+    momentum = float(arguments["momentum"])
+    leaf = leaves.BatchNorm(None if momentum == AVERAGE else momentum, float(arguments["eps"]))
+    operands = [arguments[name] for name in _NORMALISED]
+    count = _count_of_batches(gm, arguments["running_mean"])
+    replace_by_leaf(gm, node, leaf, (*operands, count) if count is not None else tuple(operands))
+
+
+def _count_of_batches(gm: GraphModule, mean: Any) -> Node | None:
+    """Return the read of the count beside a running mean, which its leaf moves; None if there is none."""
+    if not isinstance(mean, Node) or mean.op != "get_attr":
+        return None
+    target = f"{str(mean.target).rpartition('.')[0]}.num_batches_tracked".removeprefix(".")
+    if not gm.training:
+        return get_attr(mean, target) if target in dict(gm.named_buffers()) else None
+    for count in [node for node in gm.graph.find_nodes(op="get_attr") if node.target == target]:
+        updates = _updates(count)
+        for update in reversed(updates):
             erase(update)
+        if updates or any(user.op == "call_module" for user in count.users):
+            return count
+    return None
+
+
+def _updates(count: Node) -> list[Node]:
+    """Return what adds to a count in place: a norm that is called twice adds to what the first call gave."""
+    found = [user for user in count.users if aten_name(user) == "add_"]
+    return found + [later for one in found for later in _updates(one)]
+
+
+def _instance_norm(gm: GraphModule, node: Node) -> None:
+    arguments = _bound(node)
+    stops = gm.training and not arguments["use_input_stats"]
+    if arguments["running_mean"] is None or stops:
+        return
+    leaf = leaves.InstanceNorm(float(arguments["momentum"]), float(arguments["eps"]))
+    replace_by_leaf(gm, node, leaf, tuple(arguments[name] for name in _NORMALISED))
 
 
 def _refuse(gm: GraphModule, node: Node) -> None:
@@ -88,6 +124,7 @@ _RULES: dict[str, Callable[[GraphModule, Node], None]] = {
     "dropout_": _dropout,
     "scaled_dot_product_attention": _attention,
     "batch_norm": _batch_norm,
+    "instance_norm": _instance_norm,
     **dict.fromkeys(("native_dropout", "alpha_dropout", "feature_dropout", "rrelu"), _refuse),
 }
 

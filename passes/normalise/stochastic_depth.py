@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ti_fx.ir.checks import is_random
 from ti_fx.ir.edit import aten_name, constant_size, erase, replace_by_leaf
 from ti_fx.ir.leaves import DropPath
 from ti_fx.ir.pipeline import Pass
@@ -24,6 +26,8 @@ class StochasticDepth(Pass):
     1. transformers          mul(div(%x, keep), floor(add(rand(rows), keep)))
     2. timm, torchvision     mul(%x, div_(bernoulli_(empty(rows), keep), keep))
 
+    3. a single number that nobody reads is not drawn: Python has read it, and it did not matter
+
     A model writes ``if not self.training: return hidden`` (DropPath): a trace in training mode has the random numbers
     for good, one in eval mode never. The leaf draws the same numbers. A graph that was traced in eval mode is left.
     """
@@ -31,7 +35,8 @@ class StochasticDepth(Pass):
     takes = (EXPORTED,)
 
     def apply(self, gm: GraphModule) -> None:
-        """Replace each such product."""
+        """Replace each such product, and drop the single numbers that nobody reads."""
+        _drop_unread_draws(gm)
         if not gm.training:
             return
         for node in list(gm.graph.nodes):
@@ -46,6 +51,18 @@ class StochasticDepth(Pass):
                         if not link.users:
                             erase(link)
                     break
+
+
+def _drop_unread_draws(gm: GraphModule) -> None:
+    drawn: list[Node] = []
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        single = isinstance(value, Tensor) and all(constant_size(size) == 1 for size in value.shape)
+        if single and (is_random(node) or any(source in drawn for source in node.all_input_nodes)):
+            drawn.append(node)
+    for node in reversed(drawn):
+        if not node.users and node.op == "call_function":
+            erase(node)
 
 
 def _dropped(value: Any, factor: Any) -> tuple[DropPath, Node, list[Node]] | None:

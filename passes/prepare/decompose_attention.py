@@ -30,8 +30,11 @@ class DecomposeAttention(Pass):
              %scaled = mul(%products, scale)
              %scores = add(%scaled, %mask)        3. masks: added; boolean ones fill the lowest number in
              %map = softmax(%scores, -1)
-             %dropped = Dropout{p}(%map)          4. dropout, in training only
+             %rows = zero_masked_rows(%map, %mask)   4. a query whose mask hides every key has a context of zero
+             %dropped = Dropout{p}(%rows)         5. dropout, in training only
              %context = matmul(%dropped, %v)
+
+    Causal attention alone hides no query's every key, and has no such node.
 
     Other systems: torch's ``_scaled_dot_product_attention_math``, ONNX's function body of Attention.
     """
@@ -96,6 +99,8 @@ def _decompose(gm: GraphModule, node: Node) -> None:
     if isinstance(mask, Node):
         scores = insert(leaves.add_mask, (scores, mask), "scores")
     probabilities = insert(aten.softmax.int, (scores, -1), "map")
+    if isinstance(mask, Node) and not leaf.is_causal:
+        probabilities = insert(leaves.zero_masked_rows, (probabilities, mask), "rows")
     if role == "student" and leaf.dropout_p:
         probabilities = _dropout(gm, node, leaf.dropout_p, probabilities)
     context = insert(aten.matmul.default, (probabilities, value), "context")

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.find.attention import AttentionSite, block_outputs, find_attention, streams
+from ti_fx.find.outputs import embeddings, logits, name_is_logits
 from ti_fx.ir import roles
 from ti_fx.ir.edit import ancestors, aten_name, call, erase
 from ti_fx.ir.facts import record_facts
@@ -19,7 +20,7 @@ from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import CAPTURED, PREPARED
 from ti_fx.numerics import losses
 
-TERMS = ("logits", "layer_outputs", "scores", "attention_outputs")
+TERMS = ("logits", "layer_outputs", "scores", "attention_outputs", "embeddings")
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,16 @@ class Distill(Pass):
                                                          ...
                                                          return {loss: %loss, losses: {...}, outputs: %outputs}
 
-    1. ``logits``: soft cross-entropy of every output called logits (of the first output where none is named)
+    1. ``logits``: soft cross-entropy of every output called logits (where no output has a name, of the first one, if a
+       linear layer computes it)
     2. ``layer_outputs``: mean squared error of the embeddings' and every layer's output, summed over layers
     3. ``scores``: mean squared error of attention scores, positions at or below -100 zeroed on both sides
     4. ``attention_outputs``: mean squared error of the attention block's output, summed over blocks: after the residual
        add and norm (``reference``, the published code) or the output projection's result (``paper``, Fig. 3)
-    5. ``task``: the model's own loss on labels; its weight is recorded, and the trainer adds it
+    5. ``embeddings``: mean squared error of every other output that a layer beyond those compared computes: a
+       sentence's vector, projected and normalised
+    6. ``task``: the model's own loss on labels; its weight is recorded, and the trainer adds it. With this alone the
+       graph needs no teacher, and its own loss is 0
 
     Sources: TernaryBERT, section 3.2; Teacher Intervention, section 4. The published weights are all 1, without task.
     The defaults of ``variant`` and ``mask_padding`` are the published code's, because measuring showed no difference:
@@ -45,6 +50,7 @@ class Distill(Pass):
     Attributes:
         logits: weight; None: 1 where the model returns logits, else 0.
         layer_outputs, scores, attention_outputs, task: weights; 0 leaves the term out.
+        embeddings: weight; None: 1 where the model returns no logits, else 0.
         variant: which value ``attention_outputs`` compares.
         mask_padding: leave padding tokens out of the means; needs an attention mask among the inputs. Each stack is
             masked by its own; one without a mask among the inputs is not masked.
@@ -60,12 +66,13 @@ class Distill(Pass):
     task: float = 0.0
     variant: Literal["reference", "paper"] = "reference"
     mask_padding: bool = False
+    embeddings: float | None = None
 
     def requires(self, gm: GraphModule) -> None:
         """A teacher, and what the chosen terms compare."""
-        if not any(roles.is_teacher(node) for node in gm.graph.nodes):
+        if not any(roles.is_teacher(node) for node in gm.graph.nodes) and not self.is_task_alone:
             raise PreconditionError("distill needs a teacher", missing="duplicate-teacher")
-        if self.logits and not _logits(gm):
+        if self.logits and not logits(gm):
             raise PreconditionError("distill{logits} needs an output called logits; set logits=0")
         sites = find_attention(gm)
         if not sites and (self.scores or self.attention_outputs or self.layer_outputs):
@@ -82,8 +89,38 @@ class Distill(Pass):
                     )
         if self.mask_padding and not any(_masks(gm, sites).values()):
             raise PreconditionError("distill{mask_padding=true} finds no attention mask among the inputs")
-        if not any(pairs for _, pairs, _ in self._terms(gm)):
+        if not self.task and not any(pairs for _, pairs, _ in self._terms(gm)):
             raise PreconditionError("distill has no term left: give at least one weight above 0")
+
+    @property
+    def is_task_alone(self) -> bool:
+        """Whether nothing is compared with a teacher."""
+        others = (self.layer_outputs, self.scores, self.attention_outputs, self.embeddings)
+        return bool(self.task) and self.logits == 0 and not any(others)
+
+    def _own_logits(self, gm: GraphModule) -> list[Node]:
+        """Return the logits; with ``logits=0``, only those that are called so."""
+        is_named = any(name_is_logits(name) for name in named_leaves(model_outputs(gm)))
+        return logits(gm) if is_named or self.logits != 0 else []
+
+    def _embeddings_weight(self, gm: GraphModule) -> float:
+        if self.embeddings is not None:
+            return self.embeddings
+        return 0.0 if self.is_task_alone or logits(gm) else 1.0
+
+    def explain(self, gm: GraphModule) -> str:
+        """Say which output is taken for logits where none is called so."""
+        found = logits(gm)
+        if (
+            not found
+            or self.logits == 0
+            or any(name_is_logits(name) for name in named_leaves(model_outputs(gm)))
+        ):
+            return ""
+        return (
+            f"%{found[0].name} is taken for logits, as a linear layer computes it and no output has a name; of an "
+            "embedding, set logits=0 and embeddings=1"
+        )
 
     def apply(self, gm: GraphModule) -> None:
         """Remove the losses there are and insert these before the output."""
@@ -109,8 +146,12 @@ class Distill(Pass):
                 parts.append(call(output, _FUNCTIONS[name], arguments, f"loss_{name}_{index}", "loss"))
             each[name] = call(output, losses.total, (parts,), f"loss_{name}", "loss")
             weights.append(weight)
-        total = call(output, losses.weighted, (list(each.values()), weights), "loss", "loss")
-        output.args = (PreparedResult(total, each, outputs)._asdict(),)
+        if each:
+            total = call(output, losses.weighted, (list(each.values()), weights), "loss", "loss")
+        else:
+            first = next(iter(named_leaves(outputs).values()))
+            total = call(output, losses.nothing, (first,), "loss", "loss")
+        output.args = (PreparedResult(total, each, outputs).structure(),)
         record_facts(gm, task=self.task)
 
     def ensures(self, gm: GraphModule) -> None:
@@ -127,12 +168,16 @@ class Distill(Pass):
         layers = {node: stack for stack, nodes in streams(gm, sites).items() for node in nodes}
         ends = [site.output for site in sites] if self.variant == "paper" else block_outputs(gm, sites)
         weights: dict[str, tuple[float, list[tuple[Node | None, int]]]] = {
-            "logits": (1.0 if self.logits is None else self.logits, [(node, last) for node in _logits(gm)]),
+            "logits": (1.0 if self.logits is None else self.logits, [(node, last) for node in logits(gm)]),
             "layer_outputs": (self.layer_outputs, [*layers.items()]),
             "scores": (self.scores, [(site.scores, site.stack) for site in sites]),
             "attention_outputs": (
                 self.attention_outputs,
                 [(node, site.stack) for node, site in zip(ends, sites, strict=True)],
+            ),
+            "embeddings": (
+                self._embeddings_weight(gm),
+                [(node, last) for node in embeddings(gm, [*layers, *self._own_logits(gm)])],
             ),
         }
         for name, (weight, nodes) in weights.items():
@@ -144,6 +189,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "layer_outputs": losses.mean_squared_error,
     "scores": losses.scores_error,
     "attention_outputs": losses.mean_squared_error,
+    "embeddings": losses.mean_squared_error,
 }
 
 
@@ -169,16 +215,6 @@ def remove(gm: GraphModule) -> None:
         if roles.role(node) == "loss":
             erase(node)
     record_facts(gm, task=None)
-
-
-def _logits(gm: GraphModule) -> list[Node]:
-    """Return the outputs that are logits: named so, or the first output of a model that names none."""
-    named = named_leaves(model_outputs(gm))
-    found = [node for name, node in named.items() if name == "logits" or name.endswith("_logits")]
-    unnamed = all(name == "output" or name.split(".")[0].isdigit() for name in named)
-    if not found and unnamed:
-        found = [node for node in named.values() if node.meta["val"].is_floating_point()][:1]
-    return found
 
 
 def padding_mask(gm: GraphModule, sites: list[AttentionSite]) -> Node | None:

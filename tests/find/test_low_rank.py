@@ -43,7 +43,8 @@ class Factors(LoRA):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base(x)
         few = self.dropout(x) @ self.lora_A.weight.transpose(0, 1)
-        return result + (few @ self.lora_B.weight.transpose(0, 1)) * 2.0
+        result = result + (few @ self.lora_B.weight.transpose(0, 1)) * 2.0
+        return result
 
 
 class Two(LoRA):

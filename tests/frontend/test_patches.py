@@ -19,11 +19,13 @@ import transformers
 from packaging.requirements import Requirement
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralModel, PreTrainedModel
+from transformers.utils.import_utils import torch_compilable_check
 
 import ti_fx
 from ti_fx.errors import CaptureError, InputError, VersionError
 from ti_fx.frontend import patches
 from ti_fx.frontend.internals import INTERNALS, KNOWN, Internal
+from ti_fx.frontend.model_checks import kept_checks
 
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "setup.cfg").is_file())
 INSTALLED = {library.__name__: library.__version__.partition("+")[0] for library in (torch, transformers)}
@@ -167,7 +169,7 @@ def test_an_internal_that_is_no_function_any_more_is_named(
         patches.traceable,
         lambda model: patches.plain_torch_layers(),
         lambda model: patches.no_empty_selections(lambda: True),
-        lambda model: patches.no_checks_of_values(),
+        lambda model: kept_checks(),
         lambda model: patches.broadcast_masks(),
         lambda model: patches.modules_stay(),
     ],
@@ -191,10 +193,10 @@ def test_a_patch_goes_when_its_body_fails(
 def test_a_switched_off_check_of_transformers_stays_so(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "0")
-    with patches.no_checks_of_values():
-        assert os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] == "1"
-    assert os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] == "0"
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+    with kept_checks():
+        torch_compilable_check(False, "off")
+    torch_compilable_check(False, "off")
 
 
 def test_a_failed_capture_leaves_nothing_changed(model: PreTrainedModel) -> None:

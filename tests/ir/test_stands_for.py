@@ -95,7 +95,7 @@ def prepared(tiny: Tiny, *passes: Pass) -> GraphModule:
     return gm
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_another_activation_in_the_student_alone(bert: Tiny, in_place: bool) -> None:
     """The student is what a model with ReLU becomes; the teacher computes what the model did."""
     gm = prepared(bert, StudentRelu(in_place)).eval()

@@ -26,6 +26,7 @@ from ti_fx.passes import (
     Ternarize,
 )
 from ti_fx.passes.prepare.look_up_first import LookUpFirst
+from ti_fx.passes.prepare.return_parts import ReturnParts
 
 PLUGIN = Path(__file__).parents[1] / "support" / "golden_text.py"
 
@@ -87,6 +88,7 @@ GOLDEN: dict[str, tuple[tuple[Pass, ...], Pass]] = {
     "requantize_to_float": ((Ternarize(), QuantizeActivations(), Pack()), Requantize("float")),
     "requantize_from_float": ((Ternarize(), Pack()), Requantize("int8-token")),
     "look_up_first": ((Ternarize(),), LookUpFirst()),
+    "return_parts": ((DuplicateTeacher(), Distill()), ReturnParts()),
 }
 
 

@@ -78,6 +78,7 @@ def test_from_a_captured_graph(tmp_path: Path) -> None:
     same(ti_fx.load(saved, graph()), logits)
 
 
+@pytest.mark.slow
 def test_through_a_pass_before_preparation(tmp_path: Path) -> None:
     own = graph()
     Pipeline(LearntGain())(own)
@@ -96,6 +97,7 @@ def test_through_a_pass_before_preparation(tmp_path: Path) -> None:
         ti_fx.load(saved, other)
 
 
+@pytest.mark.slow
 def test_through_a_pass_after_preparation(tmp_path: Path) -> None:
     own = graph()
     PLAIN.prepare(own)
@@ -131,6 +133,7 @@ def test_through_a_pass_of_torch_fx(tmp_path: Path) -> None:
     same(ti_fx.load(saved, again), logits)
 
 
+@pytest.mark.slow
 def test_edited_without_a_pass(tmp_path: Path) -> None:
     own = graph()
     for node in own.graph.find_nodes(op="call_function", target=aten.gelu.default):
@@ -144,6 +147,7 @@ def test_edited_without_a_pass(tmp_path: Path) -> None:
     assert "use the versions" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_was_saved_before_this_was_said(tmp_path: Path) -> None:
     saved, logits = trained(tmp_path, bert_model(layers=1))
     description = saved / "ti_fx.json"

@@ -57,6 +57,7 @@ def describe(path: Path) -> dict[str, Any]:
 def _own_facts(written: Mapping[str, str]) -> dict[str, Any] | None:
     """Return what ti_fx wrote about the file, None if it did not write it."""
     from ti_fx.export.file import content, metadata
+    from ti_fx.export.file.checks import from_json
     from ti_fx.export.file.minimum_runtime import MINIMUM_RUNTIME
 
     if content.ENCODING_KEY not in written:
@@ -75,6 +76,11 @@ def _own_facts(written: Mapping[str, str]) -> dict[str, Any] | None:
         "kept": metadata.value_of(written, metadata.KEPT, {}),
         "source": metadata.value_of(written, metadata.SOURCE, {}),
         "largest": metadata.value_of(written, metadata.LARGEST, {}),
+        "assumptions": metadata.value_of(written, metadata.ASSUMPTIONS, {}),
+        "checks": {
+            check.message: bool(check.rows)
+            for check in from_json(metadata.value_of(written, metadata.CHECKS, {}))
+        },
         "recipe": metadata.value_of(written, metadata.RECIPE, None),
         "recipe_sha256": written.get(metadata.RECIPE_HASH),
         "tensors_sha256": written.get(metadata.TENSORS_HASH),
@@ -160,6 +166,7 @@ def show(facts: dict[str, Any]) -> None:
 
 def _summary(own: Mapping[str, Any], producer: str) -> Iterator[str]:
     from ti_fx.export.report import batch_text
+    from ti_fx.ir.assumptions import Assumption
     from ti_fx.recipe import Recipe
 
     source = own["source"]
@@ -176,6 +183,10 @@ def _summary(own: Mapping[str, Any], producer: str) -> Iterator[str]:
         yield f"tensors that are not ternary: {kept}"
     for dimension, size in own["largest"].items():
         yield f"{dimension} is at most {size}"
+    for text, line in own["assumptions"].items():
+        yield str(Assumption(text, line))
+    for message, runs in own["checks"].items():
+        yield f"{message}: {'Runtime checks that' if runs else 'Runtime can not check that'}, a plain session does not"
     if own["minimum_onnxruntime"]:
         yield f"needs ONNX Runtime {own['minimum_onnxruntime']} or newer"
     if own["tensors_sha256"]:

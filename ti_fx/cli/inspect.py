@@ -241,7 +241,12 @@ def _facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> dict[str, 
 def _remarks(report: CaptureReport) -> list[str]:
     """Return what capture says beside the inputs' sizes: what the graph has fixed, and what could not be compared."""
     fixed = [f"{where} is static: {why}" for where, why in report.static.items()]
-    return [*fixed, *report.followed, *([report.unchecked] if report.unchecked else [])]
+    return [
+        *fixed,
+        *map(str, report.assumptions),
+        *report.followed,
+        *([report.unchecked] if report.unchecked else []),
+    ]
 
 
 def _print_facts(loaded: Loaded, gm: GraphModule, recipe: Recipe | None) -> None:

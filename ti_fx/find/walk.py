@@ -36,7 +36,7 @@ ELEMENTWISE = _names(
     slice_scatter select_scatter exp exp_ log sigmoid relu softplus"""
 )
 NORM = _names(
-    "layer_norm rms_norm group_norm pow mean rsqrt linalg_vector_norm norm native_layer_norm instance_norm"
+    "layer_norm rms_norm group_norm pow mean rsqrt linalg_vector_norm norm native_layer_norm instance_norm batch_norm"
 )
 _SPREAD = _names("rsqrt sqrt linalg_vector_norm norm clamp_min")  # what a written-out norm divides by
 POOL = _names(
@@ -157,7 +157,7 @@ class Walk:
 
     def is_norm(self, node: Node) -> bool:
         """Whether the node is a norm, or a part of one that is written out."""
-        if aten_name(node) in NORM or isinstance(self.module(node), leaves.BatchNorm):
+        if aten_name(node) in NORM or isinstance(self.module(node), leaves.BatchNorm | leaves.InstanceNorm):
             return True
         return aten_name(node) in ("mul", "div") and any(
             aten_name(self.before_views(part)) in _SPREAD for part in node.all_input_nodes
@@ -176,7 +176,10 @@ class Walk:
 
     def is_elementwise(self, node: Node) -> bool:
         """Whether the node computes each entry from the same entry of its inputs."""
-        return aten_name(node) in ELEMENTWISE or node.target is leaves.add_mask
+        return aten_name(node) in ELEMENTWISE or node.target in (
+            leaves.add_mask,
+            leaves.zero_masked_rows,
+        )
 
     def is_projection(self, node: Node) -> bool:
         """Whether the node multiplies by a stored weight, or by one made from stored tensors (weight norm)."""

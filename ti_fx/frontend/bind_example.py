@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ti_fx.errors import InputError
+from ti_fx.ir.inputs import distinct
 
 # Keywords that ask for a cache, which a training graph has not. XLNet's exists in evaluation alone.
 CACHES = ("use_cache", "use_mems")
@@ -45,7 +46,7 @@ def bind_example(
     for name in CACHES:
         if name in signature.parameters:
             constants.setdefault(name, False)
-    return tensors, constants
+    return distinct(tensors), constants
 
 
 def _arguments(

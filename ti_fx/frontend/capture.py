@@ -6,8 +6,9 @@ the way of editing and training it, and the result is compared with the source m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -16,15 +17,20 @@ from ti_fx.errors import (
     CaptureError,
     InputError,
     RandomnessError,
+    SizeError,
     TiFxError,
     VerificationError,
     VersionError,
+    WriteError,
 )
+from ti_fx.frontend.assumptions import size_assumptions
 from ti_fx.frontend.bind_example import CACHES, bind_example, two_rows
-from ti_fx.frontend.compare import compare_shapes, compare_values, draws_alike
+from ti_fx.frontend.compare import Compared, compare_shapes, compare_values, draws_alike, evaluation_writes
+from ti_fx.frontend.drop_fields import random_fields
 from ti_fx.frontend.dynamic_sizes import Dynamic, has_open_sizes, named_sizes
 from ti_fx.frontend.exported_graph import exported_graph
 from ti_fx.frontend.patches import one_at_a_time, traceable
+from ti_fx.frontend.size_questions import Questions
 from ti_fx.frontend.source_lines import short
 from ti_fx.frontend.trace import (
     FollowedDecisions,
@@ -33,15 +39,17 @@ from ti_fx.frontend.trace import (
     trace_following_decisions,
     trace_without_decisions,
 )
-from ti_fx.ir.checks import check_message
+from ti_fx.ir.checks import MARK, REFUSES, check_message
 from ti_fx.ir.edit import mode
 from ti_fx.ir.facts import CaptureReport, facts, record_facts, record_sizes
-from ti_fx.ir.inputs import validate_inputs
+from ti_fx.ir.inputs import validate_compiled, validate_inputs
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.shapes import guard_count
 from ti_fx.passes.normalise import NORMALISE
 from ti_fx.passes.normalise.drop_dead import DropDead
 from ti_fx.passes.normalise.name_sizes import NameSizes
+
+_WIDTH: tuple[Dynamic, ...] = ("none", "batch", "auto", "all")  # from no dynamic size to all
 
 
 class _Captured(NamedTuple):
@@ -49,10 +57,10 @@ class _Captured(NamedTuple):
 
     gm: GraphModule
     static: dict[str, str]
-    checked: dict[str, float]
-    unchecked: str | None
+    compared: Compared
     followed: tuple[str, ...]
     open_sizes: bool
+    questions: Questions
 
 
 def capture_report(gm: GraphModule) -> CaptureReport:
@@ -98,13 +106,13 @@ def capture(
         raise InputError(f"dynamic is {dynamic!r}; use {', '.join(map(repr, get_args(Dynamic)))}")
     tensors, constants = bind_example(model, example)
     with traceable(model) as attention:
-        found = _captured(model, tensors, constants, dynamic)
+        found = _right_everywhere(model, tensors, constants, dynamic)
     gm, static = found.gm, found.static
     dims = named_sizes(gm, list(tensors))[0]
     for name, sizes in dims.items():
         for index, size in enumerate(sizes):
             if isinstance(size, int):
-                static.setdefault(f"{name}.{index}", f"the model (or dynamic={dynamic!r}) fixes it at {size}")
+                static.setdefault(f"{name}.{index}", _why_fixed(found.questions, name, index, size, dynamic))
     report = CaptureReport(
         dims=dims,
         static=static,
@@ -112,13 +120,39 @@ def capture(
         attention=attention,
         nodes=len(gm.graph.nodes),
         parameters=sum(parameter.numel() for parameter in gm.parameters()),
-        checked=found.checked,
-        unchecked=found.unchecked,
+        checked=found.compared.checked,
+        unchecked=found.compared.unchecked,
+        further=found.compared.further,
+        left_out=tuple(found.compared.left_out),
         followed=found.followed,
+        assumptions=facts(gm).sizes.assumptions,
     )
     record_facts(gm, capture=report, example=tensors, dynamic=dynamic, passes=())
     gm.train(model.training)
     return gm
+
+
+def _right_everywhere(
+    model: nn.Module, tensors: dict[str, Tensor], constants: dict[str, Any], dynamic: Dynamic
+) -> _Captured:
+    """Capture with fewer dynamic sizes where the graph differs from the model at other sizes than the example's."""
+    reason = ""
+    for attempt in (dynamic, "batch", "none"):
+        if reason and _WIDTH.index(attempt) >= _WIDTH.index(dynamic):
+            continue
+        try:
+            found = _captured(model, tensors, constants, attempt)
+        except SizeError as error:
+            if attempt == "none":
+                raise
+            reason = reason or str(error).partition(": ")[0]
+            continue
+        if reason:
+            for name, value in tensors.items():
+                for index in range(int(attempt == "batch"), value.dim()):
+                    found.static[f"{name}.{index}"] = f"with more of it dynamic, {reason}"
+        return found
+    raise AssertionError("a graph of fixed sizes has no others")
 
 
 def _captured(
@@ -136,13 +170,17 @@ def _captured(
         for training in (True, False):
             try:
                 found = _traced(model, tensors, constants, dynamic, training, trace)
-            except (RandomnessError, VersionError):
+            except (SizeError, VersionError, WriteError):
                 raise
+            except RandomnessError as error:
+                _raise_with_fields(model, error)
             except (CaptureError, InputError, VerificationError) as error:
                 errors.append(error)
                 continue
             if not (
-                training or found.unchecked is not None or draws_alike(model, found.gm, tensors, constants)
+                training
+                or found.compared.unchecked is not None
+                or draws_alike(model, found.gm, tensors, constants)
             ):
                 continue
             if trace is trace_following_decisions or not found.open_sizes:
@@ -153,7 +191,15 @@ def _captured(
             break
     if spare is not None:
         return spare
-    raise errors[0]
+    _raise_with_fields(model, errors[0])
+
+
+def _raise_with_fields(model: nn.Module, error: TiFxError) -> NoReturn:
+    """Raise an error that says of a random choice which fields of the model make it."""
+    fields = random_fields(model) if re.search("at random|random number", str(error)) else ""
+    if fields:
+        raise type(error)(f"{error}: {fields}") from error
+    raise error
 
 
 def _traced(
@@ -168,35 +214,53 @@ def _traced(
     traced = {name: two_rows(value) for name, value in tensors.items()} if dynamic != "none" else tensors
     with mode(model, training):
         found = trace(model, traced, constants, dynamic)
-        gm = exported_graph(found.program, model, found.baked)
+        written = evaluation_writes(found.program, model, tensors, constants)
+        gm = exported_graph(found.program, model, found.baked, written)
         NORMALISE(gm)
         validate_inputs(gm)
         static = found.static
         for name, value in found.baked.items():
             why = "the model turns its values into Python numbers, so they are constants of the graph"
             static.update({f"{name}.{index}": why for index in range(value.dim())})
-        record_sizes(gm, names=named_sizes(gm, list(tensors))[1])
+        names = named_sizes(gm, list(tensors))[1]
+        record_sizes(gm, names=names)
         record_facts(gm, guards=guard_count(gm))
-        checked: dict[str, float] = {}
-        unchecked: str | None
+        assumed = size_assumptions(model, gm, found.program, found.questions, traced, constants)
+        record_sizes(gm, assumptions=assumed)
+        if assumed:
+            validate_compiled(gm)
         if any(value.is_meta for value in tensors.values()):
-            unchecked = compare_shapes(model, gm, tensors, constants)
+            compared = Compared(unchecked=compare_shapes(model, gm, tensors, constants))
         else:
-            checked, unchecked = compare_values(model, gm, tensors, constants)
+            compared = compare_values(model, gm, tensors, constants)
         Pipeline(NameSizes(), DropDead())(gm)
     return _Captured(
-        gm, static, checked, unchecked, _decided_by_values(gm, found.followed), has_open_sizes(found.program)
+        gm,
+        static,
+        compared,
+        _decided_by_values(gm, found.followed),
+        has_open_sizes(found.program),
+        found.questions,
     )
 
 
+def _why_fixed(questions: Questions, name: str, index: int, size: int, dynamic: Dynamic) -> str:
+    return questions.why_fixed(name, index, size) or f"the model (or dynamic={dynamic!r}) fixes it at {size}"
+
+
 def _decided_by_values(gm: GraphModule, followed: FollowedDecisions) -> tuple[str, ...]:
-    """Return one line for each decision that the graph checks, and for each loop over what a mask hits."""
+    """Return a line for each check and each decision that the graph has, and for each loop over what a mask hits."""
     checks = {message for node in gm.graph.nodes if (message := check_message(node)) is not None}
     lines = [
+        f"{message.removeprefix(MARK)}: the graph checks that, too, and a plain ONNX session does not"
+        for message in sorted(checks)
+        if message.startswith(REFUSES)
+    ]
+    lines += [
         f"{decision} on the example: the graph follows that and refuses inputs that decide otherwise, which an ONNX "
         "file does not"
         for decision in followed.decisions
-        if decision.message in checks
+        if decision.message in checks and not decision.message.startswith(REFUSES)
     ]
     for where, missed in followed.loops.items():
         compared = "" if missed else ", which the example does not show: it hits them all"

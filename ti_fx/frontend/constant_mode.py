@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ti_fx.frontend.checks import check, positions
 from ti_fx.frontend.decisions import Decisions, count_of
+from ti_fx.frontend.draws import HIGH, Draws
 from ti_fx.frontend.source_lines import caller
 
 # What takes sizes, which a model may give as tensors of one number.
@@ -60,8 +62,9 @@ class _LoopedRows(list[Tensor]):
 class ConstantMode(TorchFunctionMode):
     """Computes what depends on the given integer tensors alone at once, in a trace, so that Python can read it.
 
-    A single number drawn at random is one, too: what a layer is dropped by. It is 1 here, so that nothing is dropped;
-    ``drawn`` says where, and :func:`ti_fx.frontend.randomness.decides_at_random` whether that matters.
+    A single number drawn at random is one, too: what a layer is dropped by. It is all but 1 here, so that nothing is
+    dropped; ``drawn`` says where, and :func:`ti_fx.frontend.randomness.decides_at_random` whether that matters. One
+    that is drawn with a dimension (``torch.rand(1)``) is a node of the graph: what Python reads of it is fixed.
 
     With ``decisions``, what Python reads beyond that is recorded or replayed, and a loop over the rows of a mask's
     ``nonzero`` runs over every row that the mask has: what is not hit is empty there. ``loops`` says where, and
@@ -69,13 +72,14 @@ class ConstantMode(TorchFunctionMode):
     """
 
     def __init__(
-        self, values: Iterable[Tensor] = (), draw: float = 1.0, decisions: Decisions | None = None
+        self, values: Iterable[Tensor] = (), draw: float = HIGH, decisions: Decisions | None = None
     ) -> None:
         super().__init__()
         self.alive: list[Tensor] = list(values)  # an id means something only as long as its tensor lives
         self.constants = {id(value) for value in self.alive}
         self.draw = draw
         self.drawn: list[str] = []
+        self.draws = Draws(draw)
         self.decisions = decisions
         self.rows: dict[int, Tensor] = {}  # every row that a nonzero, by its id, may have
         self.loops: dict[str, bool] = {}
@@ -86,6 +90,15 @@ class ConstantMode(TorchFunctionMode):
         if func is torch.rand and args in (([],), ((),)):
             self.drawn.append(caller())
             return self._at_once(torch.tensor, (self.draw,), kwargs)
+        if self.draws.reads(func, args):
+            self.drawn.append(caller())
+            return self.draws.read(func, args)
+        with self.draws.drawing(func):
+            result = self._call(func, args, kwargs)
+        self.draws.follow(func, args, kwargs, result)
+        return result
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         given = all_tensors((args, kwargs))
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             given += index_numbers(args[1])
@@ -154,6 +167,8 @@ class ConstantMode(TorchFunctionMode):
             self.decisions.record(outcome)
             return outcome
         decision = self.decisions.replay()
+        if func is Tensor.__len__ and not free_unbacked_symbols(args[0].shape[:1]):
+            return func(*args)
         if alone:
             return self._at_once(func, args, {})
         if decision is None:

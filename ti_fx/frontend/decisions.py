@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ti_fx.frontend.model_checks import raised_at
 from ti_fx.frontend.source_lines import caller, short
-from ti_fx.ir.checks import MARK
+from ti_fx.ir.checks import MARK, REFUSES
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,13 @@ class Decision:
     @property
     def message(self) -> str:
         """What a run that decides otherwise is told."""
+        said = raised_at(self.where)
+        if said is not None and isinstance(self.outcome, bool):
+            return f"{REFUSES}{said.rstrip('.')} ({short(self.where)}); give inputs that the model takes"
         return (
             f"{MARK}these inputs decide otherwise at {short(self.where)}, which read {self.outcome} on the captured "
             "example, and the graph follows that; capture with an example that decides like these inputs"
+            + (f"; the model raises there, if it does: {said}" if said else "")
         )
 
 
@@ -56,6 +61,7 @@ _TRUTH_READS: dict[Any, Callable[..., Tensor]] = {
     Tensor.__bool__: lambda value: value != 0,
     Tensor.item: _itself,
     Tensor.__contains__: lambda value, element: (value == element).any(),
+    Tensor.__len__: lambda value: torch.scalar_tensor(value.shape[0]),
     torch.is_nonzero: lambda value: value != 0,
     Tensor.is_nonzero: lambda value: value != 0,
 }

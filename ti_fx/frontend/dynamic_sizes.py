@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -45,6 +46,55 @@ def dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[s
     return shapes, static
 
 
+def with_suggested_batch(said: str, shapes: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what to ask torch.export instead, where it says which batches the model's branches allow.
+
+    It names bounds (``Dim('batch', max=4)``), multiples (``2*_batch``) or one number. None: it says nothing.
+    """
+    fixes = dict(re.findall(r"^\s+(_?batch) = (.*)$", said.partition("Suggested fixes")[2], re.MULTILINE))
+    if BATCH not in fixes:
+        return None
+    fix = fixes[BATCH]
+    dims = {name: _dim(name, text) for name, text in fixes.items() if text.startswith("Dim(")}
+    multiple = re.fullmatch(r"(?:(\d+)\*)?_batch(?: \+ (\d+))?", fix)
+    new: Any = None
+    if BATCH in dims:
+        new = dims[BATCH]
+    elif multiple is not None:
+        new = int(multiple[1] or 1) * dims.get("_batch", torch.export.Dim("_batch"))
+        new = new + int(multiple[2]) if multiple[2] else new
+    elif not fix.isdigit():
+        return None
+    found = {}
+    for name, dims_of in shapes.items():
+        known = {
+            index: dim
+            for index, dim in (dims_of or {}).items()
+            if index or not isinstance(dim, torch.export.Dim)
+        }
+        batch = dims_of is not None and len(known) < len(dims_of)
+        found[name] = ({0: new} if batch and new is not None else {}) | known or None
+    return found
+
+
+def _dim(name: str, text: str) -> torch.export.Dim:
+    bounds = {key: int(value) for key, value in re.findall(r"(min|max)=(\d+)", text)}
+    return torch.export.Dim(name, **bounds)
+
+
+def places(
+    program: torch.export.ExportedProgram, tensors: dict[str, Tensor]
+) -> dict[tuple[str, int], torch.SymInt]:
+    """Return the size of each dimension of an input that is open in the program, by input and dimension."""
+    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    return {
+        (name, index): size
+        for name, given in zip(tensors, program.graph_signature.user_inputs, strict=True)
+        for index, size in enumerate(nodes[str(given)].meta["val"].shape)
+        if isinstance(size, torch.SymInt)
+    }
+
+
 def fixed_by_equalities(
     program: torch.export.ExportedProgram, tensors: dict[str, Tensor]
 ) -> list[tuple[str, int]]:
@@ -52,16 +102,13 @@ def fixed_by_equalities(
 
     Where one has several symbols, torch.export does not solve it: 8 * bins * (length // (length // 8)) = 256.
     """
-    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    places: dict[Any, list[tuple[str, int]]] = {}
-    for name, given in zip(tensors, program.graph_signature.user_inputs, strict=True):
-        for index, size in enumerate(nodes[str(given)].meta["val"].shape):
-            if isinstance(size, torch.SymInt):
-                environment = size.node.shape_env
-                places.setdefault(size.node.expr, []).append((name, index))
+    by_expression: dict[Any, list[tuple[str, int]]] = {}
+    for place, size in places(program, tensors).items():
+        by_expression.setdefault(size.node.expr, []).append(place)
+        environment = size.node.shape_env
     own = {
         symbol: tensors[name].shape[index]
-        for symbol, ((name, index), *_) in places.items()
+        for symbol, ((name, index), *_) in by_expression.items()
         if symbol.is_Symbol
     }
     equalities = [one.expr for one in environment.guards if one.expr.is_Equality] if own else []
@@ -75,7 +122,9 @@ def fixed_by_equalities(
             for scaled in (own, {one: 2 * value for one, value in own.items()})
         )
 
-    return [place for symbol, size in own.items() if not changes(symbol, size) for place in places[symbol]]
+    return [
+        place for symbol, size in own.items() if not changes(symbol, size) for place in by_expression[symbol]
+    ]
 
 
 def may_hold(equality: Any, sizes: Mapping[Any, int]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from ti_fx.ir.stages import EXPORTED
 
 
 def exported_graph(
-    program: torch.export.ExportedProgram, model: nn.Module, baked: Mapping[str, Tensor]
+    program: torch.export.ExportedProgram,
+    model: nn.Module,
+    baked: Mapping[str, Tensor],
+    written: Collection[str] = (),
 ) -> GraphModule:
     """Return the graph of a program as torch.export writes it, which ``ti_fx.passes.normalise`` makes plain.
 
@@ -23,6 +26,7 @@ def exported_graph(
         program: what torch.export made of the model.
         model: its Parameters and buffers are the graph's, and its mode is the one that was traced.
         baked: the values of inputs that are constants of the program.
+        written: the buffers that the model writes into in evaluation.
 
     Raises:
         CaptureError: the program has a parameter that the model does not name.
@@ -33,7 +37,9 @@ def exported_graph(
     graph.output(graph.graph_copy(source.graph, {}))
     graph.set_codegen(source.graph._codegen)
     gm = GraphModule(source, graph, class_name=type(model).__name__)
-    record_facts(gm, stage=EXPORTED.name, baked=dict(baked), tied=_tied_names(model))
+    record_facts(
+        gm, stage=EXPORTED.name, baked=dict(baked), tied=_tied_names(model), written=frozenset(written)
+    )
     _share_tensors(gm, model)
     return gm.train(model.training)
 
@@ -65,5 +71,8 @@ def _share_tensors(gm: GraphModule, model: nn.Module) -> None:
         if own is not None:
             for name in {node.target, first[id(own)]}:
                 register(gm, name, own, is_persistent(model, name))
+            count = f"{str(node.target).removesuffix('running_mean')}num_batches_tracked"
+            if count in named:  # a trace in eval mode does not read it
+                register(gm, count, named[count], is_persistent(model, count))
         elif isinstance(stored(gm, node), nn.Parameter):
             raise CaptureError(f"the graph reads a parameter {node.target} that the model does not name")

@@ -54,6 +54,21 @@ INTERNALS = (
         "set to False: a look at the arguments' values computes nothing",
     ),
     Internal(
+        "torch.autograd.grad_mode.inference_mode.__enter__",
+        "(self)",
+        "replaced: a trace does not see it, and what it holds would be trained",
+    ),
+    Internal(
+        "torch.autograd.grad_mode.inference_mode.__exit__",
+        "(self, exc_type, exc_value, traceback)",
+        "replaced, as __enter__ is",
+    ),
+    Internal(
+        "torch.fx.node._side_effectful_functions",
+        None,
+        "gets the regions without gradients: one that only writes into a buffer would be left out",
+    ),
+    Internal(
         "torch.nn.modules.module.Module.to",
         "(self, *args, **kwargs)",
         "replaced where it would change nothing: a trace can't swap weights",
@@ -96,7 +111,17 @@ INTERNALS = (
     Internal(
         "transformers.utils.import_utils.torch_compilable_check",
         "(cond, msg, error_type)",
-        "switched off by TRANSFORMERS_DISABLE_TORCH_CHECK: it looks at values and computes nothing",
+        "replaced by a node that checks: it looks at values and computes nothing",
+    ),
+    Internal(
+        "torch._check_with",
+        "(error_type, cond, message)",
+        "replaced by a node that checks, where the model calls it: a trace loses its message",
+    ),
+    Internal(
+        "torch._check_tensor_all_with",
+        "(error_type, cond, message)",
+        "replaced by a node that checks, where the model calls it: a trace loses its message",
     ),
     Internal(
         "transformers.modeling_utils.PreTrainedModel.set_attn_implementation",

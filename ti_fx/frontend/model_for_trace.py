@@ -8,7 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ti_fx.errors import CaptureError
+from ti_fx.passes.normalise.leaf_modules import AVERAGE
 
 
 @contextmanager
@@ -38,13 +43,84 @@ def whole_numbers_stay(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
 
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Put every buffer's values back as they were: running statistics change with every forward in training."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    """Put every buffer back as it was, values and all: running statistics change with every forward in training."""
+    modules = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    kept = {id(value): value for _, buffers in modules for value in buffers.values() if value is not None}
+    before = [(value, value.detach().clone()) for value in kept.values()]
     try:
         yield
     finally:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
+        for module, buffers in modules:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for value, copy in before:
+                if value.grad_fn is not None:
+                    value.detach_()
+                value.copy_(copy)
+
+
+def written_buffers(model: nn.Module, run: Callable[[], Any]) -> set[str]:
+    """Return the names of the buffers that a run writes into or puts another tensor in the place of; it is undone."""
+    with unchanged_buffers(model):
+        before = {
+            name: (value, value._version, value.detach().clone())
+            for name, value in model.named_buffers(remove_duplicate=False)
+        }
+        run()
+        after = dict(model.named_buffers(remove_duplicate=False))
+        return {
+            name
+            for name, (value, version, copy) in before.items()
+            # running statistics move without a version
+            if after.get(name) is not value or value._version != version or not torch.equal(value, copy)
+        }
+
+
+def values_of_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of every buffer, by name."""
+    return {name: value.detach().clone() for name, value in model.named_buffers()}
+
+
+def python_state(model: nn.Module) -> dict[tuple[int, str], Any]:
+    """Return what modules keep beside their tensors and a call may change: numbers, by value, tensors, by identity."""
+    return {
+        (index, name): id(value) if isinstance(value, Tensor) else value
+        for index, module in enumerate(model.modules())
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | Tensor)
+    }
+
+
+def has_moved(model: nn.Module, state: dict[tuple[int, str], Any]) -> bool:
+    """Whether a call has changed what modules keep beside their tensors."""
+    return python_state(model) != state
+
+
+@contextmanager
+def averages_said(model: nn.Module) -> Iterator[None]:
+    """Let batch norms that weigh all batches alike (``momentum=None``) say so by a number that no other one has.
+
+    Their own code reads the count of batches in Python, which a trace can't. ``ti_fx.passes.normalise`` knows the
+    number.
+
+    Raises:
+        CaptureError: statistics are of all processes, which a graph's are not.
+    """
+    together = [name for name, part in model.named_modules() if isinstance(part, nn.SyncBatchNorm)]
+    if together and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise CaptureError(
+            f"{together[0]} is a SyncBatchNorm, whose statistics are of all processes, and a graph's are of one; "
+            "make it a BatchNorm, or train in one process"
+        )
+    found = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.momentum is None]
+    for part in found:
+        part.momentum = AVERAGE
+    try:
+        yield
+    finally:
+        for part in found:
+            part.momentum = None
 
 
 @contextmanager
@@ -75,7 +151,7 @@ def constants_bound(model: nn.Module, inputs: list[str], constants: dict[str, An
     def bound(**tensors: Tensor) -> Any:
         return without_caches(forward(**tensors, **constants))
 
-    with forward_of_tensors(model, bound, inputs):
+    with forward_of_tensors(model, bound, inputs), averages_said(model):
         yield
 
 

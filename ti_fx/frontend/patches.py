@@ -7,7 +7,6 @@ undoing each other's.
 
 from __future__ import annotations
 
-import os
 import pkgutil
 import sys
 import threading
@@ -16,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ti_fx.frontend.internals import known_internal
@@ -31,7 +31,7 @@ def one_at_a_time() -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
     """Put what ``replacement`` makes of an internal in its place."""
     with one_at_a_time():
         original = _replace(name, replacement)
@@ -64,7 +64,7 @@ def traceable(model: nn.Module) -> Iterator[str | None]:
     """
     with (
         plain_torch_layers(),
-        _replaced("torch.distributions.distribution.Distribution._validate_args", lambda _: False),
+        replaced("torch.distributions.distribution.Distribution._validate_args", lambda _: False),
         _batched_experts(model),
         _eager_attention(model) as implementation,
     ):
@@ -85,7 +85,7 @@ def plain_torch_layers() -> Iterator[None]:
     with one_at_a_time():
         is_enabled = known_internal("torch.backends.mha.get_fastpath_enabled")
         enable = known_internal("torch.backends.mha.set_fastpath_enabled")
-        with _replaced("torch.nn.modules.transformer._detect_is_causal_mask", by_hint):
+        with replaced("torch.nn.modules.transformer._detect_is_causal_mask", by_hint):
             before = is_enabled()
             enable(False)
             try:
@@ -170,27 +170,8 @@ def no_empty_selections(looping: Callable[[], bool]) -> Iterator[None]:
 
         return evaluated
 
-    with _replaced(f"{module}.ShapeEnv.evaluate_expr", of):
+    with replaced(f"{module}.ShapeEnv.evaluate_expr", of):
         yield
-
-
-@contextmanager
-def no_checks_of_values() -> Iterator[None]:
-    """Leave out transformers' own checks of values, which compute nothing; the model has run on the example."""
-    if "transformers.utils.import_utils" not in sys.modules:
-        yield
-        return
-    known_internal("transformers.utils.import_utils.torch_compilable_check")
-    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextmanager
@@ -210,8 +191,8 @@ def broadcast_masks() -> Iterator[None]:
         return of
 
     with (
-        _replaced(f"{library}._vmap_expansion_sdpa", lambda _: broadcast),
-        _replaced(f"{library}.TransformGetItemToIndex", lambda _: lambda: nullcontext()),
+        replaced(f"{library}._vmap_expansion_sdpa", lambda _: broadcast),
+        replaced(f"{library}.TransformGetItemToIndex", lambda _: lambda: nullcontext()),
     ):
         yield
 
@@ -233,8 +214,45 @@ def modules_stay() -> Iterator[None]:
 
         return stays
 
-    with _replaced("torch.nn.modules.module.Module.to", of):
+    with replaced("torch.nn.modules.module.Module.to", of):
         yield
+
+
+@contextmanager
+def inference_without_gradients() -> Iterator[None]:
+    """Let a trace take ``torch.inference_mode()`` within forward for ``torch.no_grad()``: it would see neither."""
+
+    def entering(_: Any) -> Any:
+        def enter(region: Any) -> None:
+            region._gradients_before = torch.is_grad_enabled()
+            torch.set_grad_enabled(not region.mode)
+
+        return enter
+
+    def leaving(_: Any) -> Any:
+        def leave(region: Any, *error: Any) -> None:
+            torch.set_grad_enabled(region._gradients_before)
+
+        return leave
+
+    name = "torch.autograd.grad_mode.inference_mode"
+    with replaced(f"{name}.__enter__", entering), replaced(f"{name}.__exit__", leaving):
+        yield
+
+
+@contextmanager
+def regions_stay() -> Iterator[None]:
+    """Let a trace keep a region without gradients whose results nobody reads: it may write into a buffer."""
+    kept: set[Any] = known_internal("torch.fx.node._side_effectful_functions")
+    region = torch.ops.higher_order.wrap_with_set_grad_enabled
+    with one_at_a_time():
+        known = region in kept
+        kept.add(region)
+        try:
+            yield
+        finally:
+            if not known:
+                kept.discard(region)
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ti_fx.errors import RandomnessError
 from ti_fx.frontend.constant_mode import ConstantMode, all_tensors
+from ti_fx.frontend.draws import HIGH, LOW
 from ti_fx.frontend.model_for_trace import unchanged_buffers
 from ti_fx.frontend.source_lines import caller, drawing_line
 from ti_fx.numerics.closeness import same
@@ -20,6 +21,7 @@ _RANDOM_FUNCTIONS = ("randint", "choice", "choices", "sample", "shuffle", "gauss
 _NUMPY_FUNCTIONS = (
     "rand",
     "random",
+    "random_sample",
     "uniform",
     "randint",
     "choice",
@@ -32,19 +34,33 @@ _NUMPY_FUNCTIONS = (
 
 @contextmanager
 def _python_draws(draw: float) -> Iterator[list[str]]:
-    """Let Python's uniform random numbers be at one end of their range; yield where they are drawn."""
+    """Let Python's and NumPy's single uniform numbers be at one end of their range; yield where they are drawn."""
+    import numpy
+
     drawn: list[str] = []
 
     def uniform(low: float = 0.0, high: float = 1.0) -> float:
         drawn.append(caller())
         return low + (high - low) * draw
 
-    before = random.random, random.uniform
-    random.random, random.uniform = uniform, uniform  # type: ignore[assignment]
-    try:
+    def of_numpy(function: Any, takes_bounds: bool) -> Any:
+        def number(*args: Any, **kwargs: Any) -> Any:
+            if not takes_bounds and not args and kwargs.get("size") is None:
+                return uniform()
+            if takes_bounds and len(args) < 3 and kwargs.get("size") is None:
+                return uniform(*args, **{name: value for name, value in kwargs.items() if name != "size"})
+            return function(*args, **kwargs)
+
+        return number
+
+    places: list[tuple[Any, str, Any]] = [(random, name, uniform) for name in ("random", "uniform")]
+    for name in ("rand", "random", "random_sample", "uniform"):
+        places.append((numpy.random, name, of_numpy(getattr(numpy.random, name), name == "uniform")))
+    with ExitStack() as undo:
+        for module, name, function in places:
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, function)
         yield drawn
-    finally:
-        random.random, random.uniform = before
 
 
 @contextmanager
@@ -77,8 +93,9 @@ def no_python_randomness(model: nn.Module) -> Iterator[None]:
                 function = getattr(module, name)
                 undo.callback(setattr, module, name, function)
                 setattr(module, name, recording(function))
-        with _python_draws(1.0) as drawn:
+        with _python_draws(HIGH) as drawn, _own_generators(model) as own:
             yield
+            found += own()
         if any(parameter.is_meta for parameter in model.parameters()):
             found += drawn  # there are no values to see whether they matter
     if found:
@@ -88,12 +105,34 @@ def no_python_randomness(model: nn.Module) -> Iterator[None]:
         )
 
 
+@contextmanager
+def _own_generators(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Yield what says which generators of Python's or NumPy's that modules keep have drawn numbers meanwhile."""
+    import numpy
+
+    def state(generator: Any) -> str:
+        if isinstance(generator, numpy.random.Generator):
+            return str(generator.bit_generator.state)
+        return str(
+            generator.get_state() if isinstance(generator, numpy.random.RandomState) else generator.getstate()
+        )
+
+    kinds = (random.Random, numpy.random.Generator, numpy.random.RandomState)
+    before = [
+        (f"{path}.{name}".lstrip("."), value, state(value))
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, kinds)
+    ]
+    yield lambda: [name for name, generator, known in before if state(generator) != known]
+
+
 def decides_at_random(
     model: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]
 ) -> str | None:
     """Return where the model, in its present mode, draws a number that changes what it computes; None if nowhere."""
     outputs = []
-    for draw in (1.0, 0.0):
+    for draw in (HIGH, LOW):
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=[]),

@@ -16,18 +16,18 @@ def _folder(module: ModuleType) -> str:
     return str(Path(str(module.__file__)).parent) + os.sep
 
 
-_TORCH = _folder(torch)
-_TI_FX = str(Path(__file__).parents[1]) + os.sep
+TORCH = _folder(torch)
+TI_FX = str(Path(__file__).parents[1]) + os.sep
 
 
 def caller() -> str:
     """Return ``file:line`` of the innermost running frame that is neither torch's nor ours; "" if there is none."""
-    return _innermost(traceback.extract_stack(), (_TORCH, _TI_FX))
+    return _innermost(traceback.extract_stack(), (TORCH, TI_FX))
 
 
 def failing_line(error: BaseException) -> str:
     """Return ``file:line`` of the innermost frame of an error that is the model's own code; "" if there is none."""
-    return _innermost(traceback.extract_tb(error.__traceback__), (_TORCH, _TI_FX))
+    return _innermost(traceback.extract_tb(error.__traceback__), (TORCH, TI_FX))
 
 
 def drawing_line() -> str:
@@ -35,8 +35,8 @@ def drawing_line() -> str:
     import numpy
 
     frames = traceback.extract_stack()[:-2]  # without this function and what calls it in a generator's place
-    line = _innermost(frames, (_TORCH, _folder(numpy), str(random.__file__)))
-    return "" if line.startswith(_TI_FX) else line
+    line = _innermost(frames, (TORCH, _folder(numpy), str(random.__file__)))
+    return "" if line.startswith(TI_FX) else line
 
 
 def short(where: str) -> str:

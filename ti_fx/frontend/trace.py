@@ -26,6 +26,7 @@ from ti_fx.frontend.dynamic_sizes import Dynamic
 from ti_fx.frontend.export_program import KnownValues, export_program
 from ti_fx.frontend.model_for_trace import unchanged_buffers, whole_numbers_stay
 from ti_fx.frontend.randomness import decides_at_random, no_python_randomness
+from ti_fx.frontend.size_questions import Questions
 from ti_fx.frontend.source_lines import failing_line
 
 
@@ -49,12 +50,14 @@ class TraceResult:
     Attributes:
         program: the exported program.
         static: why a dimension is not dynamic, by ``input.dimension``.
+        questions: what was asked about sizes.
         baked: the values of inputs that are constants of the program.
         followed: what was decided by values.
     """
 
     program: torch.export.ExportedProgram
     static: dict[str, str]
+    questions: Questions
     baked: dict[str, Tensor]
     followed: FollowedDecisions = field(default_factory=FollowedDecisions)
 

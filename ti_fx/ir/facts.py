@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ti_fx.ir.assumptions import Assumption
+
 KEY = "ti_fx"  # in gm.meta; of a node's own entry see ti_fx.ir.roles
 PREPARE = "recipe"  # in the place of a recipe's passes among those that a graph went through
 
@@ -31,7 +33,10 @@ class CaptureReport:
         parameters: number of parameter elements the graph reads.
         checked: largest relative difference from the source model, in ``eval`` and ``train`` mode.
         unchecked: what could not be compared with the source model, and why; None if everything was.
+        further: the same difference where more was compared: buffers, gradients, other sizes, values and calls.
+        left_out: further comparisons that could not be made, and why.
         followed: what the model decides by values, which the graph has as on the example.
+        assumptions: conditions on the dynamic sizes, by which the model decides what it computes.
     """
 
     dims: dict[str, tuple[str | int, ...]]
@@ -43,12 +48,20 @@ class CaptureReport:
     checked: dict[str, float] = field(default_factory=dict)
     unchecked: str | None = None
     followed: tuple[str, ...] = ()
+    further: dict[str, float] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    assumptions: tuple[Assumption, ...] = ()
 
     def __str__(self) -> str:
         rows = [f"{name}: [{', '.join(map(str, sizes))}]" for name, sizes in self.dims.items()] + [
             f"{where} is static: {why}" for where, why in self.static.items()
         ]
+        rows += map(str, self.assumptions)
         rows += self.followed
+        rows += self.left_out
+        if self.further:
+            more = "; ".join(f"{name}: {value:.1e}" for name, value in self.further.items())
+            rows.append(f"relative difference from the model: {more}")
         checked = ", ".join(f"{name} {value:.1e}" for name, value in self.checked.items())
         compared = self.unchecked or f"relative difference: {checked}"
         rows.append(f"{self.nodes} nodes, {self.parameters:,} parameters; {compared}")
@@ -64,12 +77,14 @@ class Sizes:
         smallest: sizes below the trace's own bound that work, by symbol: those of a cache, which may be empty.
         sums: a size that is the sum of others, by name: a mask covers the cache and the new tokens.
         cases: sizes, by name, at which a file has to be tried beside others.
+        assumptions: conditions on them without which the graph is not the model.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     smallest: Mapping[str, int] = field(default_factory=dict)
     sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cases: tuple[Mapping[str, int], ...] = ()
+    assumptions: tuple[Assumption, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,7 @@ class GraphFacts:
         guards: how many guards those sizes had at capture; None: not captured yet.
         tied: further names of a tensor in the source model, by its first one.
         baked: the values of inputs that are constants of the graph.
+        written: the buffers that the source model writes into in evaluation.
         example: the inputs that the graph was captured with.
         dynamic: which sizes the capture left open: its argument.
         passes: those that a pipeline has run on the graph since its capture, as text, in order.
@@ -100,6 +116,7 @@ class GraphFacts:
     guards: int | None = None
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     baked: Mapping[str, Tensor] = field(default_factory=dict)
+    written: frozenset[str] = frozenset()
     example: Mapping[str, Tensor] | None = None
     dynamic: str = "auto"
     passes: tuple[str, ...] = ()
@@ -133,5 +150,12 @@ def record_facts(gm: GraphModule, **changes: Any) -> None:
 
 
 def record_sizes(gm: GraphModule, **changes: Any) -> None:
-    """Replace some of what is known of a graph's sizes; ``changes`` are fields of :class:`Sizes`."""
-    record_facts(gm, sizes=replace(facts(gm).sizes, **changes))
+    """Replace some of what is known of a graph's sizes; ``changes`` are fields of :class:`Sizes`.
+
+    Where sizes get other names, what is assumed of them goes by those.
+    """
+    known = facts(gm).sizes
+    if "names" in changes and "assumptions" not in changes:
+        new = {name: changes["names"].get(symbol, name) for symbol, name in known.names.items()}
+        changes["assumptions"] = tuple(one.renamed(new) for one in known.assumptions)
+    record_facts(gm, sizes=replace(known, **changes))

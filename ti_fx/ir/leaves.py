@@ -7,6 +7,7 @@ module follows ``train()`` and ``eval()`` as any nn.Module does. Dropout itself 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +77,15 @@ class DropPath(nn.Dropout):
 
 @since_opset(18)
 def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
-    """Add an attention mask that broadcasts to ``scores``; where a boolean one is False, scores are the lowest number.
+    """Add an attention mask that broadcasts to ``scores``; where it is False or -inf, scores are a very low number.
 
-    That is zero after softmax, as -inf is, and a row with everything masked is the mean of V, not NaN.
+    That is zero after softmax, as -inf is, and a row with everything masked is a number, not NaN: see
+    :func:`zero_masked_rows`.
     """
+    lowest = torch.finfo(scores.dtype).min
     if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores + mask
+        return scores.masked_fill(~mask, lowest)
+    return scores + mask.masked_fill(mask == float("-inf"), lowest / 2)
 
 
 @since_opset(18)
@@ -91,10 +94,27 @@ def causal_mask(query: Tensor, key: Tensor) -> Tensor:
     return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation over the given tensors: batch statistics in training, running ones in evaluation."""
+@since_opset(18)
+def zero_masked_rows(map: Tensor, mask: Tensor) -> Tensor:
+    """Zero the rows of an attention map ``(..., queries, keys)`` whose mask, False or -inf, hides every key.
 
-    def __init__(self, momentum: float, eps: float) -> None:
+    So does ``scaled_dot_product_attention``: the context of such a query is zero.
+    """
+    hidden = ~mask if mask.dtype == torch.bool else mask == float("-inf")
+    return map.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the given tensors: batch statistics in training, running ones in evaluation.
+
+    Args:
+        momentum: the weight of a new batch in the running statistics; None: that of one batch among all so far.
+        eps: is added to the variance.
+    """
+
+    _is_impure = True  # torch.fx: its statistics move although nobody reads its output
+
+    def __init__(self, momentum: float | None, eps: float) -> None:
         super().__init__()
         self.momentum = momentum
         self.eps = eps
@@ -106,17 +126,57 @@ class BatchNorm(nn.Module):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
+        batches: Tensor | None = None,
+    ) -> Tensor:
+        """Normalise ``value`` of shape ``(batch, channels, ...)``; training updates what is running, and the count."""
+        if not self.training or running_mean is None or running_var is None:
+            return torch.nn.functional.batch_norm(
+                value, running_mean, running_var, weight, bias, running_mean is None, 0.0, self.eps
+            )
+        if batches is not None:
+            batches.add_(1)
+        if self.momentum is not None or batches is None:
+            share = self.momentum or 0.0
+            return torch.nn.functional.batch_norm(
+                value, running_mean, running_var, weight, bias, True, share, self.eps
+            )
+        mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+        result = torch.nn.functional.batch_norm(value, mean, var, weight, bias, True, 1.0, self.eps)
+        one_of_all = batches.to(mean.dtype).reciprocal()
+        running_mean.lerp_(mean, one_of_all)
+        running_var.lerp_(var, one_of_all)
+        return result
+
+    def extra_repr(self) -> str:
+        """Show the options in a dump."""
+        return f"momentum={self.momentum}, eps={self.eps}"
+
+
+class InstanceNorm(nn.Module):
+    """Instance normalisation that has running statistics: an instance's own in training, running ones in evaluation."""
+
+    _is_impure = True
+
+    def __init__(self, momentum: float, eps: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.eps = eps
+
+    def forward(
+        self,
+        value: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
     ) -> Tensor:
         """Normalise ``value`` of shape ``(batch, channels, ...)``; running statistics are updated in training."""
-        return torch.nn.functional.batch_norm(
-            value,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training=self.training or running_mean is None,
-            momentum=self.momentum,
-            eps=self.eps,
+        if not self.training:  # the same, and an operator of ONNX
+            return torch.nn.functional.batch_norm(
+                value, running_mean, running_var, weight, bias, False, 0.0, self.eps
+            )
+        return torch.nn.functional.instance_norm(
+            value, running_mean, running_var, weight, bias, True, self.momentum, self.eps
         )
 
     def extra_repr(self) -> str:
@@ -124,12 +184,45 @@ class BatchNorm(nn.Module):
         return f"momentum={self.momentum}, eps={self.eps}"
 
 
+class BufferWrite(nn.Module):
+    """An operator that writes into one of the model's buffers.
+
+    Args:
+        operator: of ATen, with its overload: ``copy_.default``.
+        options: its constant keyword arguments.
+        always: whether evaluation writes, too; else training alone.
+    """
+
+    _is_impure = True  # torch.fx: it does something although nobody reads its output
+
+    def __init__(self, operator: str, options: dict[str, Any], always: bool) -> None:
+        super().__init__()
+        self.operator = operator
+        self.options = options
+        self.always = always
+
+    def forward(self, written: Tensor, *args: Any) -> Tensor:
+        """Return ``written``, a buffer or a view of one, after the operator has written into it."""
+        if not (self.training or self.always):
+            return written
+        name, _, overload = self.operator.partition(".")
+        result: Tensor = getattr(getattr(torch.ops.aten, name), overload)(written, *args, **self.options)
+        return result
+
+    def extra_repr(self) -> str:
+        """Show the operator in a dump."""
+        options = [f"{name}={value}" for name, value in self.options.items()]
+        return ", ".join([self.operator, *options, f"always={self.always}"])
+
+
 class Frozen(nn.Module):
-    """A copy of a leaf for the teacher: always in eval mode, whatever ``train()`` says."""
+    """A copy of a leaf for the teacher: always in eval mode, whatever ``train()`` says; it writes into no buffer."""
 
     def __init__(self, leaf: nn.Module) -> None:
         super().__init__()
         self.leaf = copy.deepcopy(leaf).eval()
+        if isinstance(self.leaf, BufferWrite):
+            self.leaf.always = False
 
     def train(self, mode: bool = True) -> Frozen:
         """Stay in eval mode."""
@@ -149,3 +242,8 @@ class Frozen(nn.Module):
 def is_dropout(gm: GraphModule, node: Node) -> bool:
     """Whether the node is a dropout leaf, which the teacher has no copy of."""
     return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Dropout)
+
+
+def is_buffer_write(gm: GraphModule, node: Node) -> bool:
+    """Whether the node writes into one of the model's buffers."""
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), BufferWrite)

@@ -86,17 +86,25 @@ class PreparedResult(NamedTuple):
         loss: the weighted sum, a scalar.
         losses: each term by name.
         outputs: what the model returns.
+        parts: in a graph that is made for one phase, the means that each term is the sum of, by the term's name.
     """
 
     loss: Node
     losses: dict[str, Node]
     outputs: Any
+    parts: dict[str, tuple[Node, ...]] | None = None
+
+    def structure(self) -> dict[str, Any]:
+        """Return the graph's output structure."""
+        return {
+            name: value for name, value in self._asdict().items() if value is not None or name == "outputs"
+        }
 
 
 def prepared_result(gm: GraphModule) -> PreparedResult | None:
     """Return what a graph with losses returns, None of a graph without."""
     result = gm.graph.output_node().args[0]
-    if isinstance(result, dict) and set(result) == set(PreparedResult._fields):
+    if isinstance(result, dict) and set(result) | {"parts"} == set(PreparedResult._fields):
         return PreparedResult(**result)
     return None
 

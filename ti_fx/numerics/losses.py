@@ -6,7 +6,7 @@ Each is computed in at least float32 and returns a scalar; the teacher's side ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,11 +64,33 @@ def scores_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -
     return _mean(each.mean((1, 3)), mask)
 
 
+COMPARE = (soft_cross_entropy, mean_squared_error, scores_error)  # a student's value with the teacher's
+
+
 def _mean(per_token: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return per_token.mean()
     kept = (mask != 0).to(per_token.dtype)
     return (per_token * kept).sum() / kept.sum().clamp(min=1)
+
+
+def masks_tokens(loss: Callable[..., Tensor], student: Tensor, mask: Tensor | None) -> bool:
+    """Whether one of these losses is a mean over the tokens that ``mask`` keeps, of a student's value as shaped.
+
+    Else it is a mean over all entries.
+    """
+    if mask is None:
+        return False
+    if loss is scores_error:
+        return student.dim() == 4
+    if loss is soft_cross_entropy and student.shape[-1] != 1:
+        return student.dim() == 3
+    return student.dim() > mask.dim()
+
+
+def nothing(value: Tensor) -> Tensor:
+    """Return 0, float32: the losses of a graph that compares nothing with a teacher."""
+    return torch.zeros((), dtype=torch.float32, device=value.device)
 
 
 def total(values: Sequence[Tensor]) -> Tensor:

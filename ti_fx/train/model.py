@@ -21,21 +21,23 @@ from ti_fx.ir.stages import PHASE
 from ti_fx.passes.deploy.strip import Strip
 from ti_fx.passes.normalise.drop_dead import DropDead
 from ti_fx.passes.prepare.look_up_first import LookUpFirst
+from ti_fx.passes.prepare.return_parts import ReturnParts
 from ti_fx.recipe import Phase, Recipe
 from ti_fx.train.compile import CompileRecord, Runner, Shapes
 
 Compile = Literal["on", "off"]
 
-# A fork in which there are no rows that no one looks up, and nothing that no one reads.
+# A fork that is quick to run, with the same values: no rows that no one looks up, and nothing that no one reads.
 FOR_ONE_PHASE = Pipeline(LookUpFirst(), DropDead(keep_tensors=True), stage=PHASE)
+FOR_TRAINING = Pipeline(ReturnParts(), *FOR_ONE_PHASE.passes, stage=PHASE)
 
 
 class TernaryModel(nn.Module):
     """A prepared graph as a module to train: phases are graphs over the same tensors, and evaluation is the student.
 
-    In training, ``forward`` returns ``{"loss", "losses", "outputs"}`` of the current phase; in evaluation, the stripped
-    student's outputs. ``state_dict()`` has each tensor once, under the source model's names; the frozen teacher is
-    under ``teacher.``.
+    In training, ``forward`` returns ``{"loss", "losses", "outputs", "parts"}`` of the current phase (``parts`` are the
+    means that each of the losses is the sum of); in evaluation, the stripped student's outputs. ``state_dict()`` has
+    each tensor once, under the source model's names; the frozen teacher is under ``teacher.``.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean: transformers divides it when it accumulates gradients
@@ -141,11 +143,14 @@ class _Graphs:
     def _fork(self, phase: Phase) -> GraphModule:
         gm = fork(self.prepared)
         Pipeline(phase.intervene)(gm)
-        return _to_run(gm)
+        FOR_TRAINING(gm)
+        return gm
 
     @cached_property
     def plain(self) -> GraphModule:
-        return _to_run(fork(self.prepared))
+        gm = fork(self.prepared)
+        FOR_TRAINING(gm)
+        return gm
 
     @cached_property
     def student(self) -> GraphModule:
@@ -155,7 +160,9 @@ class _Graphs:
 
     @cached_property
     def evaluation(self) -> GraphModule:
-        return _to_run(fork(self.student))
+        gm = fork(self.student)
+        FOR_ONE_PHASE(gm)
+        return gm
 
     def digests(self) -> dict[str, str]:
         found = {}
@@ -164,12 +171,6 @@ class _Graphs:
             Pipeline(phase.intervene)(gm)
             found[phase.name] = hashlib.sha256(text.dump(gm).encode()).hexdigest()
         return found
-
-
-def _to_run(gm: GraphModule) -> GraphModule:
-    """Make a fork quick to run, with the same values."""
-    FOR_ONE_PHASE(gm)
-    return gm
 
 
 def digest(value: Tensor) -> str:

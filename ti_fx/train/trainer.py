@@ -17,15 +17,16 @@ from ti_fx.ir.facts import facts
 from ti_fx.measure.choose import Choice, resolve
 from ti_fx.recipe import Recipe
 from ti_fx.train import rows, schedule
+from ti_fx.train.arguments import require_arguments
 from ti_fx.train.model import Compile, TernaryModel
+from ti_fx.train.objective_trainer import ObjectiveTrainer
 from ti_fx.train.resuming import ResumingTrainer
-from ti_fx.train.task_loss import TaskLoss, leaves, single, task_loss
-from ti_fx.train.untrained import require_trained
+from ti_fx.train.untrained import prepare_to_train, require_trained
 
 AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation (benchmarks/train_step.py)
 
 
-class TernaryTrainer(ResumingTrainer):
+class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
     """Train a ternary student by a recipe, with everything else as in ``transformers.Trainer``.
 
     Differences: ``model`` is captured and prepared here; the phase follows the optimiser step; each loss is logged by
@@ -34,7 +35,6 @@ class TernaryTrainer(ResumingTrainer):
     """
 
     model: TernaryModel
-    loss_is_scaled_for_ga = False  # the losses are means over a micro-batch: Trainer divides them
 
     def __init__(
         self,
@@ -67,9 +67,8 @@ class TernaryTrainer(ResumingTrainer):
         """
         # A copy: what is settled here must not reach the next trainer that is given the same arguments.
         args = TrainingArguments(output_dir="trainer_output") if args is None else copy.copy(args)
-        if args.torch_compile:
-            raise InputError("torch_compile would compile the wrapper; use TernaryTrainer(compile='on')")
         self.recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+        require_arguments(args, self.recipe, model)
         self.choice: Choice | None = None  # what was measured for the encoding "auto"
         self.source = model
         label_names = (
@@ -88,19 +87,12 @@ class TernaryTrainer(ResumingTrainer):
         wrapped = TernaryModel(prepared, self.recipe, compile=compile_choice(compile, args, self.recipe))
         if hasattr(model, "config"):
             wrapped.config = model.config
+        wrapped.main_input_name = main_input(model, wrapped.inputs)
         super().__init__(model=wrapped, args=args, **options)
         self.label_names = label_names
         self.evaluate_distillation = evaluate_distillation
         self._spans: tuple[schedule.Span, ...] = ()
-        self._sums: dict[str, Any] = {}
-        self._count = 0
-        self._eval_sums: dict[str, float] = {}
-        self._eval_rows = 0
-        if facts(prepared).task and self._task_loss() is None:
-            raise InputError(
-                f"distill{{task}} needs the model's loss, and {type(model).__name__} has none that can be called on "
-                "outputs and labels; pass compute_loss_func=, as to Trainer"
-            )
+        self._set_objective(prepared, options)
 
     def _prepare(
         self,
@@ -121,12 +113,13 @@ class TernaryTrainer(ResumingTrainer):
             gm = capture(model, example)
         if facts(gm).recipe is None:
             self.recipe, self.choice = resolve(self.recipe, gm)
-            self.recipe.prepare(gm, teacher=teacher)
-        if facts(gm).recipe != self.recipe.to_dict():
+            prepare_to_train(gm, self.recipe, teacher)
+        elif facts(gm).recipe == self.recipe.to_dict():
+            require_trained(gm, self.recipe)
+        else:
             raise InputError(
                 "the graph was prepared by another recipe; capture the model again, or pass that recipe"
             )
-        require_trained(gm, self.recipe)
         return gm, {name: value for name, value in example.items() if isinstance(value, Tensor)}
 
     # --- the loop: phases, losses, restarts -------------------------------------------------------------------------
@@ -141,35 +134,9 @@ class TernaryTrainer(ResumingTrainer):
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the weighted sum of the phase's losses, with the task loss if the recipe gives it a weight."""
-        labels, features = self._split(inputs)
-        result = model(**features)
-        loss: Tensor = result["loss"]
-        losses = dict(result["losses"])
-        weight = facts(self.model.prepared()).task or 0.0
-        task = self._task_loss()
-        if weight and labels is not None and task is not None:
-            losses["task"] = task(result["outputs"], labels)
-            loss = loss + weight * losses["task"]
-        if self.model.training:
-            for name, value in losses.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value.detach()
-            self._count += 1
-        return (loss, result["outputs"]) if return_outputs else loss
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each loss by name, averaged since the last log, and the phase."""
-        if "loss" in logs and self._count:
-            for name, value in self._sums.items():
-                logs[f"loss_{name}"] = (value / self._count).item()
-            self._sums, self._count = {}, 0
+        """Add the phase, and each loss by name."""
+        if "loss" in logs:
             logs["phase"] = schedule.at(self._spans, max(self.state.global_step - 1, 0)).phase.name  # type: ignore[assignment]
         super().log(logs, start_time)
 
@@ -194,67 +161,11 @@ class TernaryTrainer(ResumingTrainer):
         """Decay matrices; not biases and norms, which have one dimension."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
 
-    # --- evaluation on the stripped student -------------------------------------------------------------------------
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Any, Any]:
-        """Run the student; the loss is the model's own on labels, where it has one."""
-        labels, features = self._split(self._prepare_inputs(inputs))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**features)
-            loss = None
-            task = self._task_loss()
-            if labels is not None and task is not None:
-                loss = task(outputs, labels).detach().mean()
-            if self.evaluate_distillation:
-                self._add_distillation(features)
-        if prediction_loss_only:
-            return loss, None, None
-        ignored = set(ignore_keys or ()) | {"loss"}
-        kept = [value.detach() for name, value in leaves(outputs).items() if name not in ignored]
-        values = None if labels is None else tuple(labels[name] for name in self.label_names)
-        return loss, single(tuple(kept)), None if values is None else single(values)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as Trainer does, and report the distillation losses if asked for."""
-        self._eval_sums, self._eval_rows = {}, 0
-        result = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        for name, value in self._eval_sums.items():
-            assert result.metrics is not None
-            result.metrics[f"{prefix}_distillation{name}"] = value / self._eval_rows
-        return result
-
-    def _add_distillation(self, features: dict[str, Tensor]) -> None:
-        count = len(next(iter(features.values())))
-        with self.accelerator.autocast():
-            result = self.model.distillation(features)
-        everything = {"": result["loss"], **{f"_{name}": value for name, value in result["losses"].items()}}
-        for name, value in everything.items():
-            self._eval_sums[name] = self._eval_sums.get(name, 0.0) + count * float(value)
-        self._eval_rows += count
-
     def student(self) -> GraphModule:
         """Return the stripped student, in eval mode, on the trained tensors: ready for ``Pack`` and ``to_onnx``."""
         return self.model.student().eval()
 
-    # --- labels -------------------------------------------------------------------------------------------------------
-
-    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor] | None, dict[str, Tensor]]:
-        labels = {name: inputs[name] for name in self.label_names if inputs.get(name) is not None}
-        features = {name: inputs[name] for name in self.model.inputs if name in inputs}
-        complete = bool(labels) and len(labels) == len(self.label_names)
-        return (labels if complete else None), features
-
-    def _task_loss(self) -> TaskLoss | None:
-        return task_loss(self.source, self.compute_loss_func)
-
-    # --- data ---------------------------------------------------------------------------------------
+    # --- data ---------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
         columns: Any = [*self.model.inputs, *self.label_names, *rows.LABELS]
@@ -276,6 +187,12 @@ def compile_choice(wanted: str, args: TrainingArguments, recipe: Recipe) -> Comp
     if args.device.type != "cpu":
         return "on"
     return "on" if args.max_steps >= AUTO_COMPILE_STEPS * len(recipe.phases()) else "off"
+
+
+def main_input(model: nn.Module, inputs: Sequence[str]) -> str:
+    """Return the input whose tokens Trainer counts, and that metrics may ask for."""
+    name = str(getattr(model, "main_input_name", "input_ids"))
+    return name if name in inputs else inputs[0]
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from torch import nn
 from torch.fx import GraphModule
 
 from ti_fx import numerics
 from ti_fx.errors import InputError
 from ti_fx.ir import roles
+from ti_fx.ir.undo import Undo
 from ti_fx.ir.untrained import Cause, Untrained
 from ti_fx.recipe import Recipe
 
@@ -20,6 +22,21 @@ _WAYS: dict[Cause, str] = {
     "detached": "keep it in full precision with {skip}",
     "intervened": "add a phase without an intervention, or keep it in full precision with {skip}",
 }
+
+
+def prepare_to_train(gm: GraphModule, recipe: Recipe, teacher: nn.Module | None) -> None:
+    """Prepare a captured graph by a recipe; where that is refused, or weights would never train, it is as before.
+
+    Raises:
+        TiFxError: as a pass raises it. InputError: as :func:`require_trained`.
+    """
+    undo = Undo(gm)
+    try:
+        recipe.prepare(gm, teacher=teacher)
+        require_trained(gm, recipe)
+    except Exception:
+        undo()
+        raise
 
 
 def require_trained(gm: GraphModule, recipe: Recipe) -> None:

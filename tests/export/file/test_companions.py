@@ -25,7 +25,7 @@ Export = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def student() -> GraphModule:
-    gm = ti_fx.capture(bert_model(layers=1).eval(), text_example(batch=2))
+    gm = ti_fx.capture(bert_model(layers=1).train(False), text_example(batch=2))
     ti_fx.Pipeline(Ternarize(min_rows=32), QuantizeActivations("int8-token"), Pack())(gm)
     return gm
 

@@ -189,6 +189,13 @@ def test_an_older_runtime_than_the_file_needs_is_refused(
             "Non-zero status code returned while running Gather node. Name:'look' Status Message: indices element out "
             "of data bounds, idx=7 must be within the inclusive range [-3,2]",
         ),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running GatherElements node. Name:'g' "
+            "Status Message: /src/gather_elements.cc:147 void onnxruntime::core_impl(const Tensor*) [with Tin = "
+            "long int; int64_t = long int] GatherElements op: Out of range value in index tensor\n",
+            "Non-zero status code returned while running GatherElements node. Name:'g' Status Message: GatherElements "
+            "op: Out of range value in index tensor",
+        ),
         ("x" * 500, "x" * 300 + "..."),
     ],
 )

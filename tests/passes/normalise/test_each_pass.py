@@ -23,6 +23,7 @@ from ti_fx.ir.shapes import fake_mode
 from ti_fx.passes import Canonicalize
 from ti_fx.passes.normalise import NORMALISE
 from ti_fx.passes.normalise.assign_roles import AssignRoles
+from ti_fx.passes.normalise.buffer_writes import BufferWrites
 from ti_fx.passes.normalise.drop_assertions import DropAssertions
 from ti_fx.passes.normalise.drop_dead import DropDead
 from ti_fx.passes.normalise.evaluate_anew import EvaluateAnew
@@ -63,6 +64,22 @@ class Tied(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         result: Tensor = self.head(self.embed(ids).relu())
         return result
+
+
+class Counts(nn.Module):
+    """Keeps a count and a mean, which it puts in the place of the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(4))
+        self.count: Tensor
+        self.mean: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.mean = self.mean * 0.9 + x.mean(0) * 0.1
+        return x - self.mean
 
 
 class Attends(nn.Module):
@@ -139,6 +156,7 @@ BEFORE: dict[type[Pass], Callable[[], GraphModule]] = {
     ),
     StochasticDepth: lambda: computes(dropped_paths),
     LeafModules: lambda: raw_graph(seeded(Attends), x=torch.randn(2, 3, 4)),
+    BufferWrites: lambda: raw_graph(seeded(Counts), x=features()),
     MergeTiedNames: lambda: raw_graph(seeded(Tied), ids=torch.arange(6).reshape(2, 3)),
     OneReadEach: lambda: computes(lambda layer, x: layer(x.relu()) + x),
     AssignRoles: lambda: computes(written_into),
