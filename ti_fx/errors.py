@@ -101,6 +101,10 @@ class DataError(TiFxError):
     """Training or evaluation data can't be used."""
 
 
+class TrainingError(TiFxError):
+    """Training can't go on: a loss, a gradient or a weight is no number."""
+
+
 class MissingExtra(TiFxError, ImportError):
     """An optional dependency is not installed; the message names the extra that installs it."""
 

@@ -49,14 +49,21 @@ class Phase:
     Attributes:
         name: shown in logs and reports.
         intervene: where the teacher intervenes; ``Intervene()`` is plain quantisation-aware training.
-        steps: optimiser steps; None: to the end of training (the last phase).
+        steps: optimiser steps: a whole number of them, or a fraction of all of training, between 0 and 1; None: to the
+            end of training (the last phase).
         restart: begin with a cleared optimiser state and a new learning-rate schedule.
     """
 
     name: str
     intervene: Intervene = field(default_factory=Intervene)
-    steps: int | None = None
+    steps: float | None = None
     restart: bool = False
+
+    def __str__(self) -> str:
+        length = "to the end" if self.steps is None else f"{self.steps} steps"
+        if isinstance(self.steps, float):
+            length = f"{100 * self.steps:.3g}% of training"
+        return f"{self.name}: {self.intervene}, {length}{', restart' if self.restart else ''}"
 
 
 @dataclass(frozen=True)
@@ -95,9 +102,10 @@ class Recipe:
                 )
         interventions: dict[str, Intervene] = {}
         for phase in self.schedule:
-            if phase.steps is not None and phase.steps < 1:
+            if phase.steps is not None and not _is_length(phase.steps):
                 raise RecipeError(
-                    f"phase {phase.name!r} of recipe {self.name!r} has {phase.steps} steps; give 1 or more"
+                    f"phase {phase.name!r} of recipe {self.name!r} has {phase.steps} steps; give a whole number of 1 "
+                    "or more, or a fraction of training between 0 and 1"
                 )
             if interventions.setdefault(phase.name, phase.intervene) != phase.intervene:
                 raise RecipeError(
@@ -108,6 +116,11 @@ class Recipe:
                     f"phase {phase.name!r} of recipe {self.name!r} can't intervene at {phase.intervene.at!r}"
                     f"{did_you_mean(str(phase.intervene.at), POINTS)}"
                 )
+        share = sum(phase.steps for phase in self.schedule if isinstance(phase.steps, float))
+        if share > 1 + 1e-9:
+            raise RecipeError(
+                f"the phases of recipe {self.name!r} are {share:g} of training in all; give fractions of at most 1"
+            )
         own = {self.activations.encoding} - {AUTO}
         for encoding in (*own, *self.activations.encodings.values()):
             if encoding not in ENCODINGS:
@@ -122,20 +135,24 @@ class Recipe:
                 )
 
     @staticmethod
-    def preset(name: str, *, intervention_steps: int = INTERVENTION_STEPS) -> Recipe:
+    def preset(name: str, *, intervention_steps: float = INTERVENTION_STEPS) -> Recipe:
         """Return a published method: ``ternarybert``, ``ti-o``, ``ti-c``, ``ti-m`` or ``ti-g``.
 
         Args:
             name: the method.
-            intervention_steps: s, the length of the intervened step of training; at least 6.
+            intervention_steps: s, the length of the intervened part of training: a whole number of at least 6 optimiser
+                steps, or a fraction of all of training, between 0 and 1.
 
         Raises:
             RecipeError: no such preset (near names are listed), or too few steps.
         """
         if name not in PRESETS:
             raise RecipeError(f"no recipe is called {name!r}{did_you_mean(name, PRESETS)}")
-        if intervention_steps < 6:
-            raise RecipeError(f"intervention_steps is {intervention_steps}; give at least 6")
+        if not _is_length(intervention_steps) or 1 <= intervention_steps < 6:
+            raise RecipeError(
+                f"intervention_steps is {intervention_steps}; give at least 6, or a fraction of training "
+                "between 0 and 1"
+            )
         return Recipe(name, schedule=PRESETS[name](intervention_steps))
 
     def phases(self) -> tuple[Phase, ...]:
@@ -244,6 +261,11 @@ class Recipe:
             made["extra_passes"] = _passes(values["extra_passes"], f"{where}.extra_passes")
         return Recipe(**made)
 
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, as its file has it."""
+        written: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return written
+
     def save(self, path: str | Path) -> None:
         """Write the recipe as JSON (``.json``) or YAML (``.yaml``, ``.yml``), atomically.
 
@@ -251,7 +273,7 @@ class Recipe:
             RecipeError: another suffix. InputError: the file can't be written.
         """
         if _is_yaml(path):
-            atomic_write(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+            atomic_write(path, self.to_yaml())
         else:
             atomic_write(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
@@ -279,20 +301,39 @@ class Recipe:
             *(f"  {one}" for one in (self.ternarize, self.activations, self.distill, *self.extra_passes)),
         ]
         for phase in self.schedule:
-            length = "to the end" if phase.steps is None else f"{phase.steps} steps"
-            rows.append(f"  {phase.name}: {phase.intervene}, {length}{', restart' if phase.restart else ''}")
+            rows.append(f"  {phase}")
         return "\n".join(rows)
 
 
-def _one_point(point: str) -> Callable[[int], tuple[Phase, ...]]:
-    def schedule(steps: int) -> tuple[Phase, ...]:
+def chosen_recipe(written: Recipe | str | Path) -> Recipe:
+    """Return a recipe, a preset by its name, or the recipe in a file: whatever has a suffix or a folder is a file.
+
+    Raises:
+        RecipeError: no such preset, or the file can't be read.
+    """
+    if isinstance(written, Recipe):
+        return written
+    if isinstance(written, Path) or Path(written).suffix or "/" in written:
+        return Recipe.load(written)
+    return Recipe.preset(written)
+
+
+def _is_length(steps: Any) -> bool:
+    """Return whether a phase may be so long: steps, or a fraction of training."""
+    if isinstance(steps, float):
+        return 0 < steps < 1
+    return isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+
+
+def _one_point(point: str) -> Callable[[float], tuple[Phase, ...]]:
+    def schedule(steps: float) -> tuple[Phase, ...]:
         return (Phase(point, Intervene(point), steps), Phase("quantise", restart=True))
 
     return schedule
 
 
-def _gradual(steps: int) -> tuple[Phase, ...]:
-    sixth, third = steps // 6, steps // 3
+def _gradual(steps: float) -> tuple[Phase, ...]:
+    sixth, third = (steps / 6, steps / 3) if isinstance(steps, float) else (steps // 6, steps // 3)
     return (
         Phase("output", Intervene("output"), sixth),
         Phase("context", Intervene("context"), third - sixth),
@@ -301,7 +342,7 @@ def _gradual(steps: int) -> tuple[Phase, ...]:
     )
 
 
-PRESETS: dict[str, Callable[[int], tuple[Phase, ...]]] = {
+PRESETS: dict[str, Callable[[float], tuple[Phase, ...]]] = {
     "ternarybert": lambda steps: (Phase("quantise"),),
     "ti-o": _one_point("output"),
     "ti-c": _one_point("context"),
@@ -349,8 +390,11 @@ def _schedule(values: Any, where: str) -> tuple[Phase, ...]:
         if "name" not in fields:
             raise RecipeError(f"{here} has no name; give it one")
         fields["name"] = _name(fields["name"], here)
-        if fields.get("steps") is not None:
-            fields["steps"] = _steps(fields["steps"], here)
+        if fields.get("steps") is not None and not _is_length(fields["steps"]):
+            raise RecipeError(
+                f"{here}.steps is {fields['steps']!r}; it must be a whole number of 1 or more, or a fraction of "
+                "training between 0 and 1"
+            )
         if not isinstance(fields.get("restart", False), bool):
             raise RecipeError(f"{here}.restart is {fields['restart']!r}; it must be true or false")
         phases.append(Phase(**fields))

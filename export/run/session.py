@@ -162,7 +162,7 @@ class Runtime:
             return dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
         except Exception as error:  # ONNX Runtime's errors share no base class but Exception
             reason = reason_of(error)
-            if _BOUNDS.search(reason) and "[0,-1]" not in reason:  # which is a table without a row: there is none to take
+            if _BOUNDS.search(reason) and "[0,-1]" not in reason:  # that is a table without a row
                 raise InputError(
                     f"an input holds an id that is negative or beyond its table ({reason}); give ids that it has"
                 ) from error

@@ -28,7 +28,7 @@ class DuplicateTeacher(Pass):
                                                           %h_t = linear(%x_t, %w_t)     #teacher
 
     1. a parameter or buffer is copied once to ``teacher.<its name>``, as a Parameter without gradient (buffers would be
-       broadcast by DDP at every step and duplicated by ``.to()``)
+       broadcast by DDP at every step and duplicated by ``.to()``); of whole numbers, which are few, as a buffer
     2. dropout has no twin: the teacher reads past it
     3. other leaf modules are copied in eval mode, whatever ``train()`` says
     4. shared nodes (inputs, masks) are read by both
@@ -107,7 +107,9 @@ def _copy_values(gm: GraphModule, values: dict[str, Tensor] | None) -> None:
                 f"the teacher's {target} is {tuple(value.shape)}, the student's {tuple(own.shape)}"
             )
         copy = value.detach().clone().to(own.device)
-        register(gm, TEACHER_PREFIX + target, nn.Parameter(copy, requires_grad=False))
+        # whole numbers stay a buffer: an average over parameters could not be taken of them
+        frozen = nn.Parameter(copy, requires_grad=False) if copy.is_floating_point() else copy
+        register(gm, TEACHER_PREFIX + target, frozen)
 
 
 def _twin(gm: GraphModule, node: Node, twins: dict[Node, Node]) -> Node:

@@ -187,6 +187,15 @@ def test_a_name_on_the_hub(run: Run, folder: Path, tmp_path: Path, monkeypatch: 
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "BertForSequenceClassification some/bert from the hub"
     assert out.splitlines()[1:] == run("inspect", folder)[1].splitlines()[1:]
+    shutil.copytree(cached, tmp_path / "models--tiny-bert")  # a name without an organisation
+    assert (
+        run("inspect", "tiny-bert")[1].splitlines()[0]
+        == "BertForSequenceClassification tiny-bert from the hub"
+    )
+    assert_one_line(
+        run("inspect", "gpt2"), "there is no file or folder gpt2; give a Hugging Face model folder"
+    )
+    assert_one_line(run("inspect", "gpt2"), "offline mode is enabled")
     assert_one_line(
         run("inspect", "some/gpt2"), "there is no folder some/gpt2, the cache of the hub has no such"
     )

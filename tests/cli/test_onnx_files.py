@@ -14,7 +14,7 @@ from models import bert_model, llama_model, t5_model
 
 import ti_fx
 from ti_fx.cli._encodings import chosen_encodings
-from ti_fx.cli.train import with_encodings
+from ti_fx.cli._recipe import with_encodings
 from ti_fx.errors import InputError
 from ti_fx.export import pipeline
 from ti_fx.export.file.content import open_file

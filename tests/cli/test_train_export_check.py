@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     left, right = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (out, checkpoint))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, checkpoint: Path, train_command: Train) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(checkpoint, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    ran = train_command(out, "--resume")
+    assert (ran.code, ran.err) == (0, "")
+    assert f"the run in {out} is finished, 4 of 4 steps: nothing was changed" in ran.out
+    ran = train_command(out, "--resume", "--steps", 8)
+    assert ran.code == 2
+    assert "of other options: steps was 4 and is 8; resume with that recipe" in ran.err
+    assert ran.err.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_the_exported_file_answers_as_the_student(checkpoint: Path, onnx_file: Path) -> None:
@@ -186,6 +201,15 @@ def test_quoted_text_may_hold_commas_and_lines(tmp_path: Path) -> None:
     assert read_texts(path, NAMES).texts == ("one, two\nthree",)
 
 
+def test_json_is_a_list_of_objects_or_one_a_line(tmp_path: Path) -> None:
+    rows = [{"text": "one", "label": "human"}, {"text": "two", "label": 2}]
+    path = tmp_path / "rows.json"
+    for written in (json.dumps(rows), json.dumps(rows, indent=1), "\n".join(map(json.dumps, rows))):
+        path.write_text(written)
+        found = read_texts(path, NAMES)
+        assert (found.texts, found.labels) == (("one", "two"), (1, 2))
+
+
 def test_columns_may_have_other_names(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("id,review,stars\n7,good,1\n")
@@ -215,6 +239,18 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
         ("a.csv", "text,rating\nhi,0\n", "has no label column .*--label-column"),
         ("a.jsonl", "{'text': 1}\n", "line 1 is not JSON"),
         ("a.jsonl", "[1]\n", "line 1 holds a list"),
+        (
+            "a.json",
+            '[{"text": "a", "label": 0}, {"text": "b", "label": 9}]',
+            "row 2: label 9 is out of range",
+        ),
+        (
+            "a.json",
+            '[{"text": "a", "label": 0}',
+            r"is not JSON \(.*; write a list of objects, or one object per line",
+        ),
+        ("a.json", '["a"]', "holds no list of objects"),
+        ("a.json", "[]", "has 0 rows"),
         ("a.txt", "hi", "must end in .csv, .tsv or .jsonl"),
         ("a.csv", "text,label\n\udcff,0\n", "is not UTF-8"),
         ("a.csv", "text,label\n" + "x" * 140_000 + ",0\n", "is not well-formed CSV"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import bert_model
+from models import seeded
+from one_layer import OneLayer
 from tiny_training import PLAIN, different, history, rows, trainer, weights
 from torch.utils.data import Dataset, IterableDataset
+from transformers import TrainerCallback
 from transformers.data.data_collator import default_data_collator
 
+from ti_fx import Phase, Recipe
+from ti_fx.errors import CheckpointError
+from ti_fx.passes import Intervene
 from ti_fx.train import TernaryTrainer
 
 ROWS = 18  # with batches of 4: epochs of 5 steps, whose last batch has 2 rows
@@ -43,7 +49,10 @@ class Stream(IterableDataset[dict[str, Any]]):
     """Rows without a length."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from rows(ROWS, padded=False)
+        given = rows(ROWS, padded=False)
+        for index in torch.randperm(len(given)).tolist():  # shuffled, and augmented as they come
+            given[index]["input_ids"][0] = random.randrange(1, 1100)
+            yield given[index]
 
 
 def masked(batch: list[dict[str, Any]]) -> Any:
@@ -90,38 +99,91 @@ CASES: dict[str, dict[str, Any]] = {
     "augmented": {"rows": Augmented},
     "masked": {"data_collator": masked, "train_sampling_strategy": "sequential"},
     "workers": {"rows": Augmented, "dataloader_num_workers": 2},
-    "stream": {"rows": Stream},
+    "stream": {"rows": Stream, "data_collator": masked},
     "epochs": {"max_steps": -1, "num_train_epochs": 2.6, "train_sampling_strategy": "group_by_length"},
     "evaluated after saving": {"eval_strategy": "epoch", "train_sampling_strategy": "group_by_length"},
 }  # fmt: skip
-SLOW = ("unseeded", "workers", "drop_last", "data_seed", "stream")
+QUICK = ("group_by_length", "masked")
 
 
-def made(folder: Path, options: dict[str, Any]) -> TernaryTrainer:
-    settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, **options}
+class SaveAt(TrainerCallback):
+    """Save a checkpoint after these steps."""
+
+    def __init__(self, steps: tuple[int, ...]) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        control.should_save = state.global_step in self.steps
+
+
+def made(folder: Path, options: dict[str, Any], steps: tuple[int, ...] = ()) -> TernaryTrainer:
+    settings = {"max_steps": STEPS, **options}
     make: Callable[..., Any] = settings.pop("rows", lambda: rows(ROWS))
     collator = settings.pop("data_collator", None)
     return trainer(
         folder,
         PLAIN,
-        model=bert_model(layers=1),
+        model=seeded(OneLayer),
         train_dataset=make(),
         arguments_options=settings,
         data_collator=collator,
+        callbacks=[SaveAt(steps)],
     )
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
-    whole = made(tmp_path / "whole", CASES[name])
+    # the end of the first epoch, and within the second; the slow ones: also within the first, and before the last step
+    steps = (5, 8) if name in QUICK else (2, 5, 6)
+    whole = made(tmp_path / "whole", CASES[name], steps)
     whole.train()
-    last = whole.state.global_step
-    # in the first epoch, at its end, in a later one, before the last step
-    for step in (2, 5, 8, last - 1) if name == "group_by_length" else (5, last - 2):
+    for step in steps:
         resumed = made(tmp_path / f"from-{step}", CASES[name])
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert [one["loss"] for one in history(resumed)] == [one["loss"] for one in history(whole)], step
         assert different(weights(resumed), weights(whole)) == [], step
-        assert resumed.state.global_step == last
+        assert resumed.state.global_step == whole.state.global_step
+
+
+def test_a_finished_run_is_loaded_and_not_trained_on(tmp_path: Path) -> None:
+    whole = made(tmp_path, {"max_steps": 2}, (2,))
+    whole.train()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for options in ({"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 0.4}):
+        again = made(tmp_path, options)
+        result = again.train(resume_from_checkpoint=True)
+        assert (result.global_step, again.state.global_step) == (2, 2)
+        assert different(weights(again), weights(whole)) == []
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_differs_from_the_run_that_is_resumed_is_said(tmp_path: Path) -> None:
+    def made_for(recipe: Recipe, steps: int) -> TernaryTrainer:
+        return trainer(
+            tmp_path,
+            recipe,
+            model=seeded(OneLayer),
+            arguments_options={"max_steps": steps},
+            callbacks=[SaveAt((3,))],
+        )
+
+    quarter = Recipe("quarter", schedule=(Phase("map", Intervene("map"), 0.25), Phase("quantise")))
+    made_for(quarter, 8).train()
+    options = quarter.to_dict()
+    options["schedule"][0]["steps"] = 2
+    for recipe, steps, message in (
+        (
+            Recipe.from_dict(options),
+            8,
+            r"of other options: schedule\[0\]\.steps was 0\.25 and is 2; resume with",
+        ),
+        (
+            quarter,
+            20,
+            "for 8 steps in all, and this is for 20: step 3 was of phase 'quantise' and would be of 'map'",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            made_for(recipe, steps).train(resume_from_checkpoint=True)

@@ -25,10 +25,11 @@ BATCH, TOKENS = 2, 12
 _CHECKPOINT = "ti_fx.json"
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
 _WAYS = (
-    "give a Hugging Face model folder, a name on its hub (organisation/name), a ti_fx checkpoint, an .onnx file, "
+    "give a Hugging Face model folder, a name on its hub (gpt2, organisation/name), a ti_fx checkpoint, an .onnx file, "
     "module:factory, or path/file.py:factory"
 )
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"([\w.-]+/)?[\w-][\w.-]*")  # gpt2 has no organisation
+_FILES = (".onnx", ".py", ".json", ".yaml", ".safetensors", ".bin", ".pt", ".csv")
 _HUB_SECONDS = 20.0  # for an answer; a download takes as long as it takes
 
 
@@ -136,7 +137,7 @@ def load_source(source: str, meta: bool = False) -> Source:
     if ":" in source:
         model, example = _from_factory(source, meta)
         return Source(f"{type(model).__name__} from {source}", model, example)
-    if not _HUB_NAME.fullmatch(source):
+    if not _HUB_NAME.fullmatch(source) or path.suffix in _FILES:
         raise InputError(f"there is no file or folder {source}; {_WAYS}")
     model, note = _from_folder(_from_hub(source, meta), meta)
     return Source(f"{type(model).__name__} {source} from the hub", model, example_for(model), note)
@@ -190,6 +191,11 @@ def _from_hub(name: str, meta: bool) -> Path:
             files.append("*.bin")
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub's errors and its transport's have no common base
+        if "/" not in name:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(
+                f"there is no file or folder {name}; {_WAYS} (the hub gave none: {reason})"
+            ) from error
         raise InputError(
             f"there is no folder {name}, the cache of the hub has no such model, and the hub gave none "
             f"({type(error).__name__}: {first_line(error)}); download it where there is a network, or {_WAYS}"

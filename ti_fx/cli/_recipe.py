@@ -1,16 +1,58 @@
-"""Reads what ``--recipe`` names: a preset or a file."""
+"""Makes the recipe that the options of a command ask for out of the one that ``--recipe`` names."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
-from ti_fx.recipe import Recipe
+from ti_fx.cli import _output as output
+from ti_fx.cli._encodings import Encodings
+from ti_fx.errors import InputError
+from ti_fx.recipe import PRESETS, Recipe, chosen_recipe
+
+FEWEST = 6  # steps that a preset's interventions fit into
 
 
-def chosen_recipe(written: str) -> Recipe:
-    """Return a preset by its name, or the recipe in a file: whatever has a suffix or a folder is a file.
+def intervened(written: str, steps: float | None) -> Recipe:
+    """Return a preset with an intervened part of so many steps, or any recipe as it is where that is None.
 
     Raises:
-        RecipeError: no such preset, or the file can't be read.
+        InputError: it is no preset that intervenes. RecipeError: no such recipe, or steps that none can have.
     """
-    return Recipe.load(written) if Path(written).suffix or "/" in written else Recipe.preset(written)
+    recipe = chosen_recipe(written)
+    if steps is None:
+        return recipe
+    if written not in PRESETS or len(recipe.phases()) == 1:
+        raise InputError(
+            f"--intervention-steps is for a preset that intervenes, and {written} is none: a recipe's file says how "
+            "long each phase is; leave it out"
+        )
+    return Recipe.preset(written, intervention_steps=int(steps) if steps >= 1 and steps % 1 == 0 else steps)
+
+
+def fitted(recipe: Recipe, written: str, steps: int) -> Recipe:
+    """Return a preset that is too long for so few steps with an intervened part of a third of them, and say so."""
+    least = sum(int(phase.steps or 1) for phase in recipe.phases())
+    if written not in PRESETS or steps >= least:
+        return recipe
+    length = max(FEWEST, steps // 3)
+    shorter = Recipe.preset(written, intervention_steps=length)
+    if steps > length:
+        output.say(
+            f"{steps} steps are too few for {written} as published, which intervenes in {least - 1}: it intervenes in "
+            f"{length} here; --intervention-steps sets that"
+        )
+    return replace(recipe, schedule=shorter.schedule)
+
+
+def with_encodings(recipe: Recipe, encodings: Encodings) -> Recipe:
+    """Return the recipe with other encodings; one for all weights takes the place of all that it names."""
+    if not encodings:
+        return recipe
+    own = recipe.activations
+    others = {} if encodings.name is not None else dict(own.encodings)
+    return replace(
+        recipe,
+        activations=replace(
+            own, encoding=encodings.name or own.encoding, encodings={**others, **encodings.others}
+        ),
+    )

@@ -135,9 +135,9 @@ def inspect(
         return
     from ti_fx import find_attention, fork
     from ti_fx.cli._loading import load_graph
-    from ti_fx.cli._recipe import chosen_recipe
     from ti_fx.ir import text
     from ti_fx.ir.pipeline import Pass
+    from ti_fx.recipe import chosen_recipe
 
     chosen = None if recipe is None else chosen_recipe(recipe)
     asked = [Pass.parse(written) for written in diff or ()]

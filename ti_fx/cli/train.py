@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ti_fx.cli import _output as output
-from ti_fx.cli._encodings import HELP, METAVAR, Encodings, chosen_encodings
+from ti_fx.cli._encodings import HELP, METAVAR, chosen_encodings
 from ti_fx.errors import CheckpointError, InputError, first_line
 from ti_fx.numerics.encodings import AUTO
 
@@ -62,7 +62,7 @@ def train(
         ),
     ],
     data: Annotated[
-        Path, typer.Option(help="Training rows: .csv or .tsv with a header, or .jsonl.", metavar="FILE")
+        Path, typer.Option(help="Training rows: .csv or .tsv with a header, .json or .jsonl.", metavar="FILE")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, recipe and results.", metavar="DIR")],
     recipe: Annotated[
@@ -95,6 +95,14 @@ def train(
         int | None,
         typer.Option(help="Optimiser steps in all; left out: the recipe's, else 3 epochs.", min=1),
     ] = None,
+    intervention_steps: Annotated[
+        float | None,
+        typer.Option(
+            help="How long the teacher intervenes in a preset: steps (6 or more), or a fraction of training (0.3). "
+            "Left out: 60 steps as published, or a third of a training that is too short for them.",
+            metavar="N",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows a step.", min=1)] = 32,
     learning_rate: Annotated[float, typer.Option(help="The peak; linear decay after 10% warm-up.")] = 2e-5,
     max_length: Annotated[
@@ -121,10 +129,10 @@ def train(
     """
     if not 0 < learning_rate < math.inf:
         raise InputError(f"--learning-rate is {learning_rate}; give a positive number, such as 2e-5")
-    from ti_fx.cli._recipe import chosen_recipe
+    from ti_fx.cli._recipe import fitted, intervened, with_encodings
     from ti_fx.train.data import read_texts
 
-    chosen = with_passes(chosen_recipe(recipe), passes or ())
+    chosen = with_passes(intervened(recipe, intervention_steps), passes or ())
     chosen = with_encodings(chosen, chosen_encodings(encoding, measured=True))
     if resume and chosen.activations.encoding == AUTO:
         raise InputError(
@@ -132,8 +140,6 @@ def train(
             f"{out}'s newest checkpoint"
         )
     _check_folder(out, resume)
-    if resume:
-        _check_recipe(out, chosen if steps is None else replace(chosen, steps=steps))
     teacher, tokenizer = _classifier(model)
     names = {int(index): name for index, name in (teacher.config.id2label or {}).items()}
     columns = {"text_column": text_column, "label_column": label_column}
@@ -142,8 +148,13 @@ def train(
     length = _length(max_length, teacher.config)
     if steps is not None:
         chosen = replace(chosen, steps=steps)
+    total = steps or chosen.steps or EPOCHS * math.ceil(len(training) / batch_size)
+    if intervention_steps is None:
+        chosen = fitted(chosen, recipe, total)
     run = _Run(chosen, training, held_out, batch_size, learning_rate, seed, compile.value, length)
     run.check_steps()
+    if resume:
+        _check_recipe(out, run.recipe)
     if resume and _is_finished(out, run.steps):
         output.say(
             f"the run in {out} is finished, {run.steps} of {run.steps} steps: nothing was changed; export it with "
@@ -159,20 +170,6 @@ def with_passes(recipe: Recipe, written: Sequence[str]) -> Recipe:
     from ti_fx.ir.pipeline import Pass
 
     return replace(recipe, extra_passes=(*recipe.extra_passes, *map(Pass.parse, written)))
-
-
-def with_encodings(recipe: Recipe, encodings: Encodings) -> Recipe:
-    """Return the recipe with other encodings; one for all weights takes the place of all that it names."""
-    if not encodings:
-        return recipe
-    own = recipe.activations
-    others = {} if encodings.name is not None else dict(own.encodings)
-    return replace(
-        recipe,
-        activations=replace(
-            own, encoding=encodings.name or own.encoding, encodings={**others, **encodings.others}
-        ),
-    )
 
 
 @dataclass(frozen=True)
@@ -196,7 +193,8 @@ class _Run:
         """Raise InputError if the recipe's phases need more steps than there are."""
         from ti_fx.train.schedule import spans
 
-        spans(self.recipe.phases(), self.steps)
+        ways = "raise --steps, lower --intervention-steps, or shorten the phases in the recipe's file"
+        spans(self.recipe.phases(), self.steps, ways)
 
     def train(
         self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, resume: bool
@@ -306,7 +304,8 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 def _check_recipe(out: Path, recipe: Recipe) -> None:
     """Refuse to go on with another recipe than the one that the newest checkpoint was trained with."""
-    from ti_fx.train.checkpoint import check_recipe, last_finished, read_facts
+    from ti_fx.train.checkpoint import last_finished, read_facts
+    from ti_fx.train.same_recipe import check_recipe
 
     last = last_finished(out)
     assert last is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ti_fx.errors import InputError
-from ti_fx.ir.inputs import distinct
+from ti_fx.ir.inputs import distinct, require_plain
 
 # Keywords that ask for a cache, which a training graph has not. XLNet's exists in evaluation alone.
 CACHES = ("use_cache", "use_mems")
@@ -35,6 +35,8 @@ def bind_example(
             raise InputError(
                 f"input {name!r} nests tensors in a {type(value).__name__}; give each tensor a keyword"
             )
+    for name, value in tensors.items():
+        require_plain(name, value)
     if not tensors:
         raise InputError("the example holds no tensor; give at least one input tensor")
     stored = {parameter.device for parameter in model.parameters()}
@@ -71,6 +73,26 @@ def _arguments(
     return arguments
 
 
-def two_rows(value: Tensor) -> Tensor:
-    """Repeat the batch where there is one row: torch.export takes a size of 1 for a constant."""
-    return torch.cat([value, value]) if value.dim() and value.shape[0] == 1 else value
+def rows_for_trace(
+    tensors: dict[str, Tensor], runs: Callable[[dict[str, Tensor]], bool]
+) -> dict[str, Tensor]:
+    """Repeat the batch where there is one row, as torch.export takes a size of 1 for a constant.
+
+    Where some inputs have one row and others several, each of those is a batch of its own (one image, two texts) if the
+    model runs with several, and stays one row if not (positions that all rows share).
+
+    Args:
+        tensors: the example.
+        runs: whether the model takes these inputs.
+    """
+    single = [name for name, value in tensors.items() if value.dim() and value.shape[0] == 1]
+    sizes = {value.shape[0] for value in tensors.values() if value.dim()}
+    count = next(size for size in range(2, len(sizes) + 3) if size not in sizes)
+    grown = {name: torch.cat([tensors[name]] * count) for name in single}
+    if len(sizes) <= 1 or not grown or runs({**tensors, **grown}):
+        return {**tensors, **grown}
+    found = dict(tensors)
+    for name, value in grown.items():
+        if runs({**found, name: value}):
+            found[name] = value
+    return found

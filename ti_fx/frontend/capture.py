@@ -24,11 +24,12 @@ from ti_fx.errors import (
     WriteError,
 )
 from ti_fx.frontend.assumptions import size_assumptions
-from ti_fx.frontend.bind_example import CACHES, bind_example, two_rows
+from ti_fx.frontend.bind_example import CACHES, bind_example, rows_for_trace
 from ti_fx.frontend.compare import Compared, compare_shapes, compare_values, draws_alike, evaluation_writes
 from ti_fx.frontend.drop_fields import random_fields
 from ti_fx.frontend.dynamic_sizes import Dynamic, has_open_sizes, named_sizes
 from ti_fx.frontend.exported_graph import exported_graph
+from ti_fx.frontend.model_for_trace import runs
 from ti_fx.frontend.patches import one_at_a_time, traceable
 from ti_fx.frontend.size_questions import Questions
 from ti_fx.frontend.source_lines import short
@@ -39,6 +40,7 @@ from ti_fx.frontend.trace import (
     trace_following_decisions,
     trace_without_decisions,
 )
+from ti_fx.frontend.wrappers import plain_model, unwrapped
 from ti_fx.ir.checks import MARK, REFUSES, check_message
 from ti_fx.ir.edit import mode
 from ti_fx.ir.facts import CaptureReport, facts, record_facts, record_sizes
@@ -86,10 +88,12 @@ def capture(
     must not run models or draw random numbers meanwhile: it gets plain kernels, the same numbers again, or an error.
 
     Args:
-        model: any nn.Module that torch.export can trace, on any device, in any dtype, in either mode. On the meta
+        model: any nn.Module that torch.export can trace, on any device, in any dtype, in either mode. One that
+            ``torch.compile``, DDP or accelerate wraps is captured as it is without them. On the meta
             device (``with torch.device("meta")``) a model of any size is captured, and every pass but Pack runs on it.
         example: keyword inputs (a dict or BatchEncoding), or a tuple of positional ones. Tensors become inputs;
-            other values (flags, None) are baked in. For a model on the meta device they may be on any device.
+            other values (flags, None) are baked in. For a model on the meta device they may be on any device. Inputs of
+            as many rows share one batch; where the numbers differ (one image, two texts), each has a batch of its own.
         dynamic: ``auto`` makes every dimension dynamic that the model allows, of images and videos (four dimensions or
             more) the batch alone; ``all`` tries those, too; ``batch`` only dimension 0, ``none`` nothing. See
             :func:`capture_report`.
@@ -104,6 +108,12 @@ def capture(
         raise InputError(f"capture needs an nn.Module, got {type(model).__name__}")
     if dynamic not in get_args(Dynamic):
         raise InputError(f"dynamic is {dynamic!r}; use {', '.join(map(repr, get_args(Dynamic)))}")
+    model = plain_model(model)
+    with unwrapped(model):
+        return _capture(model, example, dynamic)
+
+
+def _capture(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], dynamic: Dynamic) -> GraphModule:
     tensors, constants = bind_example(model, example)
     with traceable(model) as attention:
         found = _right_everywhere(model, tensors, constants, dynamic)
@@ -211,8 +221,10 @@ def _traced(
     trace: Callable[..., TraceResult],
 ) -> _Captured:
     """Trace in one mode and compare in both."""
-    traced = {name: two_rows(value) for name, value in tensors.items()} if dynamic != "none" else tensors
     with mode(model, training):
+        traced = tensors
+        if dynamic != "none":
+            traced = rows_for_trace(tensors, lambda inputs: runs(model, inputs, constants))
         found = trace(model, traced, constants, dynamic)
         written = evaluation_writes(found.program, model, tensors, constants)
         gm = exported_graph(found.program, model, found.baked, written)

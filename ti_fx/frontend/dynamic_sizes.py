@@ -20,8 +20,18 @@ IMAGE_RANK = 4
 BATCH = "batch"
 
 
-def dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what torch.export is asked to leave open, and why a dimension is not, by ``input.dimension``."""
+def has_own_batches(tensors: dict[str, Tensor]) -> bool:
+    """Return whether inputs have several numbers of rows: an image with two texts."""
+    return len({value.shape[0] for value in tensors.values() if value.dim() > 1 and value.shape[0] > 1}) > 1
+
+
+def dynamic_shapes(
+    tensors: dict[str, Tensor], dynamic: Dynamic, own_batches: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what torch.export is asked to leave open, and why a dimension is not, by ``input.dimension``.
+
+    ``own_batches`` leaves the rows of an input open that has another number of them than the first.
+    """
     if dynamic == "none":
         return dict.fromkeys(tensors), {}
     batch = next((value.shape[0] for value in tensors.values() if value.dim()), 0)
@@ -33,6 +43,8 @@ def dynamic_shapes(tensors: dict[str, Tensor], dynamic: Dynamic) -> tuple[dict[s
         for index, size in enumerate(value.shape):
             if index == 0 and size == batch and batch > 1:
                 dims[index] = named
+            elif own_batches and index == 0 and size > 1 and value.dim() > 1:
+                dims[index] = torch.export.Dim.AUTO
             elif dynamic == "auto" and value.dim() >= IMAGE_RANK:
                 static[f"{name}.{index}"] = (
                     f"dynamic='auto' fixes it at {size}, as in every input of {IMAGE_RANK} or more dimensions; "

@@ -20,6 +20,7 @@ from ti_fx.frontend.dynamic_sizes import (
     dynamic_shapes,
     fixed_by_equalities,
     has_open_sizes,
+    has_own_batches,
     places,
     with_suggested_batch,
 )
@@ -77,6 +78,10 @@ def export_program(
     Sizes that the model ties or fixes in a way that can't be expressed are fixed: all but the batch, or all.
     """
     constants = {**constants, **known.baked}
+    if dynamic != "none" and has_own_batches(tensors):
+        found = _with_own_batches(model, tensors, constants, dynamic, known)
+        if found is not None:
+            return found
     follows = known.decisions is not None
     attempts: list[Dynamic] = [dynamic]
     if dynamic in ("auto", "all"):  # values that are constants mostly fix the batch, too
@@ -148,6 +153,26 @@ def _beyond_text(
     return [
         place for place, size in places(program, tensors).items() if asked & set(size.node.expr.free_symbols)
     ]
+
+
+def _with_own_batches(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    constants: dict[str, Any],
+    dynamic: Dynamic,
+    known: KnownValues,
+) -> Exported | None:
+    """Return the program in which inputs of other numbers of rows have batches of their own; None if it has none."""
+    shapes, static = dynamic_shapes(tensors, dynamic, own_batches=True)
+    questions = Questions()
+    try:
+        program = _exported(model, tensors, constants, shapes, known, questions)
+    except VersionError:
+        raise
+    except Exception:  # whatever the trace raises; without these batches it is tried again
+        return None
+    fixed = [*fixed_by_equalities(program, tensors), *_beyond_text(program, tensors, questions)]
+    return None if fixed or has_open_sizes(program) else Exported(program, static, questions)
 
 
 def _exported(

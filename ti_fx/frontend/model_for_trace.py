@@ -123,6 +123,16 @@ def averages_said(model: nn.Module) -> Iterator[None]:
             part.momentum = None
 
 
+def runs(model: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]) -> bool:
+    """Return whether a model takes these inputs."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), unchanged_buffers(model):
+        try:
+            model(**tensors, **constants)
+        except Exception:  # whatever a model raises at sizes that don't fit
+            return False
+    return True
+
+
 @contextmanager
 def forward_of_tensors(
     model: nn.Module, function: Callable[..., Any], inputs: Sequence[str]

@@ -120,12 +120,28 @@ def _validate_kind(module: GraphModule, node: Node, value: Any) -> None:
     device = next((parameter.device for parameter in module.parameters()), None)
     if not isinstance(value, Tensor):
         raise InputError(f"input {name!r} is a {type(value).__name__}; give a tensor")
+    require_plain(name, value)
     if value.dtype != expected.dtype:
         raise InputError(f"input {name!r} is {value.dtype}; the graph was captured with {expected.dtype}")
     if device is not None and value.device != device:
         raise InputError(f"input {name!r} is on {value.device}; the graph is on {device}")
     if value.dim() != expected.dim():
         raise InputError(f"input {name!r} has {value.dim()} dimensions; the graph takes {expected.dim()}")
+
+
+def require_plain(name: str, value: Tensor) -> None:
+    """Refuse a tensor that is not one block of values: a nested or a sparse one.
+
+    Raises:
+        InputError: names the input, and what to make of it.
+    """
+    if value.is_nested:
+        raise InputError(
+            f"input {name!r} is a nested tensor, and a graph takes rows of one length; pad it with "
+            "torch.nested.to_padded_tensor, and give the model a mask"
+        )
+    if value.layout is not torch.strided:
+        raise InputError(f"input {name!r} is a {value.layout} tensor; give a dense one: .to_dense()")
 
 
 def _validate_size(

@@ -28,6 +28,7 @@ from transformers import TrainerState
 
 from ti_fx.errors import CheckpointError, RecipeError, first_line
 from ti_fx.files import atomic_path, atomic_write
+from ti_fx.frontend.wrappers import plain_model
 from ti_fx.ir.facts import facts as graph_facts
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.roles import TEACHER_PREFIX
@@ -36,6 +37,9 @@ from ti_fx.recipe import Recipe
 from ti_fx.train import intact
 from ti_fx.train.made_again import has_own_passes, how_made, make_again, require_fit
 from ti_fx.train.model import TernaryModel, digest
+from ti_fx.train.order import EpochStart
+from ti_fx.train.same_recipe import check_recipe
+from ti_fx.train.source import not_finite
 
 DESCRIPTION = "ti_fx.json"
 WEIGHTS = "model.safetensors"
@@ -54,7 +58,7 @@ def save(
     source: Mapping[str, Any],
     position: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
-    order: Tensor | None = None,
+    epoch: EpochStart | None = None,
 ) -> None:
     """Write weights, example and facts into ``folder``; each file atomically, the facts last.
 
@@ -65,7 +69,7 @@ def save(
         source: how to make the source model again: ``{"class": "transformers.BertForSequenceClassification"}``.
         position: the step and phase that training has reached.
         weights: the student's tensors if they were gathered already (sharded training).
-        order: the state of the random numbers that the present epoch's order of rows was drawn from, [bytes] uint8.
+        epoch: where the present epoch began.
 
     Raises:
         InputError: the folder can't be written, or the disk is full; no half-written file is left.
@@ -89,12 +93,17 @@ def save(
         "phases": model.phase_digests(),
         "weights": {name: digest(value) for name, value in plain.items()},
     }
-    if order is not None:
-        facts["order"] = {
-            "state": base64.b64encode(order.numpy().tobytes()).decode(),
-            "digest": digest(order),
-        }
+    if epoch is not None:
+        facts["epoch"] = _epoch_facts(epoch)
     atomic_write(target / DESCRIPTION, json.dumps(facts, indent=1) + "\n")
+
+
+def _epoch_facts(epoch: EpochStart) -> dict[str, Any]:
+    place = {"epoch": epoch.epoch, "step": epoch.step}
+    if epoch.state is None:
+        return place
+    state = base64.b64encode(epoch.state.numpy().tobytes()).decode()
+    return {**place, "state": state, "digest": digest(epoch.state)}
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -128,20 +137,22 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     return facts
 
 
-def order(folder: str | Path, facts: Mapping[str, Any]) -> Tensor | None:
-    """Return the ``order`` that was saved; None if it was not.
+def epoch_start(folder: str | Path, facts: Mapping[str, Any]) -> EpochStart | None:
+    """Return where the checkpoint's epoch began; None if that was not saved.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    saved = facts.get("order")
+    saved = facts.get("epoch")
     if saved is None:
         return None
     with readable(folder):
+        if "state" not in saved:
+            return EpochStart(int(saved["epoch"]), int(saved["step"]))
         state = torch.frombuffer(bytearray(base64.b64decode(saved["state"])), dtype=torch.uint8)
         if digest(state) != saved["digest"]:
             raise ValueError("the order of the rows is not what was saved")
-    return state
+        return EpochStart(int(saved["epoch"]), int(saved["step"]), state)
 
 
 def training_state(folder: str | Path) -> TrainerState:
@@ -157,9 +168,9 @@ def training_state(folder: str | Path) -> TrainerState:
             "save_only_model"
         )
     with readable(folder):
-        state = TrainerState.load_from_json(str(path))
+        state: TrainerState = TrainerState.load_from_json(str(path))
         intact.require_training_state(Path(folder))
-        return state
+    return state
 
 
 @contextmanager
@@ -212,6 +223,10 @@ def read_weights(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Tens
             raise CheckpointError(
                 f"{path}: {name} is not what was saved; the file is damaged, use another checkpoint"
             )
+        if not_finite(tensors[name]) == "nan":
+            raise CheckpointError(
+                f"{path}: {name} holds nan, as training had diverged; use an earlier checkpoint"
+            )
     return tensors
 
 
@@ -230,41 +245,6 @@ def restore(model: TernaryModel, folder: str | Path, facts: Mapping[str, Any]) -
             )
     verify_phases(model, folder, facts)
     load_values(model.prepared(), read_weights(folder, facts), folder)
-
-
-def check_recipe(folder: str | Path, facts: Mapping[str, Any], recipe: Recipe) -> None:
-    """Check that a checkpoint is to go on with the recipe that it was trained with.
-
-    Raises:
-        CheckpointError: with another one; names the options that differ, with both values.
-    """
-    trained, now = facts["recipe"], recipe.to_dict()
-    if trained == now:
-        return
-    differing = [
-        f"{name} was {_shown(one)} and is {_shown(other)}" for name, one, other in _differences(trained, now)
-    ]
-    more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
-    raise CheckpointError(
-        f"{folder} was trained with recipe {trained.get('name')!r} of other options: {', '.join(differing[:3])}{more}; "
-        f"resume with that recipe (ti_fx.Recipe.from_dict of its {DESCRIPTION}), or begin anew in another folder"
-    )
-
-
-def _differences(one: Any, other: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Return the places in two JSON values that differ, with both values; None stands for a missing one."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys = list(dict.fromkeys([*one, *other]))
-        pairs = [(f"{name}.{key}" if name else str(key), one.get(key), other.get(key)) for key in keys]
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = [(f"{name}[{index}]", *both) for index, both in enumerate(zip(one, other, strict=True))]
-    else:
-        return [] if one == other else [(name, one, other)]
-    return [found for inner, left, right in pairs for found in _differences(left, right, inner)]
-
-
-def _shown(value: Any) -> str:
-    return f"{len(value)} entries" if isinstance(value, dict | list) else repr(value)
 
 
 def verify_phases(model: TernaryModel, folder: str | Path, facts: Mapping[str, Any]) -> None:
@@ -328,7 +308,7 @@ def load(checkpoint: str | Path, model: nn.Module | None = None) -> GraphModule:
     """
     facts = read_facts(checkpoint)
     weights = read_weights(checkpoint, facts)
-    source = source_model(checkpoint, facts) if model is None else model
+    source = source_model(checkpoint, facts) if model is None else plain_model(model)
     example = read_tensors(Path(checkpoint) / EXAMPLE)
     try:
         recipe = Recipe.from_dict(facts["recipe"])

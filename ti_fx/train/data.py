@@ -18,6 +18,7 @@ TEXT_COLUMNS = ("text", "sentence", "question", "content")
 LABEL_COLUMNS = ("label", "labels", "class")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
+_JSON = ".json"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_texts(
     text_column: str | None = None,
     label_column: str | None = None,
 ) -> LabelledTexts:
-    """Read labelled texts from a ``.csv`` or ``.tsv`` file with a header, or from a ``.jsonl`` file.
+    """Read labelled texts from a ``.csv`` or ``.tsv`` file with a header, a ``.jsonl`` file, or a list in ``.json``.
 
     Args:
         path: the file, in UTF-8.
@@ -71,7 +72,7 @@ def read_texts(
     texts: list[str] = []
     labels: list[int] = []
     chosen: tuple[str, str] | None = None
-    for line, row in _rows(path):
+    for place, row in _rows(path):
         if chosen is None:
             chosen = (
                 _column(path, row, text_column, TEXT_COLUMNS, "text"),
@@ -80,36 +81,57 @@ def read_texts(
         text, label = (row.get(name) for name in chosen)
         if not isinstance(text, str) or not text.strip():
             raise DataError(
-                f"{path}, line {line}: no text in column {chosen[0]!r}; fill it in or leave the row out"
+                f"{path}, {place}: no text in column {chosen[0]!r}; fill it in or leave the row out"
             )
         texts.append(text)
-        labels.append(_label(label, ids, f"{path}, line {line}"))
+        labels.append(_label(label, ids, f"{path}, {place}"))
     if not texts:
         raise DataError(f"{path} has 0 rows of data; give at least 1")
     return LabelledTexts(tuple(texts), tuple(labels))
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield each row with the number of the line it ends on."""
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row with its place: the line it ends on."""
     suffix = path.suffix.lower()
-    if suffix not in _DELIMITERS and suffix not in _JSON_LINES:
-        raise DataError(f"data file {path} must end in .csv, .tsv or .jsonl")
+    if suffix not in (*_DELIMITERS, *_JSON_LINES, _JSON):
+        raise DataError(f"data file {path} must end in .csv, .tsv or .jsonl (or .json: a list of objects)")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            if suffix in _DELIMITERS:
+            if suffix == _JSON:
+                yield from _json_rows(path, file.read())
+            elif suffix in _DELIMITERS:
                 reader = csv.DictReader(file, delimiter=_DELIMITERS[suffix])
                 for row in reader:
-                    yield reader.line_num, row
+                    yield f"line {reader.line_num}", row
             else:
                 for line, text in enumerate(file, 1):
                     if text.strip():
-                        yield line, _json_row(text, f"{path}, line {line}")
+                        yield f"line {line}", _json_row(text, f"{path}, line {line}")
     except OSError as error:
         raise DataError(f"can't read data {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except csv.Error as error:
         raise DataError(f"{path} is not well-formed {suffix[1:].upper()}: {error}") from None
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a list of objects, with their places in it, or of a file with an object a line."""
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        lines = [(line, one) for line, one in enumerate(text.splitlines(), 1) if one.strip()]
+        if len(lines) < 2 or not lines[0][1].strip().startswith("{") or not lines[0][1].strip().endswith("}"):
+            raise DataError(
+                f"{path} is not JSON ({error}); write a list of objects, or one object per line"
+            ) from None
+        for line, one in lines:
+            yield f"line {line}", _json_row(one, f"{path}, line {line}")
+        return
+    rows = [rows] if isinstance(rows, dict) else rows
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} holds no list of objects; write one object with a text and a label per row")
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _json_row(text: str, where: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from ti_fx.errors import CheckpointError, RecipeError
 from ti_fx.frontend.capture import capture
 from ti_fx.frontend.dynamic_sizes import Dynamic
+from ti_fx.frontend.wrappers import unwrapped
 from ti_fx.ir.edit import fork
 from ti_fx.ir.facts import PREPARE, facts
 from ti_fx.ir.pipeline import Pass, Pipeline
@@ -51,7 +52,8 @@ def require_fit(
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    own = dict(source.named_parameters()) | dict(source.named_buffers())
+    with unwrapped(source):
+        own = dict(source.named_parameters()) | dict(source.named_buffers())
     for name, value in weights.items():
         if name not in own and not is_whole:
             continue  # a pass may have made it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -63,6 +64,24 @@ class TernaryModel(nn.Module):
         """Run the current phase (training) or the student (evaluation) on the model's own inputs."""
         graphs = self._graphs
         return graphs.phase(graphs.current)(**inputs) if self.training else graphs.evaluation(**inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TernaryModel:
+        """Copy it with its graphs, as an average of weights does."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled: graphs would lose what they record, and code would run when they are loaded.
+
+        Raises:
+            InputError: says what is saved instead.
+        """
+        raise InputError(
+            "a TernaryModel can't be pickled; trainer.save_model(folder) saves it and ti_fx.load(folder) loads the "
+            "student (its values alone: model.state_dict())"
+        )
 
     def enter(self, phase: Phase) -> None:
         """Train this phase's graph from now on."""

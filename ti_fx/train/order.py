@@ -9,15 +9,31 @@ and collated under a seed of its own, which leaves the process's random numbers 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+
+
+@dataclass(frozen=True)
+class EpochStart:
+    """Where the present epoch began.
+
+    Attributes:
+        epoch: counted from 0. step: the optimiser steps before it.
+        state: of torch's random numbers, which its order was drawn from, [bytes] uint8; None: it has no order.
+    """
+
+    epoch: int
+    step: int
+    state: Tensor | None = None
 
 
 class Place(int):
@@ -100,6 +116,47 @@ class SeededRows(Dataset[Any]):
         return SeededBatch(rows, seed + 1)
 
 
+class SeededStream(IterableDataset[Any]):
+    """An iterable dataset that draws from random numbers of its own, which begin anew in each epoch."""
+
+    def __init__(self, rows: Any, seed: int) -> None:
+        self.rows = rows
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch's rows come next."""
+        self.epoch = epoch
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[StreamedRow]:
+        worker = get_worker_info()
+        first = _seed_of(self.seed, [self.epoch, 0 if worker is None else worker.id])
+        with drawn_from(first):
+            rows, state = iter(self.rows), _state()
+        for number in itertools.count():
+            with drawn_from(first):
+                _set_state(state)
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                state = _state()
+            yield StreamedRow(row, first + number)
+
+
+@dataclass(frozen=True)
+class StreamedRow:
+    """A row, with the seed of the batch that begins with it."""
+
+    row: Any
+    seed: int
+
+
 class SeededBatch(list[Any]):
     """Rows to collate under a seed."""
 
@@ -116,6 +173,8 @@ class SeededCollator:
 
     def __call__(self, rows: list[Any]) -> Any:
         """Make a batch of rows."""
+        if rows and isinstance(rows[0], StreamedRow):
+            rows = SeededBatch([one.row for one in rows], rows[0].seed)
         with drawn_from(rows.seed) if isinstance(rows, SeededBatch) else nullcontext():
             return self.collate(rows)
 
@@ -123,22 +182,38 @@ class SeededCollator:
 @contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's random numbers, and put them back after."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    before = _state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        _set_state(before)
+
+
+def _state() -> tuple[Any, Any, Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_state(state: tuple[Any, Any, Tensor]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
 
 
 def _seed_of(seed: int, indices: list[int]) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {indices}".encode()).digest()[:7], "big")
 
 
+def seeded(dataset: Any, seed: int) -> Any:
+    """Return a dataset whose random draws begin anew with each batch, or, for an iterable one, with each epoch."""
+    if has_order(dataset):
+        return SeededRows(dataset, seed)
+    # the iterable datasets of Hugging Face draw from a generator of their own, by epoch
+    return dataset if hasattr(dataset, "_ex_iterable") else SeededStream(dataset, seed)
+
+
 def has_order(dataset: Any) -> bool:
     """Return whether rows are fetched by index; an iterable dataset has an order of its own."""
-    return isinstance(dataset, Sized) and not isinstance(dataset, torch.utils.data.IterableDataset)
+    return isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,29 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import TrainOutput
-from transformers.utils.logging import get_logger
 
 from ti_fx.errors import CheckpointError
 from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.recipe import Recipe
 from ti_fx.train import checkpoint, schedule
 from ti_fx.train.finished import finished_files, finished_folder
+from ti_fx.train.finite import refuse_gradient, refuse_loss
 from ti_fx.train.model import TernaryModel
-from ti_fx.train.order import RowOrder, SeededCollator, SeededRows, has_order
+from ti_fx.train.order import (
+    EpochStart,
+    RowOrder,
+    SeededCollator,
+    SeededRows,
+    SeededStream,
+    has_order,
+    seeded,
+)
+from ti_fx.train.same_recipe import check_recipe
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class ResumingTrainer(Trainer):
@@ -41,21 +52,28 @@ class ResumingTrainer(Trainer):
     example: dict[str, Tensor]
     _saving_to: str | None = None
     _saved_step: int | None = None
+    _rows: Any = None
     _order: RowOrder | None = None
-    _order_start: Tensor | None = None  # of the checkpoint that training goes on from
+    _epoch: EpochStart | None = None  # of the present epoch
+    _left: EpochStart | None = None  # of the checkpoint that training goes on from
 
     # --- the same rows in the same order --------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, *args: Any, **options: Any) -> Any:
-        if options.get("is_training") and has_order(dataset):
-            dataset = SeededRows(dataset, self._data_seed)
+        if options.get("is_training"):
+            if has_order(dataset) and type(dataset).__module__.startswith(
+                "datasets."
+            ):  # before rows are read
+                dataset = self._remove_unused_columns(dataset, description="training")
+            if has_order(dataset) or self.args.world_size <= 1:
+                dataset = self._rows = seeded(dataset, self._data_seed)
         return super()._get_dataloader(dataset, *args, **options)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         return SeededCollator(super()._get_collator_with_removed_columns(data_collator, description))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows = train_dataset.rows if isinstance(train_dataset, SeededRows) else train_dataset
+        rows: Any = train_dataset.rows if isinstance(train_dataset, SeededRows) else train_dataset
         sampler: Any = super()._get_train_sampler(rows)
         if sampler is None or isinstance(sampler, BatchRebalanceSampler):  # has an order by epoch already
             return sampler
@@ -69,19 +87,65 @@ class ResumingTrainer(Trainer):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def _run_epoch(self, **options: Any) -> None:
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        started: Any = super()._init_training_state
+        resumed = resume_from_checkpoint
+        epochs, batches = started(max_steps, num_update_steps_per_epoch, num_train_epochs, resumed, trial)
+        self._left = None
+        if resumed is not None:
+            self._left = checkpoint.epoch_start(resumed, checkpoint.read_facts(resumed))
+        if self._left is None or has_order(self.train_dataset):
+            return epochs, batches
+        # where rows have no number, Trainer takes all of training for one epoch
+        since = (self.state.global_step - self._left.step) * self.args.gradient_accumulation_steps
+        return self._left.epoch, 0 if self.args.ignore_data_skip else since
+
+    def _run_epoch(self, **options: Any) -> None:  # type: ignore[override]  # Trainer calls it by keywords
+        epoch, left = options["epoch"], self._left
+        inside = options["steps_trained_in_current_epoch"] > 0 and not self.args.ignore_data_skip
+        goes_on = left is not None and epoch == options["epochs_trained"] and inside
+        self._epoch = left if goes_on else EpochStart(epoch, self.state.global_step)
+        if isinstance(self._rows, SeededStream):
+            self._rows.set_epoch(epoch)
         if self._order is not None:
-            self._order.set_epoch(options["epoch"])
-            goes_on = options["resume_from_checkpoint"] and options["epoch"] == options["epochs_trained"]
-            inside = options["steps_trained_in_current_epoch"] > 0 and not self.args.ignore_data_skip
-            if goes_on and inside and self._order_start is not None:
-                self._order.draw_again(self._order_start)
-        super()._run_epoch(**options)
+            self._order.set_epoch(epoch)
+            if left is not None and left.state is not None and goes_on:
+                self._order.draw_again(left.state)
+        run: Any = super()._run_epoch
+        run(**options)
+
+    def _epoch_start(self) -> EpochStart | None:
+        if self._epoch is None or self._order is None:
+            return self._epoch
+        return replace(self._epoch, state=self._order.start)
 
     def _evaluate(self, *args: Any, **options: Any) -> Any:
         """Evaluate; after a checkpoint of this step no random number is drawn, as its reader would lack that."""
         with torch.random.fork_rng(devices=[], enabled=self._saved_step == self.state.global_step):
             return super()._evaluate(*args, **options)
+
+    # --- numbers ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Train as Trainer does, and stop at a loss that is not finite."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not bool(loss.isfinite()):
+            refuse_loss(loss, self.model, self._prepare_inputs(inputs), self.state.global_step + 1)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm_of: Any = super()._get_grad_norm
+        norm = norm_of(model, grad_norm)
+        if norm is not None and self.accelerator.scaler is None:  # a scaler leaves such a step out
+            refuse_gradient(norm, self.model, self.state.global_step + 1)
+        return norm
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -111,6 +175,7 @@ class ResumingTrainer(Trainer):
         elif isinstance(resume_from_checkpoint, str):
             checkpoint.read_facts(resume_from_checkpoint)
         if resume_from_checkpoint:
+            check_recipe(resume_from_checkpoint, checkpoint.read_facts(resume_from_checkpoint), self.recipe)
             state = checkpoint.training_state(resume_from_checkpoint)
             steps = self._total_steps()
             if state.global_step >= steps:
@@ -151,7 +216,6 @@ class ResumingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         facts = checkpoint.read_facts(resume_from_checkpoint)
         checkpoint.restore(self.model, resume_from_checkpoint, facts)
-        self._order_start = checkpoint.order(resume_from_checkpoint, facts)
         self.model.compile_at(facts["position"].get("compiled", {}))
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
@@ -172,9 +236,10 @@ class ResumingTrainer(Trainer):
         folder = Path(output_dir if output_dir is not None else self._run_folder)
         if not self.args.should_save:
             return
-        config: Any = getattr(self.source, "config", None)
-        if config is not None:
-            config.save_pretrained(folder)
+        if isinstance(
+            self.source, PreTrainedModel
+        ):  # a wrapper's weights have other names than its config says
+            self.source.config.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
@@ -194,7 +259,7 @@ class ResumingTrainer(Trainer):
                 "compiled": self.model.compiled_shapes(),
             },
             weights=gathered,
-            order=None if self._order is None else self._order.start,
+            epoch=self._epoch_start(),
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -15,6 +15,7 @@ from transformers.data.data_collator import default_data_collator
 from transformers.utils.generic import find_labels
 
 from ti_fx.errors import DataError, first_line
+from ti_fx.frontend.wrappers import input_names
 
 LABELS = ("labels", "label", "label_ids")
 POSITIONS = ("start_positions", "end_positions")  # the labels of question answering
@@ -38,7 +39,7 @@ def label_names(model: nn.Module, options: Mapping[str, Any]) -> list[str]:
     }
     if any(name in columns for name in LABELS):
         columns.add("labels")  # as the collators call them
-    pairs = [name for name in POSITIONS if name in columns and name not in _inputs(model)]
+    pairs = [name for name in POSITIONS if name in columns and name not in (_inputs(model) or ())]
     return [name for name in found if name in columns] or pairs or ["labels"]
 
 
@@ -77,10 +78,11 @@ def _firsts(options: Mapping[str, Any], count: int) -> Iterator[list[Any]]:
             yield list(itertools.islice(dataset, count))
 
 
-def _inputs(model: nn.Module) -> list[str]:
+def _inputs(model: nn.Module) -> list[str] | None:
+    """Return what the forward takes; None where it takes anything."""
     if isinstance(model, GraphModule):
         return [str(node.target) for node in model.graph.find_nodes(op="placeholder")]
-    return list(inspect.signature(model.forward).parameters)
+    return input_names(model)
 
 
 def first_rows(
@@ -99,7 +101,8 @@ def first_rows(
     names = _inputs(model)
     columns = ", ".join(map(str, rows[0])) if isinstance(rows[0], Mapping) else type(rows[0]).__name__
     batch = _collated(model, rows, options, label_names, remove_unused)
-    kept = {name: batch[name] for name in names if name in batch and name not in label_names}
+    names = list(batch) if names is None else names
+    kept = {name: batch[name] for name in names if name in batch and name not in {*label_names, *LABELS}}
     if not kept:
         raise DataError(f"no column of the data ({columns}) is an input of {type(model).__name__}")
     return with_decoder_inputs(model, kept, labels_of(model, batch, label_names) or {})
@@ -122,8 +125,9 @@ def _collated(
     label_names: Sequence[str],
     remove_unused: bool | None,
 ) -> Mapping[str, Any]:
-    if remove_unused and isinstance(rows[0], Mapping):
-        wanted = {*_inputs(model), *label_names, *LABELS}
+    names = _inputs(model)
+    if remove_unused and isinstance(rows[0], Mapping) and names is not None:
+        wanted = {*names, *label_names, *LABELS}
         columns = ", ".join(map(str, rows[0]))
         rows = [{name: row[name] for name in row if name in wanted} for row in rows]
         if not any(rows):
@@ -162,7 +166,7 @@ def with_decoder_inputs(
 def _shift(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """Return what a transformers model shifts its labels by, in one of the three forms that these have."""
     config: Any = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False) or DECODER_INPUTS not in _inputs(model):
+    if not getattr(config, "is_encoder_decoder", False) or DECODER_INPUTS not in (_inputs(model) or ()):
         return None
     for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
         if (own := getattr(model, name, None)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,25 +22,45 @@ class Span:
     end: int
 
 
-def spans(phases: Sequence[Phase], total: int) -> tuple[Span, ...]:
-    """Lay the phases out over ``total`` optimiser steps.
+def spans(
+    phases: Sequence[Phase],
+    total: int,
+    ways: str = "raise max_steps or num_train_epochs, or shorten the phases",
+) -> tuple[Span, ...]:
+    """Lay the phases out over ``total`` optimiser steps; a fraction is one of these, and ends at the nearest step.
+
+    Args:
+        phases: in order.
+        total: optimiser steps in all.
+        ways: what to do where they don't fit.
 
     Raises:
         InputError: the phases need more steps than there are.
     """
     laid: list[Span] = []
-    start = 0
+    start, place = 0, 0.0
     for phase in phases:
-        end = total if phase.steps is None else start + phase.steps
+        place += (phase.steps or 0) * (total if isinstance(phase.steps, float) else 1)
+        end = total if phase.steps is None else round(place)
         if end > total or end <= start:
-            needed = sum(one.steps or 1 for one in phases)
             raise InputError(
-                f"the recipe's phases need at least {needed} optimiser steps and training has {total}; "
-                "raise max_steps or num_train_epochs, or shorten the phases"
+                f"the recipe's phases need at least {_needed(phases)} optimiser steps and training has {total}; {ways}"
             )
         laid.append(Span(phase, start, end))
         start = end
     return tuple(laid)
+
+
+def _needed(phases: Sequence[Phase]) -> int:
+    """Return the least number of steps that the phases fit into, a fraction of one step each."""
+    whole = sum(int(phase.steps) for phase in phases if phase.steps is not None and phase.steps >= 1)
+    shares = [phase.steps for phase in phases if isinstance(phase.steps, float)]
+    least = whole + sum(phase.steps is None for phase in phases)
+    if not shares:
+        return least
+    rest = 1 - sum(shares)
+    needed = max(math.ceil(0.5 / min(shares)), least + len(shares))
+    return max(needed, math.ceil(least / rest)) if rest > 1e-9 else needed
 
 
 def at(laid: Sequence[Span], step: int) -> Span:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,14 +14,16 @@ from transformers import TrainingArguments
 
 from ti_fx.errors import InputError
 from ti_fx.frontend.capture import capture
+from ti_fx.frontend.dynamic_sizes import Dynamic
 from ti_fx.ir.facts import facts
 from ti_fx.measure.choose import Choice, resolve
-from ti_fx.recipe import Recipe
+from ti_fx.recipe import Recipe, chosen_recipe
 from ti_fx.train import rows, schedule
 from ti_fx.train.arguments import require_arguments
 from ti_fx.train.model import Compile, TernaryModel
 from ti_fx.train.objective_trainer import ObjectiveTrainer
 from ti_fx.train.resuming import ResumingTrainer
+from ti_fx.train.source import ready_source
 from ti_fx.train.untrained import prepare_to_train, require_trained
 
 AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation (benchmarks/train_step.py)
@@ -39,11 +42,12 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
     def __init__(
         self,
         model: nn.Module,
-        recipe: Recipe | str,
+        recipe: Recipe | str | Path,
         args: TrainingArguments | None = None,
         *,
         teacher: nn.Module | None = None,
         example: Mapping[str, Any] | None = None,
+        dynamic: Dynamic = "auto",
         compile: Literal["on", "off", "auto"] = "auto",
         evaluate_distillation: bool = False,
         **options: Any,
@@ -52,12 +56,14 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
 
         Args:
             model: the trained full-precision model (its Parameters become the student's), or a graph from
-                ``ti_fx.capture``, prepared by this recipe or not at all.
-            recipe: a Recipe or a preset's name.
+                ``ti_fx.capture``, prepared by this recipe or not at all. ``torch.compile``, DDP and their like are
+                taken off it, and half precision becomes float32, which a warning says.
+            recipe: a Recipe, a preset's name, or the path of a recipe's file.
             args: as for Trainer. ``max_steps`` left out takes the recipe's ``steps``. Use ``compile=`` here, not
                 ``torch_compile``.
             teacher: a module to take the teacher's values from; None: the model's own values.
             example: inputs to capture with; None: the first rows of ``train_dataset``, collated.
+            dynamic: which sizes of the inputs are left open, as for ``ti_fx.capture``.
             compile: compile each phase's graph. ``auto``: on an accelerator, or for phases of many steps.
             evaluate_distillation: evaluation also reports ``eval_distillation`` and each loss by name.
             options: train_dataset, eval_dataset, data_collator, processing_class, compute_metrics, callbacks, ...
@@ -67,7 +73,9 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
         """
         # A copy: what is settled here must not reach the next trainer that is given the same arguments.
         args = TrainingArguments(output_dir="trainer_output") if args is None else copy.copy(args)
-        self.recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+        args.logging_nan_inf_filter = False  # it leaves out of the mean what is no number
+        self.recipe = chosen_recipe(recipe)
+        model = ready_source(model)
         require_arguments(args, self.recipe, model)
         self.choice: Choice | None = None  # what was measured for the encoding "auto"
         self.source = model
@@ -77,7 +85,7 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
         options["data_collator"] = options.get("data_collator") or rows.collator(
             options.get("processing_class")
         )
-        prepared, self.example = self._prepare(model, teacher, example, args, label_names, options)
+        prepared, self.example = self._prepare(model, teacher, example, args, label_names, options, dynamic)
         if args.max_steps <= 0 and self.recipe.steps is not None:
             args.max_steps = self.recipe.steps
         if args.device.type == "cpu":
@@ -102,15 +110,20 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
         args: TrainingArguments,
         label_names: Sequence[str],
         options: dict[str, Any],
+        dynamic: Dynamic,
     ) -> tuple[GraphModule, dict[str, Tensor]]:
         if example is None:
             example = rows.first_rows(model, options, label_names, args.remove_unused_columns)
         example = {name: _move(value, args.device) for name, value in example.items()}
         if isinstance(model, GraphModule):
+            if dynamic != "auto":
+                raise InputError(
+                    f"dynamic={dynamic!r} is for a model, and this graph was captured already; give it to ti_fx.capture"
+                )
             gm = model
         else:
             model.to(args.device)
-            gm = capture(model, example)
+            gm = capture(model, example, dynamic=dynamic)
         if facts(gm).recipe is None:
             self.recipe, self.choice = resolve(self.recipe, gm)
             prepare_to_train(gm, self.recipe, teacher)

@@ -10,10 +10,12 @@ from torch.fx import GraphModule
 
 from ti_fx import numerics
 from ti_fx.errors import InputError
+from ti_fx.frontend.wrappers import unwrapped
 from ti_fx.ir import roles
 from ti_fx.ir.undo import Undo
 from ti_fx.ir.untrained import Cause, Untrained
 from ti_fx.recipe import Recipe
+from ti_fx.train.source import ready_source
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,12 @@ def prepare_to_train(gm: GraphModule, recipe: Recipe, teacher: nn.Module | None)
     """
     undo = Undo(gm)
     try:
-        recipe.prepare(gm, teacher=teacher)
+        if teacher is None:
+            recipe.prepare(gm)
+        else:
+            teacher = ready_source(teacher)
+            with unwrapped(teacher):
+                recipe.prepare(gm, teacher=teacher)
         require_trained(gm, recipe)
     except Exception:
         undo()
