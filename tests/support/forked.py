@@ -101,7 +101,7 @@ def export_from_files(weights: Path, path: Path) -> None:
     """Pack a model without values from a folder of weights, and write it."""
     model = bert_model(layers=1)
     with accelerate.init_empty_weights():
-        empty = type(model)(model.config)
+        empty: Any = type(model)(model.config)
     gm = ti_fx.capture(empty.to("meta"), text_example())
     Pipeline(Ternarize(), QuantizeActivations(), Strip())(gm)
     pack_from(gm, weights, dict(model.named_buffers()))
