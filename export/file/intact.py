@@ -26,7 +26,8 @@ def with_digest(content: bytes) -> bytes:
 
 def _entry(length: int, digest: str) -> bytes:
     entry = onnx.StringStringEntryProto(key=INTACT_KEY, value=f"{length} {digest}")
-    return onnx.ModelProto(metadata_props=[entry]).SerializeToString()
+    content: bytes = onnx.ModelProto(metadata_props=[entry]).SerializeToString()
+    return content
 
 
 def require_intact(path: Path) -> None:

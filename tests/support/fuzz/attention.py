@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,8 @@ class Attention(nn.Module):
         super().__init__()
         self.case, self.cross = case, cross
         self.kind = "separate" if cross and case.projection != "kv" else case.projection
+        self.fused: nn.Module
+        conv1d: Any = Conv1D
         self.inner, self.keyed = case.heads * case.head_width, case.key_heads * case.head_width
         if case.kernel == "multihead":
             self.multihead = nn.MultiheadAttention(
@@ -59,7 +62,7 @@ class Attention(nn.Module):
         if self.kind in ("qkv", "interleaved"):
             self.fused = nn.Linear(WIDTH, self.inner + 2 * self.keyed, bias=case.bias)
         elif self.kind == "conv1d":
-            self.fused = Conv1D(self.inner + 2 * self.keyed, WIDTH)
+            self.fused = conv1d(self.inner + 2 * self.keyed, WIDTH)
         else:
             self.query = nn.Linear(WIDTH, self.inner, bias=case.bias)
             if self.kind == "kv":
@@ -68,7 +71,7 @@ class Attention(nn.Module):
                 self.key = nn.Linear(WIDTH, self.keyed, bias=case.bias)
                 self.value = nn.Linear(WIDTH, self.keyed, bias=case.bias)
         self.output = (
-            Conv1D(WIDTH, self.inner)
+            conv1d(WIDTH, self.inner)
             if case.projection == "conv1d"
             else nn.Linear(self.inner, WIDTH, bias=case.bias)
         )
@@ -225,7 +228,7 @@ class Attention(nn.Module):
                 strict=True,
             )
         ]
-        context = self.spelled(*parts, bias, keep, trace).transpose(1, 2).flatten(2)
+        context = self.spelled(parts[0], parts[1], parts[2], bias, keep, trace).transpose(1, 2).flatten(2)
         out = inner.out_proj
         return trace.read("output", F.linear(trace.quantise(context), out.weight, out.bias))
 

@@ -169,7 +169,7 @@ def _compare_training(case: Case, outcome: Outcome, gm: GraphModule, batch: int,
                 total = total + (leaf * torch.randn(leaf.shape, generator=weights, dtype=torch.float64)).sum()
             total.backward()  # type: ignore[no-untyped-call]
             results.append(outputs)
-        _compare(where, *results, CLOSE[case.dtype])
+        _compare(where, results[0], results[1], CLOSE[case.dtype])
         _compare_gradients(
             where,
             {name: value.grad for name, value in source.named_parameters()},

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from fuzz.attention import Attention, Trace
 from fuzz.case import MASKED, TABLE, VOCABULARY, WIDTH, Case
@@ -41,7 +41,7 @@ class FeedForward(nn.Module):
         self.case = case
         gated = case.feed_forward == "gated"
         linear: Any = (
-            (lambda wide, narrow: Conv1D(narrow, wide))
+            (lambda wide, narrow: Conv1D(narrow, wide))  # type: ignore[no-untyped-call]
             if case.projection == "conv1d"
             else (lambda wide, narrow: nn.Linear(wide, narrow, bias=case.bias))
         )

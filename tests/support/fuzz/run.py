@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
@@ -142,7 +143,8 @@ def shrunk(case: Case, why: str) -> tuple[Case, str]:
     """Return the plainest case that fails alike, and how: each field is set back to its default where it still does."""
     kind = re.sub(r"[\d.]+(e[+-]\d+)?", "N", why)[:25]
     for field_ in dataclasses.fields(case):
-        plainer = dataclasses.replace(case, **{field_.name: field_.default})
+        plain: dict[str, Any] = {field_.name: field_.default}
+        plainer = dataclasses.replace(case, **plain)
         if field_.name == "heads":
             plainer = dataclasses.replace(plainer, key_heads=2, head_width=8)
         if plainer == case or not runs(plainer):
