@@ -36,4 +36,6 @@ def gpt2() -> nn.Module:
         vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=1, n_head=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
     )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
+    model: Any = GPT2LMHeadModel(config)
+    made: nn.Module = model.eval()
+    return made

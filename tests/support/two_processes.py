@@ -37,7 +37,7 @@ if __name__ == "__main__":
             "logging_steps": 2,
             "eval_strategy": "steps",
             "eval_steps": 2,
-            "ddp_backend": "gloo",
+            **({"ddp_backend": "gloo"} if int(world) > 1 else {}),
         },
         train_dataset=unequal_rows(causal=True),
         eval_dataset=unequal_rows(causal=True)[:6],
@@ -48,4 +48,4 @@ if __name__ == "__main__":
     torch.save(notes.gradients[0], folder / f"gradients-{world}-{rank}.pt")
     torch.save(made.model.student_state(), folder / f"weights-{world}-{rank}.pt")
     (folder / f"log-{world}-{rank}.json").write_text(json.dumps(made.state.log_history))
-    made.end()
+    made.accelerator.end_training()

@@ -75,7 +75,8 @@ def test_a_loss_of_ones_own_is_told_the_items_of_the_whole_step(tmp_path: Path) 
         told.append(int(num_items_in_batch))
         logits = outputs.logits[:, :-1].flatten(0, 1)
         summed = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum", ignore_index=-100)
-        return summed / num_items_in_batch
+        loss: Tensor = summed / num_items_in_batch
+        return loss
 
     recipe = Recipe("own", activations=BY_TOKEN, distill=Distill(task=1.0, mask_padding=True))
     options = {"train_dataset": unequal_rows(causal=True), "compute_loss_func": shifted}

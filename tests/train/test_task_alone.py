@@ -52,7 +52,8 @@ def test_the_models_own_loss_alone_is_trained(schedule: Any, tmp_path: Path) -> 
 def test_an_objective_of_ones_own_needs_no_labels(tmp_path: Path) -> None:
     def confident(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
         assert labels is None
-        return -outputs.logits.log_softmax(-1).max(-1).values.mean()
+        loss: Tensor = -outputs.logits.log_softmax(-1).max(-1).values.mean()
+        return loss
 
     made = trainer(
         tmp_path,
@@ -74,7 +75,7 @@ def test_a_loss_of_the_model_that_is_none_is_refused_or_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     graph = ti_fx.capture(bert_model(layers=1), batch())
-    with pytest.raises(InputError, match="pass the module itself, or compute_loss_func="):
+    with pytest.raises(InputError, match="pass the module itself, or pass compute_loss_func="):
         trainer(tmp_path, Recipe("alone", distill=ALONE), model=graph)
     plain = trainer(tmp_path, Recipe("plain"), model=ti_fx.capture(bert_model(layers=1), batch()))
     assert "eval_loss" not in plain.evaluate()

@@ -41,6 +41,7 @@ class TernaryModel(nn.Module):
     each tensor once, under the source model's names; the frozen teacher is under ``teacher.``.
     """
 
+    main_input_name: str  # the input of which Trainer counts the tokens
     accepts_loss_kwargs = False  # the loss is a mean: transformers divides it when it accumulates gradients
 
     def __init__(self, prepared: GraphModule, recipe: Recipe, *, compile: Compile = "off") -> None:

@@ -31,6 +31,7 @@ class ObjectiveTrainer(Trainer):
     model: TernaryModel
     loss_is_scaled_for_ga = True  # a micro-batch's loss is its part of the whole batch's
     source: nn.Module
+    objective: Objective
     evaluate_distillation: bool
 
     def _set_objective(self, prepared: GraphModule, options: Mapping[str, Any]) -> None:
@@ -143,7 +144,7 @@ class ObjectiveTrainer(Trainer):
         devices, _ = self._averaged()
         if (why := self.objective.reason) is None:
             try:
-                loss = self.objective.evaluate(outputs, batch, items).detach().mean()
+                loss: Tensor = self.objective.evaluate(outputs, batch, items).detach().mean()
                 return loss if items is None or self.compute_loss_func is None else loss * devices
             except InputError:
                 why = self.objective.reason
@@ -167,7 +168,8 @@ class ObjectiveTrainer(Trainer):
         return gathered.sum(0).cpu()
 
     def _mean_over_devices(self, values: Tensor) -> Tensor:
-        return self._sum_over_devices(values) / self.args.world_size
+        mean: Tensor = self._sum_over_devices(values) / int(self.args.world_size)
+        return mean
 
     def _own_rows(self, batch: Batch) -> int:
         """Return how many rows of an evaluation batch count: accelerate fills the last ones of all devices up."""
@@ -175,7 +177,8 @@ class ObjectiveTrainer(Trainer):
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return rows_here
-        return min(max(state.remainder - self.args.process_index * rows_here, 0), rows_here)
+        left = int(state.remainder) - int(self.args.process_index) * rows_here
+        return min(max(left, 0), rows_here)
 
     # --- labels -------------------------------------------------------------------------------------------------------
 

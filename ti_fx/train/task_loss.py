@@ -295,7 +295,9 @@ def _recorded(model: nn.Module, calls: list[_Call]) -> Iterator[None]:
 
     def record(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        calls.append(_Call(function, {**dict(enumerate(args)), **kwargs}, result))
+        given: dict[str | int, Any] = dict(enumerate(args))
+        given.update(kwargs)
+        calls.append(_Call(function, given, result))
         return result
 
     model.loss_function = record  # type: ignore[assignment]
