@@ -29,7 +29,7 @@ from ti_fx.frontend.compare import Compared, compare_shapes, compare_values, dra
 from ti_fx.frontend.drop_fields import random_fields
 from ti_fx.frontend.dynamic_sizes import Dynamic, has_open_sizes, named_sizes
 from ti_fx.frontend.exported_graph import exported_graph
-from ti_fx.frontend.model_for_trace import runs
+from ti_fx.frontend.model_for_trace import runs, unchanged_attributes
 from ti_fx.frontend.patches import one_at_a_time, traceable
 from ti_fx.frontend.size_questions import Questions
 from ti_fx.frontend.source_lines import short
@@ -115,7 +115,7 @@ def capture(
 
 def _capture(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...], dynamic: Dynamic) -> GraphModule:
     tensors, constants = bind_example(model, example)
-    with traceable(model) as attention:
+    with unchanged_attributes(model), traceable(model) as attention:
         found = _right_everywhere(model, tensors, constants, dynamic)
     gm, static = found.gm, found.static
     dims = named_sizes(gm, list(tensors))[0]

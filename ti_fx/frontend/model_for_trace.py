@@ -42,13 +42,37 @@ def whole_numbers_stay(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
 
 
 @contextmanager
+def unchanged_attributes(model: nn.Module) -> Iterator[None]:
+    """Put back what modules keep beside their tensors, and their submodules.
+
+    Some settle a window or the form of their attention by the sizes of a call, and keep it.
+    """
+    before = [
+        (module, type(module), dict(vars(module)), dict(module._modules)) for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, kind, attributes, children in before:
+            if type(module) is kind:  # a lazy module has become another by its first call
+                vars(module).clear()
+                vars(module).update(attributes)
+                module._modules.clear()
+                module._modules.update(children)
+
+
+@contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Put every buffer back as it was, values and all: running statistics change with every forward in training."""
+    """Put every buffer back as it was, values and all: running statistics change with every forward in training.
+
+    So is what modules keep beside them.
+    """
     modules = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     kept = {id(value): value for _, buffers in modules for value in buffers.values() if value is not None}
     before = [(value, value.detach().clone()) for value in kept.values()]
     try:
-        yield
+        with unchanged_attributes(model):
+            yield
     finally:
         for module, buffers in modules:
             module._buffers.clear()

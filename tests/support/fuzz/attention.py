@@ -97,7 +97,8 @@ class Attention(nn.Module):
             return self.by_multihead(hidden, memory, bias, keep, trace)
         query, key, value = self.projected(hidden, memory, trace)
         query, key, value = (
-            part.unflatten(-1, (-1, case.head_width)).transpose(1, 2) for part in (query, key, value)
+            part.unflatten(-1, (-1, case.head_width)).transpose(1, 2)  # type: ignore[no-untyped-call]
+            for part in (query, key, value)
         )
         if case.query_norm:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -176,7 +177,8 @@ class Attention(nn.Module):
         probabilities = self.dropout(probabilities)
         if case.kernel == "einsum":
             return torch.einsum("bhnm,bhmd->bhnd", probabilities, value)
-        return probabilities @ value
+        context: Tensor = probabilities @ value
+        return context
 
     def by_sdpa(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, keep: Tensor | None
@@ -220,7 +222,7 @@ class Attention(nn.Module):
             hidden, keyed = hidden.detach(), keyed.detach()
             valued = valued if trace.point == "map" else valued.detach()
         parts = [
-            F.linear(source, weight, offset).unflatten(-1, (case.heads, -1)).transpose(1, 2)
+            F.linear(source, weight, offset).unflatten(-1, (case.heads, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
             for source, weight, offset in zip(
                 (hidden, keyed, valued),
                 inner.in_proj_weight.chunk(3),

@@ -238,7 +238,8 @@ class Transformer(nn.Module):
         """Add what the tokens' places give."""
         tokens, positions = hidden.shape[1], self.case.positions
         if positions == "learned":
-            return hidden + self.places(torch.arange(tokens))
+            learned: Tensor = self.places(torch.arange(tokens))
+            return hidden + learned
         if positions == "parameter":
             return hidden + self.place[:, :tokens]
         if positions == "sinusoidal":
