@@ -62,7 +62,8 @@ def test_masked_losses_of_unequal_rows_accumulate_to_the_whole(size: int, count:
 def test_a_language_models_own_loss_is_over_all_labels_of_the_step(tmp_path: Path) -> None:
     recipe = Recipe("language", activations=BY_TOKEN, distill=Distill(task=1.0, mask_padding=True))
     whole, logged = step(tmp_path, recipe, gpt2(), 8, 1, train_dataset=unequal_rows(causal=True))
-    parts, logged_parts = step(tmp_path, recipe, gpt2(), 2, 4, train_dataset=unequal_rows(causal=True))
+    # a row of one token has no label that follows another
+    parts, logged_parts = step(tmp_path, recipe, gpt2(), 1, 8, train_dataset=unequal_rows(causal=True))
     assert largest_difference(whole, parts) <= 1e-5
     assert logged["loss_task"] == pytest.approx(logged_parts["loss_task"], rel=1e-5)
 

@@ -56,7 +56,7 @@ def test_the_loss_is_the_forwards(task: str, model_type: str, name: str) -> None
 
 @pytest.mark.slow
 def test_an_encoder_decoder_is_evaluated_on_the_inputs_that_it_makes_of_labels(tmp_path: Path) -> None:
-    model: Any = t5_model()
+    model: Any = t5_model(decoder_start_token_id=0)
     generator = torch.Generator().manual_seed(4)
     data: Any = [
         {"input_ids": ids, "attention_mask": [1] * 6, "labels": [*ids[:4], -100 if row else 5]}

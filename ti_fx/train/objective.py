@@ -152,11 +152,19 @@ class Objective:
                 return value
             if items is not None and self._divides(outputs, batch, items, value):
                 return value * whole.devices
-            return value * self._share(batch, whole)
+            return self._shared(value, outputs, batch, whole)
         if whole is not None and self.smoother is not None:
             return self._smoothed(outputs, batch, whole.task) * whole.devices
         value = self.evaluate(outputs, batch, items)
-        return value if whole is None else value * self._share(batch, whole)
+        return value if whole is None else self._shared(value, outputs, batch, whole)
+
+    def _shared(self, value: Tensor, outputs: Any, batch: Batch, whole: Whole) -> Tensor:
+        """Return a mean times its share; a mean over no labels is no number, and its part is 0."""
+        share = self._share(batch, whole)
+        if share:
+            return value * share
+        numbers = [leaf.sum() for leaf in leaves(outputs).values() if leaf.is_floating_point()]
+        return 0.0 * losses.total(numbers)  # with gradients, which are 0
 
     def _share(self, batch: Batch, whole: Whole) -> float:
         if self._rule == SUM:
