@@ -144,7 +144,7 @@ def test_what_train_is_given_is_checked_before_anything_is_written(
     skip = recipe_file(inputs, ternarize={"skip": ["*.qurey"]})
     assert "matches no weight" in line(recipe=skip)
     assert "did you mean '*.query'" in line(recipe=skip)
-    assert "need at least 61 optimiser steps and training has 4" in line(recipe="ti-g")
+    assert "need at least 7 optimiser steps and training has 4" in line(recipe="ti-g")
     assert "is 64, and the model takes at most 32 tokens" in line(max_length=64)
     assert "--learning-rate is -1.0" in line(learning_rate=-1)
     assert "'--steps'" in line(steps=0)

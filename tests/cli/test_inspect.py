@@ -267,7 +267,7 @@ def broken_models(folder: Path, tmp_path: Path) -> list[tuple[list[object], str]
 
 
 WRONG_OPTIONS: list[tuple[list[str], str]] = [
-    (["--diff", "ternarise"], "no pass is called 'ternarise'; did you mean 'ternarize'?"),
+    (["--diff", "ternarise"], "no pass is called 'ternarise'; did you mean 'ternarize'"),
     (["--diff", "ternarize{skip=x.*}"], "skip='x.*' matches no weight"),
     (["--recipe", "tig"], "no recipe is called 'tig'; did you mean 'ti-g'"),
     (["--svg", "a.svg", "--layer", "7"], "no layer 7 in stack 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 ARCHITECTURE = DOCS / "ARCHITECTURE.md"
 README_LINES = 150
-CHANGELOG_LINES = 80
+CHANGELOG_LINES = 110
 Called = Callable[..., tuple[int, str, str]]
 
 
@@ -79,7 +80,7 @@ def test_commands_exist_and_have_their_options(
     line: str, run: Called, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")  # so that no option is cut short
-    program, first, *rest = shlex.split(line)
+    program, first, *rest = itertools.dropwhile(lambda word: "=" in word, shlex.split(line))  # a setting
     program = program.removeprefix(".venv/bin/")
     if program == "make":
         known = re.findall(r"^([a-z-]+):.*## ", read(ROOT / "Makefile"), re.MULTILINE)
@@ -88,7 +89,7 @@ def test_commands_exist_and_have_their_options(
         code, out, _ = run(first, "--help")
         assert code == 0
         assert {word for word in rest if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", out))
-    elif program == "python" and first == "-m":
+    elif program.endswith("python") and first == "-m":
         assert find_spec(rest[0]) is not None
     elif program == "python":
         text = read(ROOT / first)

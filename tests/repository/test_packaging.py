@@ -167,6 +167,7 @@ def imported_projects(path: Path) -> set[str]:
     ours = {"ti_fx", "examples", *folders} | {
         path.stem for folder in folders for path in (ROOT / folder).rglob("*.py")
     }
+    ours |= {path.parent.name for path in (ROOT / "tests/support").rglob("__init__.py")}
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - ours
 
 

@@ -44,6 +44,7 @@ FULL = Recipe(
         scores=2.0,
         attention_outputs=0.25,
         task=0.75,
+        embeddings=0.5,
         variant="paper",
         mask_padding=True,
     ),

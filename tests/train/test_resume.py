@@ -187,7 +187,7 @@ def flip_one_weight(folder: Path) -> None:
         (facts(lambda values: values.pop("weights")), "ti_fx.json has no weights; the file is damaged"),
         (facts(lambda values: values.update(format=9)), "written by another version"),
         (facts(lambda values: values["recipe"].update(schedul=1)), "no key 'schedul'"),
-        (facts(lambda values: values["phases"].update(map="0" * 64)), "'map' is another graph now, though the versions"),
+        (facts(lambda values: values["phases"].update(map="0" * 64)), "'map' is another graph now, though the version"),
         (facts(lambda values: values["phases"].pop("map")), "phase 'map' is another graph now"),
         (source("transformers.NoSuchModel"), "NoSuchModel, which transformers .* lacks"),
         (source("mine.Model"), r"mine.Model that only you can make; pass model="),

@@ -22,6 +22,7 @@ from ti_fx.errors import (
     VerificationError,
     VersionError,
     WriteError,
+    first_line,
 )
 from ti_fx.frontend.assumptions import size_assumptions
 from ti_fx.frontend.bind_example import CACHES, bind_example, rows_for_trace
@@ -155,7 +156,7 @@ def _right_everywhere(
         except SizeError as error:
             if attempt == "none":
                 raise
-            reason = reason or str(error).partition(": ")[0]
+            reason = reason or first_line(error).partition(": ")[0]
             continue
         if reason:
             for name, value in tensors.items():

@@ -47,9 +47,7 @@ def unchanged_attributes(model: nn.Module) -> Iterator[None]:
 
     Some settle a window or the form of their attention by the sizes of a call, and keep it.
     """
-    before = [
-        (module, type(module), dict(vars(module)), dict(module._modules)) for module in model.modules()
-    ]
+    before = [(module, type(module), dict(vars(module)), dict(module._modules)) for module in model.modules()]
     try:
         yield
     finally:

@@ -28,6 +28,7 @@ from transformers import T5ForConditionalGeneration
 
 from ti_fx.errors import InputError
 from ti_fx.export import Runtime, encoder_decoder_with_cache, to_onnx, with_cache, write_genai_config
+from ti_fx.export.file.intact import INTACT_KEY
 from ti_fx.export.file.metadata import PART_OF
 from ti_fx.export.run.generate import OnnxCausalLM, OnnxSeq2SeqLM
 
@@ -279,6 +280,7 @@ def test_an_encoder_of_another_student_is_refused(translator: Translator, tmp_pa
     model = onnx.load(encoder)
     (whole,) = (entry for entry in model.metadata_props if entry.key == PART_OF)
     whole.value = whole.value[::-1]
+    del model.metadata_props[[entry.key for entry in model.metadata_props].index(INTACT_KEY)]
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(InputError, match=r"other.onnx and .* are of two students"):
         OnnxSeq2SeqLM(tmp_path / "other.onnx", decoder, translator.model.config)

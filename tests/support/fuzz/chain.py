@@ -352,4 +352,5 @@ def _restore(gm: GraphModule, source: Transformer) -> None:
     wanted = dict(source.named_parameters()) | dict(source.named_buffers())
     with torch.no_grad():
         for name, value in [*gm.named_parameters(), *gm.named_buffers()]:
-            value.copy_(wanted[name])
+            if name in wanted:  # not a constant that the trace has made
+                value.copy_(wanted[name])
