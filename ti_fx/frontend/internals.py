@@ -54,14 +54,9 @@ INTERNALS = (
         "set to False: a look at the arguments' values computes nothing",
     ),
     Internal(
-        "torch.autograd.grad_mode.inference_mode.__enter__",
-        "(self)",
-        "replaced: a trace does not see it, and what it holds would be trained",
-    ),
-    Internal(
-        "torch.autograd.grad_mode.inference_mode.__exit__",
-        "(self, exc_type, exc_value, traceback)",
-        "replaced, as __enter__ is",
+        "torch._C._InferenceMode",
+        None,
+        "replaced by a region without gradients: a trace does not see inference mode, and would train what it holds",
     ),
     Internal(
         "torch.fx.node._side_effectful_functions",

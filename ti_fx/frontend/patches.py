@@ -222,21 +222,10 @@ def modules_stay() -> Iterator[None]:
 def inference_without_gradients() -> Iterator[None]:
     """Let a trace take ``torch.inference_mode()`` within forward for ``torch.no_grad()``: it would see neither."""
 
-    def entering(_: Any) -> Any:
-        def enter(region: Any) -> None:
-            region._gradients_before = torch.is_grad_enabled()
-            torch.set_grad_enabled(not region.mode)
+    def region(_: Any) -> Any:
+        return lambda inferring: torch.set_grad_enabled(not inferring)
 
-        return enter
-
-    def leaving(_: Any) -> Any:
-        def leave(region: Any, *error: Any) -> None:
-            torch.set_grad_enabled(region._gradients_before)
-
-        return leave
-
-    name = "torch.autograd.grad_mode.inference_mode"
-    with replaced(f"{name}.__enter__", entering), replaced(f"{name}.__exit__", leaving):
+    with replaced("torch._C._InferenceMode", region):
         yield
 
 
