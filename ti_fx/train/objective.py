@@ -181,13 +181,19 @@ class Objective:
             self._rule = self._measured_rule(batch)
         return self._rule.count(batch.labels)
 
-    def _measured_rule(self, batch: Batch) -> Rule:
+    def settle(self, batch: Batch) -> None:
+        """Measure on a few rows what the task's loss is a mean over, if they tell; else the first step's rows must."""
+        if self.weight and batch.labels is not None and not self.returns_loss:
+            self._rule = self._found_rule(batch)
+
+    def _found_rule(self, batch: Batch) -> Rule | None:
         if self.given is not None or self.smoother is not None:
             return Rule.labels(shifted=is_causal(self.source))
         loss = self._find(batch)
-        found = None
-        if isinstance(loss, TaskLoss):
-            found = rule_of(self.source, loss, *self._placed(batch, 2))
+        return rule_of(self.source, loss, *self._placed(batch, 2)) if isinstance(loss, TaskLoss) else None
+
+    def _measured_rule(self, batch: Batch) -> Rule:
+        found = self._found_rule(batch)
         if found is None:
             LOG.warning(
                 "the loss of %s over two rows is no mean over labels or rows: with several micro-batches or devices "

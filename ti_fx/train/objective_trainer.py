@@ -49,6 +49,7 @@ class ObjectiveTrainer(Trainer):
             batch = self._batch(self._prepare_inputs(dict(first)))
             self._without_labels = self.compute_loss_func is not None and batch.labels is None
             self.objective.require_task(batch)
+            self.objective.settle(batch)
 
     # --- training ---------------------------------------------------------------------------------------------------
 

@@ -232,7 +232,8 @@ class Transformer(nn.Module):
             hidden = hidden - hidden.mean(0, keepdim=True)
         if extra == "layer-drop-0" and self.training and float(torch.rand(())) < 0.0:
             hidden = hidden * 0
-        return hidden
+        embedded: Tensor = hidden
+        return embedded
 
     def placed(self, hidden: Tensor) -> Tensor:
         """Add what the tokens' places give."""
