@@ -166,6 +166,7 @@ def test_without_values_the_same_is_said(run: Run, folder: Path) -> None:
     assert [line for line in said if not line.startswith(remark)] == with_values
 
 
+@pytest.mark.slow
 def test_a_model_that_hears(run: Run, tmp_path: Path) -> None:
     build("wav2vec2").model.save_pretrained(tmp_path / "speech")  # type: ignore[operator]
     code, out, err = run("inspect", tmp_path / "speech")
@@ -176,6 +177,7 @@ def test_a_model_that_hears(run: Run, tmp_path: Path) -> None:
     assert "Kept: convolution, not a linear projection" in out
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = tmp_path / "models--some--bert"
     (cached / "refs").mkdir(parents=True)

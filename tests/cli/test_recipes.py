@@ -52,6 +52,7 @@ def steps_of(out: Path) -> list[float | None]:
     return [phase["steps"] for phase in json.loads((out / "recipe.json").read_text())["schedule"]]
 
 
+@pytest.mark.slow
 def test_a_short_training_shortens_a_preset_and_says_so(tmp_path: Path, train_command: Train) -> None:
     out = tmp_path / "run"
     ran = train_command(out, "--recipe", "ti-g", "--steps", 8)

@@ -37,6 +37,7 @@ def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_check_says_what_was_not_compared(tmp_path: Path) -> None:
     bert_model(1).save_pretrained(tmp_path / "bert")
     out = tmp_path / "student.onnx"

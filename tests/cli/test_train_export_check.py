@@ -40,6 +40,7 @@ def test_a_run_leaves_checkpoint_recipe_and_results(checkpoint: Path, rows_file:
     BertForSequenceClassification.from_pretrained(checkpoint)
 
 
+@pytest.mark.slow
 def test_losses_by_name_and_scores_are_printed(tmp_path: Path, train_command: Train, rows_file: Path) -> None:
     recipe = tmp_path / "short.yaml"
     phases = (Phase("map", Intervene("map"), 2), Phase("quantise", restart=True))
@@ -53,6 +54,7 @@ def test_losses_by_name_and_scores_are_printed(tmp_path: Path, train_command: Tr
     assert "student on 16 rows: accuracy " in ran.out
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_weights(
     tmp_path: Path, checkpoint: Path, train_command: Train, rows_file: Path
 ) -> None:
@@ -126,6 +128,7 @@ def test_help_has_an_example(command: str) -> None:
     assert "Example" in ran.out
 
 
+@pytest.mark.slow
 def test_the_installed_command_trains(tmp_path: Path, classifier: Path, rows_file: Path) -> None:
     """As a user runs it, with nothing of pytest around: standard error stays empty in a pipe."""
     arguments = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from classifier import Train, ti_fx_command
 from torch.fx import GraphModule
@@ -31,6 +32,7 @@ class SiluForGelu(Pass):
                 supersede(old, new)
 
 
+@pytest.mark.slow
 def test_a_pass_of_ones_own(tmp_path: Path, train_command: Train) -> None:
     run, file = tmp_path / "run", tmp_path / "student.onnx"
     ran = train_command(run, "--pass", "silu-for-gelu{runs=2}")

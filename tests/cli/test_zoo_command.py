@@ -132,6 +132,7 @@ def test_types_and_a_factory_pass_and_say_so_everywhere(run: Called, models: str
         assert out.startswith(f"{count} of 2 are in {kept} already\n")
 
 
+@pytest.mark.slow
 def test_a_factory_goes_through_the_whole_chain(run: Called, models: str, tmp_path: Path) -> None:
     code, out, err = run("zoo", f"{models}:plain", "--json", tmp_path / "zoo.json")
     assert (code, err) == (0, "")

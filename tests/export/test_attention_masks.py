@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -124,6 +125,7 @@ def test_a_mask_of_ones_own_is_fused_and_hides_the_same(tmp_path: Path) -> None:
             torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-4, msg=f"{name} of {length}")
 
 
+@pytest.mark.slow
 def test_the_report_says_why_blocks_are_not_fused(tmp_path: Path) -> None:
     report = to_onnx(student(hide for hide, _ in LEFT.values()), tmp_path / "blocks.onnx", example())
     assert fused(report.path) == 0

@@ -147,6 +147,7 @@ def test_portable_files_load_with_an_older_opset_and_ir(files: Files) -> None:
     assert model.ir_version <= 8
 
 
+@pytest.mark.slow
 def test_encodings_of_the_same_numerics_are_exported_from_each_other(files: Files, tmp_path: Path) -> None:
     """Nothing is quantised again, so nothing is to be allowed; the outputs are equal."""
     outputs = []
@@ -174,6 +175,7 @@ def test_requantised_files_say_what_it_cost(files: Files, trained: str, tmp_path
 MIXED = {"first": "nbits2", "*.weight": "base3", "second": "float", "transposed": "int8-token"}
 
 
+@pytest.mark.slow
 def test_each_weight_has_its_own_encoding(tmp_path: Path) -> None:
     activations = QuantizeActivations(encodings=MIXED)
     gm = packed(activations)

@@ -201,6 +201,7 @@ def test_a_teacher_made_afterwards_is_a_copy(bert: Tiny) -> None:
     assert "stands for" not in ti_fx.dump(gm)
 
 
+@pytest.mark.slow
 def test_it_trains_and_is_exported(tmp_path: Path) -> None:
     """Through every phase, with a parameter of the pass's own; the file computes what the graph does."""
     phases = tuple(Phase(str(point), Intervene(point), 1) for point in ("output", "context", "map", None))

@@ -80,6 +80,7 @@ def test_auto_is_resolved_to_a_name_by_one_measurement(auto: list[str]) -> None:
     assert resolve(named, gm) == (named, None)
 
 
+@pytest.mark.slow
 def test_auto_measures_several_on_the_machine() -> None:
     named, choice = resolve(
         ti_fx.Recipe("own", activations=QuantizeActivations("auto")), ti_fx.capture(Model(), example())

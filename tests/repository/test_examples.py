@@ -97,6 +97,7 @@ def test_bring_your_own_learns(run: Run) -> None:
     assert ternary > full - 0.05
 
 
+@pytest.mark.slow
 def test_no_training(run: Run, tmp_path: Path) -> None:
     printed = run("no_training.py", "--tiny")
     assert re.search(

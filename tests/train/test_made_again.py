@@ -106,6 +106,7 @@ def test_through_a_pass_after_preparation(tmp_path: Path) -> None:
     same(ti_fx.load(saved, bert_model(layers=1)), logits)
 
 
+@pytest.mark.slow
 def test_through_an_extra_pass_of_the_recipe(tmp_path: Path) -> None:
     recipe = Recipe("own", extra_passes=(LearntGain(),))
     saved, logits = trained(tmp_path, bert_model(layers=1), recipe)
@@ -120,6 +121,7 @@ def test_through_an_extra_pass_of_the_recipe(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_through_a_pass_of_torch_fx(tmp_path: Path) -> None:
     own = graph()
     Pipeline(Relu())(own)

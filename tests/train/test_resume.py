@@ -83,6 +83,7 @@ def test_from_pretrained_loads_the_latent_weights(whole: Whole) -> None:
     assert different(dict(loaded.state_dict()), whole.weights) == []
 
 
+@pytest.mark.slow
 def test_a_tied_model_is_saved_once_and_loads_back(tmp_path: Path) -> None:
     saved = trainer(
         tmp_path,
@@ -105,6 +106,7 @@ def test_a_tied_model_is_saved_once_and_loads_back(tmp_path: Path) -> None:
     assert torch.equal(student(**batch()).logits, saved.student()(**batch()).logits)
 
 
+@pytest.mark.slow
 def test_a_loaded_student_equals_the_trained_one_without_a_teacher(whole: Whole) -> None:
     expected = whole.trainer.student()(**batch()).logits
     loaded = ti_fx.load(whole.last)
@@ -280,6 +282,7 @@ def test_training_resumed_from_any_step_ends_bit_equal(step: int, whole: Whole, 
     assert tail == ["output", "context", *["map"] * 4, "quantise", "quantise"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)]
 )

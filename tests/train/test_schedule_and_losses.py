@@ -152,6 +152,7 @@ def test_two_micro_batches_equal_one_batch_of_twice_the_size(task: str, tmp_path
         assert logged[name] == pytest.approx(logged_halves[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_bf16_autocast_trains_and_evaluates(tmp_path: Path) -> None:
     made = trainer(
         tmp_path,

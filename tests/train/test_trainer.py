@@ -41,6 +41,7 @@ from ti_fx.train.model import digest
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_module_a_captured_and_a_prepared_graph_train_alike(tmp_path: Path) -> None:
     options = {"max_steps": 3, "warmup_steps": 0}
     recipe = Recipe.preset("ti-c", intervention_steps=6)
@@ -123,6 +124,7 @@ def test_a_teacher_of_another_shape_is_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_regression_model_trains_on_its_own_loss(tmp_path: Path) -> None:
     data: Any = [{**row, "labels": float(row["labels"]) / 2} for row in rows()]
     made = trainer(
@@ -210,6 +212,7 @@ class Stream(IterableDataset[dict[str, Any]]):
         return iter(rows())
 
 
+@pytest.mark.slow
 def test_rows_may_come_from_a_stream(tmp_path: Path) -> None:
     made = trainer(
         tmp_path,
@@ -265,6 +268,7 @@ def best_of_two(folder: Path, **options: Any) -> TernaryTrainer:
     return trainer(folder, PLAIN, model=bert_model(layers=1), arguments_options=settings, **options)
 
 
+@pytest.mark.slow
 def test_the_best_model_is_kept_and_loaded_at_the_end(tmp_path: Path) -> None:
     made = best_of_two(tmp_path, compute_metrics=scripted([0.1, 0.2, 0.9, 0.3, 0.4]))
     kept = {}

@@ -68,6 +68,7 @@ def called(name: str, count: int = 8) -> Any:
     return [{**{key: row[key] for key in batch()}, name: row["labels"]} for row in rows(count)]
 
 
+@pytest.mark.slow
 def test_a_label_column_of_another_name_is_refused_or_named(tmp_path: Path) -> None:
     options: dict[str, Any] = {"train_dataset": called("score"), "eval_dataset": called("score")}
     with pytest.raises(DataError, match=r"needs labels.*label_names=\[\.\.\.\]"):

@@ -153,6 +153,7 @@ def test_what_is_not_packed_or_too_short_is_refused(decoder: CachedStudent) -> N
         with_cache(decoder.student, decoder.model, {"input_ids": tokens(2, 2)})
 
 
+@pytest.mark.slow
 def test_a_table_read_in_two_ways_is_refused() -> None:
     model, example = in_eval(gpt2_model()), text_example(batch=2)
     with pytest.raises(ExportError, match="both packed and in full precision"):

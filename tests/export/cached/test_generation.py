@@ -118,6 +118,7 @@ def test_tokens_guessed_from_the_prompt_change_no_token(decoder: Decoder) -> Non
     assert torch.equal(found, greedy(decoder, ids))
 
 
+@pytest.mark.slow
 def test_the_last_tokens_logits_alone_generate_the_same(decoder: Decoder, tmp_path: Path) -> None:
     example = text_example(batch=2)
     cached, inputs = with_cache(decoder.student, decoder.model, example, logits_to_keep=1)

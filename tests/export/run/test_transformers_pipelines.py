@@ -207,6 +207,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(cached.gm, path)
 
 
+@pytest.mark.slow
 def test_prompts_are_continued(prompts: Exported) -> None:
     call = pipeline(prompts.path)
     single = [call(text)[0]["generated_text"] for text in TEXTS]
