@@ -47,16 +47,22 @@ def unchanged_attributes(model: nn.Module) -> Iterator[None]:
 
     Some settle a window or the form of their attention by the sizes of a call, and keep it.
     """
-    before = [(module, type(module), dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    before = [(module, type(module), dict(vars(module)), _dictionaries(module)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, kind, attributes, children in before:
+        for module, kind, attributes, dictionaries in before:
             if type(module) is kind:  # a lazy module has become another by its first call
                 vars(module).clear()
                 vars(module).update(attributes)
-                module._modules.clear()
-                module._modules.update(children)
+                for held, content in dictionaries:
+                    held.clear()
+                    held.update(content)
+
+
+def _dictionaries(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """Return a module's dictionaries (submodules, hooks, ...), each with a copy."""
+    return [(held, dict(held)) for held in vars(module).values() if isinstance(held, dict)]
 
 
 @contextmanager

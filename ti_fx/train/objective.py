@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,7 +185,10 @@ class Objective:
     def settle(self, batch: Batch) -> None:
         """Measure on a few rows what the task's loss is a mean over, if they tell; else the first step's rows must."""
         if self.weight and batch.labels is not None and not self.returns_loss:
-            self._rule = self._found_rule(batch)
+            with suppress(
+                DataError, InputError
+            ):  # the step that meets these labels says what is wrong with them
+                self._rule = self._found_rule(batch)
 
     def _found_rule(self, batch: Batch) -> Rule | None:
         if self.given is not None or self.smoother is not None:
