@@ -71,16 +71,11 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
     So is what modules keep beside them.
     """
-    modules = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    kept = {id(value): value for _, buffers in modules for value in buffers.values() if value is not None}
-    before = [(value, value.detach().clone()) for value in kept.values()]
+    before = [(value, value.detach().clone()) for value in model.buffers()]
     try:
         with unchanged_attributes(model):
             yield
     finally:
-        for module, buffers in modules:
-            module._buffers.clear()
-            module._buffers.update(buffers)
         with torch.no_grad():
             for value, copy in before:
                 if value.grad_fn is not None:
