@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,13 @@ HERE = Path(__file__).parent
 # `make quick` runs these rooms, less what takes seconds: marked so, or by what it asks for.
 QUICK = [HERE / name for name in ("numerics", "ir", "find", "repository")]
 TAKE_SECONDS = {"tiny", "request", "gpt2", "t5", "vit", "llama", "wheel", "checkout"}
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now to no collection of garbage: going over it again and again takes minutes."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

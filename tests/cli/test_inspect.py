@@ -126,6 +126,7 @@ def test_files_are_written(run: Run, captured: str, tmp_path: Path) -> None:
     assert "<h1>" in html.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_factory_and_a_folder_without_weights(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

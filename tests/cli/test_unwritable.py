@@ -37,7 +37,9 @@ def mounted(folder: Path, *options: str) -> bool:
     return False
 
 
-@pytest.fixture(params=["below a file", "read-only mount", "no permission"])
+@pytest.fixture(
+    params=["below a file", pytest.param("read-only mount", marks=pytest.mark.slow), "no permission"]
+)
 def unwritable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A folder that can't be written to, in each way there is."""
     folder = tmp_path / "place"

@@ -102,6 +102,7 @@ def test_one_weight_is_in_memory_at_a_time(
     assert all(torch.equal(value, state[name]) for name, value in gm.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_model_without_values_gets_a_cache(
     ordinary: GraphModule, hollow: tuple[GraphModule, dict[str, Tensor]]
 ) -> None:

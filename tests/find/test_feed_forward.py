@@ -124,13 +124,12 @@ def weight_name(node: Node | None) -> str | None:
     return "" if weight is None else str(weight.target)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("t5", "gemma2", "cohere") else ())
-        for name in CASES
-    ],
-)
+# One plain, one gated, one fused, one parallel, one with experts; the others are captured by `make test-full`.
+QUICK = ("bert", "llama", "phi3", "gpt_neox", "mixtral")
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_each_layer_has_its_own(name: str) -> None:
     case = CASES[name]
     sites = ti_fx.find_feed_forward(captured(name)[2])
@@ -160,7 +159,7 @@ def outputs(result: Any) -> Tensor:
     return value
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("chosen", [[0], [1]], ids=str)
 def test_without_its_result_the_graph_is_the_model_without_the_module(name: str, chosen: list[int]) -> None:
     model, example, gm = captured(name)
@@ -185,7 +184,7 @@ def test_without_its_result_the_graph_is_the_model_without_the_module(name: str,
 PREPARE = (DecomposeAttention(), DuplicateTeacher(), Ternarize(), QuantizeActivations(), Distill())
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("name", ["bert", "llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_passes_move_no_site(name: str) -> None:
     gm = ti_fx.fork(captured(name)[2])
 
@@ -205,7 +204,10 @@ def test_passes_move_no_site(name: str) -> None:
     assert [place[:2] for place in places()] == [place[:2] for place in before]
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3", "t5"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert", "llama", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "t5"))],
+)
 def test_names_say_nothing(name: str) -> None:
     gm = captured(name)[2]
     renamed = copy.deepcopy(gm)

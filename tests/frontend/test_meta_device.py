@@ -89,6 +89,7 @@ def test_other_dtypes_than_the_models_are_refused() -> None:
         ti_fx.capture(model, {"x": torch.ones(2, 4)})
 
 
+@pytest.mark.slow
 def test_packing_needs_values() -> None:
     gm = ti_fx.capture(on_meta(), text_example())
     ti_fx.Pipeline(Ternarize())(gm)

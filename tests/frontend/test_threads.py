@@ -72,6 +72,7 @@ def test_two_threads_capture_two_models_at_once(_: int, alone: list[Found]) -> N
         assert all(map(torch.equal, one[2], other[2]))
 
 
+@pytest.mark.slow
 def test_two_threads_capture_one_model_at_once() -> None:
     made = (bert_model(1), text_example())
     with ThreadPoolExecutor(2) as threads:

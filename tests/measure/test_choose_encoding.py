@@ -39,6 +39,7 @@ def test_of_two_as_fast_the_one_whose_rows_stand_alone_is_chosen() -> None:
     assert (found.encoding, found.reason.partition(",")[0]) == ("int8-token", "as fast as int8-tensor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepared_before", [False, True])
 def test_choosing_measures_every_candidate_and_leaves_the_graph(prepared_before: bool) -> None:
     gm = prepared(QuantizeActivations("nbits2")) if prepared_before else ti_fx.capture(Model(), example())

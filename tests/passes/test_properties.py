@@ -128,8 +128,8 @@ def test_layers_one_after_the_other_are_all_layers(ready: GraphModule) -> None:
 COMMUTING = (
     *(("bert", at, attention) for at in POINTS for attention in (False, True)),
     ("gpt2", "map", True),
-    ("t5", "output", True),
-    ("vit", "context", False),
+    pytest.param("t5", "output", True, marks=pytest.mark.slow),
+    pytest.param("vit", "context", False, marks=pytest.mark.slow),
     ("llama", "map", True),
     ("torch_encoder", "output", False),
     ("plain", "map", True),

@@ -106,6 +106,7 @@ def test_no_training(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "runs/no_training/ternary.onnx").is_file()
 
 
+@pytest.mark.slow
 def test_drawing_an_intervention(run: Run, tmp_path: Path) -> None:
     run("draw_intervention.py", "picture.svg")
     assert "<svg" in (tmp_path / "picture.svg").read_text(encoding="utf-8")

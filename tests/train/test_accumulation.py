@@ -97,6 +97,7 @@ def test_a_last_micro_batch_of_fewer_rows_counts_for_less(tmp_path: Path) -> Non
     assert largest_difference(whole, parts) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_label_that_is_smoothed(tmp_path: Path) -> None:
     recipe = Recipe("smooth", activations=BY_TOKEN, distill=Distill(task=1.0))
     made = trainer(

@@ -75,6 +75,7 @@ def test_compiled_losses_equal_eager_in_every_phase(compiled: TernaryTrainer, tm
                 assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-6), (one["step"], name)
 
 
+@pytest.mark.slow
 def test_the_default_backend_computes_the_same_losses_at_every_shape(tmp_path: Path) -> None:
     """In the phase with the most in its graph: student, teacher, what it intervenes with, and every loss."""
 

@@ -20,9 +20,7 @@ from ti_fx.train.rows import DECODER_INPUTS, with_decoder_inputs
 from ti_fx.train.task_loss import own_loss
 
 QUICK = [
-    ("SEQUENCE_CLASSIFICATION", "bert", "BertForSequenceClassification"),
     ("NEXT_SENTENCE_PREDICTION", "bert", "BertForNextSentencePrediction"),
-    ("QUESTION_ANSWERING", "distilbert", "DistilBertForQuestionAnswering"),
     ("CAUSAL_LM", "llama", "LlamaForCausalLM"),
     ("SEQ_TO_SEQ_CAUSAL_LM", "t5", "T5ForConditionalGeneration"),
 ]

@@ -246,6 +246,7 @@ def test_resume_refuses_what_is_damaged_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_recipe_teacher_or_model(copied: Path) -> None:
     def resume(**options: Any) -> None:
         made(copied.parent, **options).train(resume_from_checkpoint=str(copied))

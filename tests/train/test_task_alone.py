@@ -71,6 +71,7 @@ def test_an_objective_of_ones_own_needs_no_labels(tmp_path: Path) -> None:
     assert history(made)[0]["loss_task"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_of_the_model_that_is_none_is_refused_or_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -22,7 +22,9 @@ from ti_fx.zoo.count import attention_calls
 from ti_fx.zoo.points import replacements
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.slow), "albert"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "albert"))]
+)
 def test_known_contexts_and_outputs_change_graph_and_model_alike(name: str, tmp_path: Path) -> None:
     outcome = run_chain(name, lambda: build(name), tmp_path, until="sites")
     assert outcome.refused is None
@@ -31,7 +33,7 @@ def test_known_contexts_and_outputs_change_graph_and_model_alike(name: str, tmp_
         assert outcome.numbers[f"replaced {point}"] < 1e-6
 
 
-@pytest.mark.parametrize("point", ["context", "output"])
+@pytest.mark.parametrize("point", [pytest.param("context", marks=pytest.mark.slow), "output"])
 def test_a_site_at_another_node_is_found(point: str, tmp_path: Path) -> None:
     chain = chains.Chain(lambda: build("gpt2"), tmp_path, Outcome("gpt2"))
     for stage in ("build", "count", "capture"):

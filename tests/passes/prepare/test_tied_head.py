@@ -72,7 +72,9 @@ def test_the_option_is_replaced_when_the_pass_runs_again(captured: GraphModule) 
     assert ti_fx.diff(gm, prepared(captured, "both")) == ""
 
 
-@pytest.mark.parametrize(("tied", "copies"), [("both", 0), ("embedding", 1)])
+@pytest.mark.parametrize(
+    ("tied", "copies"), [("both", 0), pytest.param("embedding", 1, marks=pytest.mark.slow)]
+)
 def test_the_table_is_stored_once_or_with_its_full_precision(
     captured: GraphModule, tied: str, copies: int, tmp_path: Path
 ) -> None:
