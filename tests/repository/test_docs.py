@@ -126,6 +126,7 @@ def language_model(folder: Path) -> dict[str, Any]:
 
 
 GIVEN = {
+    "ARCHITECTURE.md": classifier,
     "encodings.md": classifier,
     "file.md": classifier,
     "training.md": classifier,
