@@ -30,7 +30,7 @@ def require_training_state(folder: Path) -> None:
     Raises:
         ValueError: one is not what was saved.
     """
-    if name := _changed(folder, _is_training_state):
+    if name := changed(folder, _is_training_state):
         raise ValueError(f"{name} is not what was saved")
 
 
@@ -40,19 +40,20 @@ def require_model(folder: Path) -> None:
     Raises:
         CheckpointError: one is not what was saved.
     """
-    if name := _changed(folder, lambda name: not _is_training_state(name)):
+    if name := changed(folder, lambda name: not _is_training_state(name)):
         raise CheckpointError(
             f"{folder / name} is not what was saved; use another checkpoint, or, if you changed it yourself, remove "
             f"its line from {DIGESTS}"
         )
 
 
-def _is_training_state(name: str) -> bool:
-    return name.startswith(("trainer_state", "optimizer", "scheduler", "scaler", "rng_state", "global_step"))
+def changed(folder: Path, which: Callable[[str], bool] = lambda name: True) -> str | None:
+    """Return a file that is not what was recorded, None if all are; one not recorded, or missing, isn't looked at.
 
-
-def _changed(folder: Path, which: Callable[[str], bool]) -> str | None:
-    """Return a file that is not what was recorded; one that was not recorded, or is missing, isn't looked at."""
+    Args:
+        folder: with its ``digests.json``; without one, nothing is recorded.
+        which: says of a file's path in the folder whether it counts.
+    """
     records = folder / DIGESTS
     if not records.is_file():
         return None
@@ -68,6 +69,10 @@ def _changed(folder: Path, which: Callable[[str], bool]) -> str | None:
         if which(name) and name in digests and digests[name] != _digest(path):
             return name
     return None
+
+
+def _is_training_state(name: str) -> bool:
+    return name.startswith(("trainer_state", "optimizer", "scheduler", "scaler", "rng_state", "global_step"))
 
 
 def _digest(path: Path) -> str:
