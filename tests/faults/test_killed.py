@@ -43,7 +43,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["one file", "two files", "pack_from"])
-@pytest.mark.parametrize("block", moments(19), ids=str)
+@pytest.mark.parametrize("block", moments(22), ids=str)
 def test_a_killed_export_leaves_a_whole_file(weights: Path, kind: str, block: range, tmp_path: Path) -> None:
     def work(path: Path) -> partial[None]:
         if kind == "pack_from":
@@ -68,7 +68,7 @@ def test_a_killed_export_leaves_a_whole_file(weights: Path, kind: str, block: ra
         assert not [left for left in path.parent.iterdir() if left.name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("block", moments(23), ids=str)
+@pytest.mark.parametrize("block", moments(26), ids=str)
 def test_a_killed_run_goes_on_from_a_whole_checkpoint(
     classifier: Path, rows_file: Path, train_command: Train, checkpoint: Path, block: range, tmp_path: Path
 ) -> None:

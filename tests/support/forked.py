@@ -84,7 +84,7 @@ def _run(work: Callable[[], object], folder: str, change: int | None) -> None:
 
 def ended(child: BaseProcess) -> int:
     """Wait for a process and return how it ended."""
-    child.join(120)
+    child.join(600)
     assert child.exitcode is not None, "it did not end"
     return child.exitcode
 
@@ -153,7 +153,7 @@ def demo(encoder: Path, out: Path) -> None:
             out,
             say=lambda line: None,
             teacher_settings=TeacherSettings(max_steps=2, batch_size=16),
-            student_settings=StudentSettings(steps=6, evaluate_every=3, batch_size=16),
+            student_settings=StudentSettings(steps=62, evaluate_every=31, batch_size=2),
         )
 
 
