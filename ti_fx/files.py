@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -207,6 +208,16 @@ def reported(target: str) -> Iterator[None]:
         raise InputError(
             f"can't write {target}: {first_line(error)}; free some space or choose another folder"
         ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content, hexadecimal; it is read in parts.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -11,7 +11,6 @@ names, and until the model is renamed the old pair is whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ti_fx.errors import InputError
 from ti_fx.export.file.stored import is_external, size_of, span_of
+from ti_fx.files import sha256_of
 
 DATA_KEY = "ti_fx.data"
 DIGITS = 16  # of the SHA-256 in the data file's name
@@ -128,9 +128,7 @@ def _require_unchanged(path: Path, data: DataFile) -> None:
         raise InputError(
             f"{file} has {size:,} bytes, and {data.bytes:,} were written; copy it again, or export {path.name} again"
         )
-    with open(file, "rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != data.sha256:
+    if sha256_of(file) != data.sha256:
         raise InputError(
             f"{file} is not what was written (its SHA-256 is another); copy it again, or export {path.name} again"
         )

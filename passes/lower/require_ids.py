@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.ir.edit import aten_name, call, tensor
 from ti_fx.ir.pipeline import Pass
+from ti_fx.ir.shapes import OF_SHAPES
 from ti_fx.ir.stages import PACKED
 
 aten = torch.ops.aten
@@ -35,7 +36,6 @@ _COUNTS = _names(
     "argmax argmin argsort nonzero searchsorted bucketize abs relu sym_size zeros ones zeros_like ones_like "
     "new_zeros new_ones"
 )
-_OF_SHAPES = _names("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty")
 _INDEX = {"embedding": 1} | dict.fromkeys(_READERS, 2)
 # Which arguments must be counts, so that the result is one.
 _TERMS: dict[str, slice] = (
@@ -106,7 +106,7 @@ def _is_within(ids: Any) -> bool:
 def _depends(node: Node, given: set[Node]) -> bool:
     """Whether a node's value depends on the values of an input, not on its sizes alone."""
     is_number = not isinstance(node.meta.get("val"), Tensor | tuple | list)
-    return not is_number and aten_name(node) not in _OF_SHAPES and not given.isdisjoint(node.all_input_nodes)
+    return not is_number and aten_name(node) not in OF_SHAPES and not given.isdisjoint(node.all_input_nodes)
 
 
 def _counts(gm: GraphModule, argument: Any) -> bool:

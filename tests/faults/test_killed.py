@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 from classifier import Train
-from forked import FINISHED, answer, ended, export_from_files, export_packed, is_one_of, started, train
+from forked import (
+    FINISHED,
+    answer,
+    ended,
+    export_from_files,
+    export_packed,
+    is_one_of,
+    killed,
+    started,
+    train,
+)
 from models import bert_model
 
 import ti_fx
@@ -21,18 +28,6 @@ from ti_fx.export.file.content import open_file
 from ti_fx.train.checkpoint import last_finished, read_facts, read_weights
 
 pytestmark = pytest.mark.slow  # seconds a moment
-
-
-def killed(work: Callable[[], object], folder: Path, seed: int, seconds: float) -> int:
-    """Kill work at a random moment: at a change of the folder, or some time within what it takes."""
-    draw = random.Random(seed)
-    if draw.random() < 0.6:
-        return ended(started(work, folder, draw.randrange(1, 30)))
-    child = started(work, folder)
-    time.sleep(draw.random() * seconds)
-    assert child.pid is not None
-    os.kill(child.pid, signal.SIGKILL)
-    return ended(child)
 
 
 def moments(many: int) -> list[range]:
@@ -47,15 +42,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "one file",
-        pytest.param("two files", marks=pytest.mark.slow),
-        pytest.param("pack_from", marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("block", moments(23), ids=str)
+@pytest.mark.parametrize("kind", ["one file", "two files", "pack_from"])
+@pytest.mark.parametrize("block", moments(22), ids=str)
 def test_a_killed_export_leaves_a_whole_file(weights: Path, kind: str, block: range, tmp_path: Path) -> None:
     def work(path: Path) -> partial[None]:
         if kind == "pack_from":
@@ -80,7 +68,7 @@ def test_a_killed_export_leaves_a_whole_file(weights: Path, kind: str, block: ra
         assert not [left for left in path.parent.iterdir() if left.name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("block", moments(34), ids=str)
+@pytest.mark.parametrize("block", moments(26), ids=str)
 def test_a_killed_run_goes_on_from_a_whole_checkpoint(
     classifier: Path, rows_file: Path, train_command: Train, checkpoint: Path, block: range, tmp_path: Path
 ) -> None:

@@ -6,14 +6,19 @@ or run a graph in several threads, can't be forked. Work is a partial of a funct
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import random
 import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import accelerate
 import numpy as np
@@ -24,7 +29,11 @@ from tiny_training import trainer
 from torch.fx import GraphModule
 
 import ti_fx
+import ti_fx.demo.run
 from ti_fx import Pipeline, Recipe
+from ti_fx.demo.data import Questions, load_questions
+from ti_fx.demo.students import StudentSettings
+from ti_fx.demo.teacher import TeacherSettings
 from ti_fx.errors import TiFxError
 from ti_fx.export import Runtime, pack_from, to_onnx
 from ti_fx.passes import Pack, QuantizeActivations, Strip, Ternarize
@@ -75,9 +84,21 @@ def _run(work: Callable[[], object], folder: str, change: int | None) -> None:
 
 def ended(child: BaseProcess) -> int:
     """Wait for a process and return how it ended."""
-    child.join(120)
+    child.join(600)
     assert child.exitcode is not None, "it did not end"
     return child.exitcode
+
+
+def killed(work: Callable[[], object], folder: Path, seed: int, seconds: float, changes: int = 30) -> int:
+    """Kill work at a random moment: at one of so many changes of the folder, or some time within what it takes."""
+    draw = random.Random(seed)
+    if draw.random() < 0.6:
+        return ended(started(work, folder, draw.randrange(1, changes)))
+    child = started(work, folder)
+    time.sleep(draw.random() * seconds)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    return ended(child)
 
 
 def packed(seed: int) -> GraphModule:
@@ -113,6 +134,27 @@ def train(model: Path, data: Path, out: Path) -> None:
     settings = ("--recipe", "ternarybert", "--steps", 4, "--batch-size", 4, "--compile", "off")
     if ti_fx_command("train", model, "--data", data, "--out", out, *settings).code:
         raise TiFxError
+
+
+def demo(encoder: Path, out: Path) -> None:
+    """Run the demo with another encoder, a few questions and a few steps; nothing is compiled."""
+    every = load_questions()
+    few = Questions(
+        every.train[:32], every.validation[:16], every.test[:16], every.label_names, every.source_sha256
+    )
+    quick = {
+        "load_questions": lambda: few,
+        "model_folder": lambda: encoder,
+        "COMPILED": (),
+        "LATENCY_ROUNDS": 1,
+    }
+    with mock.patch.multiple(ti_fx.demo.run, **quick), redirect_stdout(io.StringIO()):
+        ti_fx.demo.run.run(
+            out,
+            say=lambda line: None,
+            teacher_settings=TeacherSettings(max_steps=2, batch_size=16),
+            student_settings=StudentSettings(steps=62, evaluate_every=31, batch_size=2),
+        )
 
 
 def save_often(change: float, own: Path, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from ti_fx.demo.stages import VERSIONS, Stage, Stages
 from ti_fx.demo.students import STUDENT_SETTINGS, StudentSettings
 from ti_fx.demo.teacher import TEACHER_SETTINGS, TeacherSettings, fine_tune, quiet_loading
 from ti_fx.export import pipeline, to_onnx
-from ti_fx.files import atomic_path, atomic_write
+from ti_fx.files import atomic_path, atomic_write, sha256_of
 from ti_fx.ir.edit import input_names
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.measure.baselines import export_dynamic_int8
@@ -97,13 +96,12 @@ def run(
 def _teacher(stages: Stages, source: Path, data: Questions, settings: TeacherSettings, seed: int) -> Stage:
     def make(folder: Path) -> dict[str, Any]:
         done = fine_tune(source, data, folder / "model", seed=seed, settings=settings)
-        weights = (folder / "model" / "model.safetensors").read_bytes()
         return {
             "steps": done.steps,
             "train_seconds": done.seconds,
             "validation": done.validation,
             "history": list(done.history),
-            "sha256": hashlib.sha256(weights).hexdigest(),
+            "sha256": sha256_of(folder / "model" / "model.safetensors"),
         }
 
     facts = {"settings": asdict(settings), "data": data.digests, "seed": seed}

@@ -13,6 +13,7 @@ from typing import Any
 
 import ti_fx
 from ti_fx.train.finished import finished_folder
+from ti_fx.train.intact import changed
 
 RESULT = "result.json"
 VERSIONS = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime")
@@ -30,7 +31,7 @@ class Stage:
 
 
 class Stages:
-    """Run stages below one folder; a stage whose inputs and code are unchanged is taken from there."""
+    """Run stages below one folder; a stage whose inputs, code and files are unchanged is taken from there."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self.folder = folder
@@ -52,7 +53,7 @@ class Stages:
             {"facts": facts, "code": {part: code_hash(part) for part in code}, "versions": _versions()}
         )
         folder = self.folder / f"{name}-{key[:12]}"
-        found = _read(folder / RESULT)
+        found = _finished(folder)
         if found is not None:
             self.say(f"{name}: reused ({found['seconds']:.0f} s when it ran)")
             stage = Stage(name, folder, found["result"], True, found["seconds"])
@@ -93,8 +94,9 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONS}
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """Return what a stage left, None if it has not run to its end or one of its files is not what it wrote."""
+    if not (folder / RESULT).is_file() or changed(folder) is not None:
         return None
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    value: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     return value

@@ -24,6 +24,11 @@ from torch.utils import _pytree as pytree
 from ti_fx.errors import VerificationError, first_line
 from ti_fx.ir.edit import tensor
 
+# Of their tensor these read the shape alone, no value.
+OF_SHAPES = frozenset(
+    f"{what}_like" for what in ("zeros", "ones", "full", "empty", "rand", "randn")
+) | frozenset(f"new_{what}" for what in ("zeros", "ones", "full", "empty"))
+
 
 def fake_mode(gm: GraphModule) -> FakeTensorMode:
     """Return the mode of the graph's placeholders.

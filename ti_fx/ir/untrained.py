@@ -16,6 +16,7 @@ from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, origin, stored, written_arguments
 from ti_fx.ir.facts import facts
 from ti_fx.ir.outputs import model_outputs, named_leaves, prepared_result
+from ti_fx.ir.shapes import OF_SHAPES
 from ti_fx.ir.text import where
 
 Cause = Literal["frozen", "no loss", "detached", "intervened"]
@@ -23,30 +24,18 @@ SHOWN = 10  # rows of ternary weights in a report
 Mark = TypeVar("Mark")
 
 # Of these the derivative is zero, or there is none: what they read gets no gradient through them.
-_STOPS = frozenset(
-    [
-        "detach",
-        "detach_",
-        "sign",
-        "sgn",
-        "round",
-        "floor",
-        "ceil",
-        "trunc",
-        "floor_divide",
-        "heaviside",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "rand_like",
-        "randn_like",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-    ]
-)
+_STOPS = OF_SHAPES | {
+    "detach",
+    "detach_",
+    "sign",
+    "sgn",
+    "round",
+    "floor",
+    "ceil",
+    "trunc",
+    "floor_divide",
+    "heaviside",
+}
 
 
 @dataclass(frozen=True)

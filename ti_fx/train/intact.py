@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from ti_fx.errors import CheckpointError
-from ti_fx.files import atomic_write
+from ti_fx.files import atomic_write, sha256_of
 
 DIGESTS = "digests.json"
 
@@ -20,7 +19,7 @@ def record(folder: Path) -> None:
         InputError: the folder can't be written, or the disk is full.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
-    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    digests = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
     atomic_write(folder / DIGESTS, json.dumps(digests, indent=1) + "\n")
 
 
@@ -30,7 +29,7 @@ def require_training_state(folder: Path) -> None:
     Raises:
         ValueError: one is not what was saved.
     """
-    if name := _changed(folder, _is_training_state):
+    if name := changed(folder, _is_training_state):
         raise ValueError(f"{name} is not what was saved")
 
 
@@ -40,19 +39,20 @@ def require_model(folder: Path) -> None:
     Raises:
         CheckpointError: one is not what was saved.
     """
-    if name := _changed(folder, lambda name: not _is_training_state(name)):
+    if name := changed(folder, lambda name: not _is_training_state(name)):
         raise CheckpointError(
             f"{folder / name} is not what was saved; use another checkpoint, or, if you changed it yourself, remove "
             f"its line from {DIGESTS}"
         )
 
 
-def _is_training_state(name: str) -> bool:
-    return name.startswith(("trainer_state", "optimizer", "scheduler", "scaler", "rng_state", "global_step"))
+def changed(folder: Path, which: Callable[[str], bool] = lambda name: True) -> str | None:
+    """Return a file that is not what was recorded, None if all are; one not recorded, or missing, isn't looked at.
 
-
-def _changed(folder: Path, which: Callable[[str], bool]) -> str | None:
-    """Return a file that is not what was recorded; one that was not recorded, or is missing, isn't looked at."""
+    Args:
+        folder: with its ``digests.json``; without one, nothing is recorded.
+        which: says of a file's path in the folder whether it counts.
+    """
     records = folder / DIGESTS
     if not records.is_file():
         return None
@@ -65,11 +65,10 @@ def _changed(folder: Path, which: Callable[[str], bool]) -> str | None:
     # only what lies in the folder is looked up, so that no record can name another
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if which(name) and name in digests and digests[name] != _digest(path):
+        if which(name) and name in digests and digests[name] != sha256_of(path):
             return name
     return None
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_training_state(name: str) -> bool:
+    return name.startswith(("trainer_state", "optimizer", "scheduler", "scaler", "rng_state", "global_step"))

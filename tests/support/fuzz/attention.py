@@ -184,11 +184,8 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, keep: Tensor | None
     ) -> Tensor:
         case = self.case
-        attention_mask = keep
-        if bias is not None or (keep is not None and case.masking != "fill"):
-            attention_mask = torch.zeros((), dtype=query.dtype) if bias is None else bias
-            if keep is not None:
-                attention_mask = masked(attention_mask, keep, case.masking)
+        added = self.added(query, bias, keep)
+        attention_mask = keep if added is None else added
         is_causal = case.causal == "flag" and attention_mask is None and not self.cross
         return F.scaled_dot_product_attention(
             query,
@@ -200,6 +197,13 @@ class Attention(nn.Module):
             scale=None if case.scale != "none" else 1.0,
             enable_gqa=case.key_heads != case.heads,
         )
+
+    def added(self, query: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor | None:
+        """Return the mask of numbers that the fused kernel adds to scores, None if it takes ``keep`` itself."""
+        if bias is None and (keep is None or self.case.masking == "fill"):
+            return None
+        found = torch.zeros((), dtype=query.dtype) if bias is None else bias
+        return found if keep is None else masked(found, keep, self.case.masking)
 
     def by_multihead(
         self, hidden: Tensor, memory: Tensor, bias: Tensor | None, keep: Tensor | None, trace: Trace | None
@@ -246,6 +250,11 @@ class Attention(nn.Module):
         """Return the context of softmax(QKᵀ · scale + mask) V, whatever kernel the case names."""
         scale = 1 / math.sqrt(WIDTH / self.case.heads) if self.case.kernel == "multihead" else self.factor
         scores = trace.operand(query) @ trace.operand(key).transpose(-1, -2) * scale
+        added = self.added(query, bias, keep) if self.case.kernel == "sdpa" else None
+        if (
+            added is not None
+        ):  # gradients go through a sum where nothing counts, and not through a replacement
+            scores, bias, keep = scores + added, None, None
         if bias is not None:
             scores = scores + bias
         if keep is not None:
@@ -253,7 +262,7 @@ class Attention(nn.Module):
         trace.scores.append(scores)
         wide = torch.float32 if self.case.kernel == "float32" else None
         probabilities = scores.softmax(-1, dtype=wide).to(scores.dtype)
-        if keep is not None and self.case.kernel == "sdpa" and bias is None and self.case.masking == "fill":
+        if keep is not None and self.case.kernel == "sdpa":
             # torch: no key that counts, no context
             probabilities = torch.where(keep.any(-1, keepdim=True), probabilities, 0)
         probabilities = trace.read("map", probabilities)

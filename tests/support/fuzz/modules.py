@@ -198,6 +198,8 @@ class Transformer(nn.Module):
             hidden = hidden[:, :tokens]
             mask = None if mask is None else mask[..., :tokens]
         pooled = self.pooled(hidden, mask, trace)
+        if trace is not None and case.tied and case.tables:  # the table is ternary, and so is the head
+            pooled = trace.quantise(pooled)
         logits = self.head(pooled)
         if prompts is not None:
             logits = F.normalize(logits, dim=-1) @ F.normalize(prompts, dim=-1).T

@@ -101,7 +101,7 @@ def run(
         first_seed: of the first block that hypothesis draws.
         folder: for failing cases.
         until: the last step; None draws it.
-        cheap: one layer each, and most stop after capture: for a run of seconds.
+        cheap: one layer each, and most are attention alone and stop after capture: for a run of seconds.
         shrink: make failing cases as plain as still fails.
         progress: count on standard error.
     """
@@ -110,6 +110,8 @@ def run(
         if cheap:
             last = {0: "export", 5: "prepare", 15: "prepare"}.get(index % 20, "capture")
             case = dataclasses.replace(case, layers=1, until=last)
+            if last == "capture":
+                case = dataclasses.replace(case, feed_forward="none", memory=False)
         run_one(case, tally, folder, shrink=shrink)
         if progress:
             print(

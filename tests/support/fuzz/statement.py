@@ -118,7 +118,9 @@ def first(outputs: Any) -> Tensor:
 
 
 def _losses(case: Case, mine: Trace, theirs: Trace, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-    if logits.shape[-1] == 1:
+    if case.prompts and case.outputs in ("tensor", "tuple"):  # no layer's own, and not called logits
+        values = {"embeddings": ((logits - target) ** 2).mean()}
+    elif logits.shape[-1] == 1:
         values = {"logits": ((logits - target) ** 2).mean()}
     else:
         values = {"logits": -(target.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()}
