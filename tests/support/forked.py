@@ -142,7 +142,7 @@ def demo(encoder: Path, out: Path) -> None:
     few = Questions(
         every.train[:32], every.validation[:16], every.test[:16], every.label_names, every.source_sha256
     )
-    quick = {
+    quick: dict[str, Any] = {
         "load_questions": lambda: few,
         "model_folder": lambda: encoder,
         "COMPILED": (),
