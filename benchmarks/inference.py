@@ -55,6 +55,7 @@ from running import load
 from subjects import QUICK, SUBJECTS, Subject
 from transformers.utils import logging
 
+from ti_fx.demo.circumstances import processor
 from ti_fx.errors import TiFxError
 from ti_fx.files import atomic_write
 from ti_fx.numerics.encodings import ENCODINGS
@@ -272,13 +273,6 @@ def write_json(
         "limits": [asdict(one) | {"met": one.met} for one in checks],
     }
     atomic_write(options.json, json.dumps(content, indent=1) + "\n")
-
-
-def processor() -> str:
-    """Return the processor's name as the kernel gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

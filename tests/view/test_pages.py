@@ -185,6 +185,14 @@ def test_a_page_is_the_same_for_the_same_report(steps: list[Step]) -> None:
     assert reports.render(made) == reports.render(made)
 
 
+@pytest.mark.parametrize(("last", "mark"), [(1.5, "1.2"), (9.9, "7"), (1000.0, "100")])
+def test_a_logarithmic_axis_is_marked_with_plain_numbers(last: float, mark: str) -> None:
+    chart = reports.LineChart("Loss", {"a": ([0.0, 1.0], [1.0, last])}, "step", "loss", log_scale=True)
+    drawn = reports.render(reports.Report("R", [chart]))
+    assert "mathdefault" not in drawn
+    assert f">{mark}</text>" in drawn
+
+
 def test_no_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no step to show"):
         html([], tmp_path / "x.html")

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from ti_fx.demo import classifier, measure, students
+from ti_fx.demo.circumstances import THREADS, circumstances, on_threads
 from ti_fx.demo.data import Questions, load_questions, model_folder, tokenized
 from ti_fx.demo.show import print_table, write_page
 from ti_fx.demo.stages import VERSIONS, Stage, Stages
@@ -29,7 +30,6 @@ from ti_fx.train import load
 from ti_fx.train.scores import scores
 
 METHODS = ("ternarybert", "ti-g")
-COMPILED = ("ternarybert",)  # one phase, so one graph repays its compilation
 SEED = 0
 # The rooms that a trained student depends on; a test holds this against what ti_fx.train imports.
 _ROOMS = "errors files numerics ir find passes frontend export recipe measure train"
@@ -46,11 +46,13 @@ def run(
     teacher_settings: TeacherSettings = TEACHER_SETTINGS,
     student_settings: StudentSettings = STUDENT_SETTINGS,
     seed: int = SEED,
+    threads: int = THREADS,
 ) -> dict[str, Any]:
     """Run the whole demo below ``folder`` and return what went into ``results.json``.
 
     Writes ``results.json``, ``report.html``, ``student.onnx`` (TI-G's), ``ternarybert.onnx``, recipes and checkpoints.
-    Stages that ran before with the same code, data and settings are reused; accuracy and latency are measured anew.
+    Stages that ran before with the same code, data, settings and circumstances are reused; accuracy and latency are
+    measured anew. One processor gives the same numbers at the same seed and ``threads``, however many cores it has.
 
     Raises:
         TiFxError: data or weights are missing or not the pinned ones, or a stage fails; says what to do.
@@ -58,34 +60,42 @@ def run(
     start = time.perf_counter()
     data = load_questions()
     source = model_folder()
-    stages = Stages(folder / "stages", say)
-    teacher = _teacher(stages, source, data, teacher_settings, seed)
-    trained = {method: _student(stages, method, teacher, data, student_settings, seed) for method in METHODS}
-    exported = _export(stages, teacher, trained)
-    _publish(folder, trained, exported)
-    say("measuring accuracy and latency")
-    measured_at = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(teacher.folder / "model")
-    results: dict[str, Any] = {
-        "seed": seed,
-        "data": {"source_sha256": data.source_sha256, "sizes": data.sizes, "digests": data.digests},
-        "versions": {name: version(name) for name in VERSIONS},
-        "settings": {"teacher": asdict(teacher_settings), "students": asdict(student_settings)},
-        "teacher": teacher.result,
-        "students": {method: stage.result for method, stage in trained.items()},
-        "exports": exported.result,
-        "test": _test_scores(teacher, trained, exported, data, tokenizer),
-        "latency": _latency(exported, tokenizer),
-        "reached": _reached({method: stage.result for method, stage in trained.items()}),
-    }
-    seconds = {stage.name: {"seconds": stage.seconds, "reused": stage.reused} for stage in stages.done}
-    seconds["measure"] = {"seconds": time.perf_counter() - measured_at, "reused": False}
-    results["stages"] = seconds
-    results["seconds"] = time.perf_counter() - start
-    atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    write_page(
-        results, folder / "report.html", trained["ti-g"].folder / "checkpoint", teacher.folder / "model", data
-    )
+    with on_threads(threads):
+        stages = Stages(folder / "stages", say)
+        teacher = _teacher(stages, source, data, teacher_settings, seed)
+        trained = {
+            method: _student(stages, method, teacher, data, student_settings, seed) for method in METHODS
+        }
+        exported = _export(stages, teacher, trained)
+        _publish(folder, trained, exported)
+        say("measuring accuracy and latency")
+        measured_at = time.perf_counter()
+        tokenizer = AutoTokenizer.from_pretrained(teacher.folder / "model")
+        results: dict[str, Any] = {
+            "seed": seed,
+            "data": {"source_sha256": data.source_sha256, "sizes": data.sizes, "digests": data.digests},
+            "circumstances": circumstances(),
+            "versions": {name: version(name) for name in VERSIONS},
+            "settings": {"teacher": asdict(teacher_settings), "students": asdict(student_settings)},
+            "teacher": teacher.result,
+            "students": {method: stage.result for method, stage in trained.items()},
+            "exports": exported.result,
+            "test": _test_scores(teacher, trained, exported, data, tokenizer, threads),
+            "latency": _latency(exported, tokenizer),
+            "reached": _reached({method: stage.result for method, stage in trained.items()}),
+        }
+        seconds = {stage.name: {"seconds": stage.seconds, "reused": stage.reused} for stage in stages.done}
+        seconds["measure"] = {"seconds": time.perf_counter() - measured_at, "reused": False}
+        results["stages"] = seconds
+        results["seconds"] = time.perf_counter() - start
+        atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        write_page(
+            results,
+            folder / "report.html",
+            trained["ti-g"].folder / "checkpoint",
+            teacher.folder / "model",
+            data,
+        )
     print_table(results)
     (answer,) = pipeline(folder / "student.onnx")(QUESTION)
     say(f"student.onnx takes {QUESTION!r} for {answer['label']} ({answer['score']:.0%})")
@@ -111,12 +121,8 @@ def _teacher(stages: Stages, source: Path, data: Questions, settings: TeacherSet
 def _student(
     stages: Stages, method: str, teacher: Stage, data: Questions, settings: StudentSettings, seed: int
 ) -> Stage:
-    compiled = method in COMPILED
-
     def make(folder: Path) -> dict[str, Any]:
-        return students.train(
-            method, teacher.folder / "model", data, folder, seed=seed, compiled=compiled, settings=settings
-        )
+        return students.train(method, teacher.folder / "model", data, folder, seed=seed, settings=settings)
 
     facts = {
         "settings": asdict(settings),
@@ -124,7 +130,6 @@ def _student(
         "teacher": teacher.result["sha256"],
         "data": data.digests,
         "seed": seed,
-        "compiled": compiled,
     }
     return stages.run(method, facts, (*TRAINING_CODE, "demo.students"), make)
 
@@ -188,6 +193,7 @@ def _test_scores(
     exported: Stage,
     data: Questions,
     tokenizer: PreTrainedTokenizerBase,
+    threads: int,
 ) -> dict[str, Any]:
     """Evaluate everything on the test split, which nothing before has looked at."""
     dataset = tokenized(data.test, tokenizer, label_count=len(data.label_names))
@@ -195,13 +201,13 @@ def _test_scores(
         model = AutoModelForSequenceClassification.from_pretrained(teacher.folder / "model")
     names = ("input_ids", "attention_mask", "token_type_ids")
     calls = {("full precision", "PyTorch"): measure.torch_call(model, names)}
-    calls["full precision", "ONNX Runtime"] = measure.onnx_call(exported.folder / "fp32.onnx")
-    calls["dynamic int8", "ONNX Runtime"] = measure.onnx_call(exported.folder / "dynamic-int8.onnx")
+    calls["full precision", "ONNX Runtime"] = measure.onnx_call(exported.folder / "fp32.onnx", threads)
+    calls["dynamic int8", "ONNX Runtime"] = measure.onnx_call(exported.folder / "dynamic-int8.onnx", threads)
     for method, stage in trained.items():
         gm = load(stage.folder / "checkpoint")
         Pipeline(Pack())(gm)
         calls[method, "PyTorch"] = measure.torch_call(gm, input_names(gm))
-        calls[method, "ONNX Runtime"] = measure.onnx_call(exported.folder / f"{method}.onnx")
+        calls[method, "ONNX Runtime"] = measure.onnx_call(exported.folder / f"{method}.onnx", threads)
     logits, rows = {}, []
     for (name, engine), call in calls.items():
         logits[name, engine], labels = measure.logits_of(call, dataset, tokenizer)

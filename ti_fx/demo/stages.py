@@ -1,4 +1,4 @@
-"""The demo keeps what a stage made by the hash of everything that went into it, code included."""
+"""The demo keeps what a stage made by the hash of everything that went into it, code and processor included."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ti_fx
+from ti_fx.demo.circumstances import circumstances
 from ti_fx.train.finished import finished_folder
 from ti_fx.train.intact import changed
 
@@ -50,7 +51,12 @@ class Stages:
             make: writes files into the folder it is given, and returns JSON values.
         """
         key = _hash(
-            {"facts": facts, "code": {part: code_hash(part) for part in code}, "versions": _versions()}
+            {
+                "facts": facts,
+                "code": {part: code_hash(part) for part in code},
+                "versions": _versions(),
+                "circumstances": circumstances(),
+            }
         )
         folder = self.folder / f"{name}-{key[:12]}"
         found = _finished(folder)

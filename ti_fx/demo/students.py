@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -54,14 +53,13 @@ def train(
     out: Path,
     *,
     seed: int,
-    compiled: bool,
     settings: StudentSettings = STUDENT_SETTINGS,
 ) -> dict[str, Any]:
     """Train one student and write its checkpoint and recipe into ``out``.
 
     Returns:
-        JSON values: final validation scores, the log (losses by name, validation every few steps, each with the
-        seconds that training steps took until then), and what compiling cost.
+        JSON values: final validation scores and the log (losses by name, validation every few steps, each with the
+        seconds that training steps took until then).
     """
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     set_seed(seed)
@@ -81,7 +79,6 @@ def train(
         processing_class=tokenizer,
         compute_metrics=scores_of,
         evaluate_distillation=True,
-        compile="on" if compiled else "off",
         callbacks=[clock],
     )
     for callback in (PrinterCallback, ProgressCallback):
@@ -91,16 +88,11 @@ def train(
     trainer.save_model(str(out / "checkpoint"))
     chosen.save(out / "recipe.json")
     history = [{**row, "train_seconds": clock.at(int(row["step"]))} for row in trainer.state.log_history]
-    records = {name: dataclasses.asdict(record) for name, record in trainer.model.compile_records().items()}
     return {
         "method": method,
-        "compiled": compiled,
         "steps": trainer.state.global_step,
         "train_seconds": clock.at(trainer.state.global_step),
         "history": history,
-        "compile": records,
-        "recompiles": sum(max(0, record["graphs"] - 1) for record in records.values()),
-        "step_ratio": _step_ratio(trainer) if compiled else None,
         "validation": _last(history),
     }
 
@@ -149,23 +141,6 @@ class _Clock(TrainerCallback):
 def _last(history: list[dict[str, Any]]) -> dict[str, float]:
     row = next(row for row in reversed(history) if "eval_accuracy" in row)
     return {name: row[f"eval_{name}"] for name in ("accuracy", "macro_f1", "distillation")}
-
-
-def _step_ratio(trainer: TernaryTrainer, rounds: int = 6) -> dict[str, float]:
-    """Time the last phase's forward and backward on one batch, compiled and eager in turn; medians and their ratio."""
-    batch = next(iter(trainer.get_train_dataloader()))
-    features = {name: value for name, value in batch.items() if name in trainer.model.inputs}
-    compiled, eager = trainer.model.runners()
-    seconds: dict[str, list[float]] = {"compiled": [], "eager": []}
-    trainer.model.train()
-    for _ in range(rounds):
-        for name, call in (("compiled", compiled), ("eager", eager)):
-            start = time.perf_counter()
-            call(**features)["loss"].backward()
-            seconds[name].append(time.perf_counter() - start)
-            trainer.model.zero_grad(set_to_none=True)
-    medians = {name: float(torch.tensor(values).median()) for name, values in seconds.items()}
-    return {**medians, "ratio": medians["compiled"] / medians["eager"]}
 
 
 def steps_to(

@@ -30,6 +30,8 @@ def line_chart(
 ) -> str:
     """Return an SVG with one line a series: name -> (x values, y values).
 
+    ``log_scale`` makes the y axis logarithmic where the values span a factor of two.
+
     Raises:
         MissingExtra: matplotlib is not installed.
     """
@@ -39,8 +41,9 @@ def line_chart(
             marker = "o" if len(x) < 30 else ""
             style = _DASHES[index % len(_DASHES)]
             axes.plot(x, y, style, color=_SERIES[index % SERIES], marker=marker, markersize=3, label=name)
-        if log_scale:
-            axes.set_yscale("log")
+        positive = [value for _, y in series.values() for value in y if value > 0]
+        if log_scale and positive and max(positive) >= 2 * min(positive):
+            _logarithmic(axes, max(positive) / min(positive))
 
     return _drawn(draw, x_label, y_label, description, legend=len(series) > 1)
 
@@ -62,6 +65,16 @@ def bar_chart(
         axes.set_xticks(range(len(labels)), labels)
 
     return _drawn(draw, x_label, y_label, description, legend=len(series) > 1)
+
+
+def _logarithmic(axes: Axes, span: float) -> None:
+    """Mark the y axis with plain numbers: with several a decade where there are few decades."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if span < 100 else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def _drawn(draw: Any, x_label: str, y_label: str, description: str, legend: bool) -> str:

@@ -118,7 +118,7 @@ def environment(extra: Mapping[str, Cell] | None = None) -> Table:
             rows.append((name, version(name)))
         except PackageNotFoundError:
             continue
-    rows += [("system", f"{platform.system()} {platform.machine()}"), ("cores", os.cpu_count())]
+    rows += [("system", f"{platform.system()} {platform.machine()}"), ("cores", str(os.cpu_count()))]
     return Table("Environment", ("what", "version"), [*rows, *(extra or {}).items()])
 
 
