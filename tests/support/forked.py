@@ -145,7 +145,6 @@ def demo(encoder: Path, out: Path) -> None:
     quick: dict[str, Any] = {
         "load_questions": lambda: few,
         "model_folder": lambda: encoder,
-        "COMPILED": (),
         "LATENCY_ROUNDS": 1,
     }
     with mock.patch.multiple(ti_fx.demo.run, **quick), redirect_stdout(io.StringIO()):
