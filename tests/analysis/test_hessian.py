@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from ti_fx.analysis import (
 from ti_fx.errors import InputError
 from ti_fx.passes import DecomposeAttention, Distill, DuplicateTeacher, Intervene, Ternarize
 
+calculus: Any = torch.autograd.functional
 CHOSEN = ["blocks.0.q.weight", "blocks.0.o.weight", "blocks.0.feed_forward.0.weight", "classify.weight"]
 BATCH = {"tokens": tokens(), "keep": text_example()["attention_mask"]}
 
@@ -47,7 +49,7 @@ def at(gm: GraphModule) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     own = [gm.get_parameter(name).detach() for name in CHOSEN]
 
     def loss(flat: Tensor) -> Tensor:
-        parts = flat.split([one.numel() for one in own])
+        parts = torch.split(flat, [one.numel() for one in own])
         values = {name: part.view_as(one) for name, part, one in zip(CHOSEN, parts, own, strict=True)}
         found: Tensor = functional_call(gm.eval(), values, (), BATCH)["loss"]
         return found
@@ -61,9 +63,7 @@ def test_products_are_differences_of_gradients() -> None:
     products = HessianProducts(gm, BATCH, parameters=CHOSEN)
     direction = torch.randn(products.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ahead, behind = (
-        torch.autograd.functional.vjp(
-            loss, here + sign * 1e-5 * direction, torch.ones((), dtype=torch.float64)
-        )[1]
+        calculus.vjp(loss, here + sign * 1e-5 * direction, torch.ones((), dtype=torch.float64))[1]
         for sign in (1, -1)
     )
     torch.testing.assert_close(products(direction), (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-8)
@@ -71,8 +71,8 @@ def test_products_are_differences_of_gradients() -> None:
 
 def test_eigenvalues_are_those_of_the_explicit_hessian(ternary: GraphModule) -> None:
     loss, here = at(ternary)
-    explicit = torch.autograd.functional.hessian(loss, here)
-    values = torch.linalg.eigvalsh((explicit + explicit.T) / 2)  # type: ignore[operator,union-attr]
+    explicit = calculus.hessian(loss, here)
+    values = torch.linalg.eigvalsh((explicit + explicit.T) / 2)
     products = HessianProducts(ternary, BATCH, parameters=CHOSEN)
     expected = sorted(values.tolist(), key=abs, reverse=True)
     assert top_eigenvalues(products, 3, steps=products.size) == pytest.approx(expected[:3], rel=1e-6)
@@ -81,7 +81,7 @@ def test_eigenvalues_are_those_of_the_explicit_hessian(ternary: GraphModule) -> 
     assert sum(found.weights) == pytest.approx(1)
     assert found.parameters == len(here)
     # the spread of the estimate over 32 draws of signs: twice the norm beside the diagonal
-    beside = (explicit - torch.diag(explicit.diagonal())).norm()  # type: ignore[operator,union-attr,arg-type]
+    beside = (explicit - torch.diag(explicit.diagonal())).norm()
     assert abs(found.trace - float(values.sum())) <= 4 * float(beside) * (2 / 32) ** 0.5
 
 

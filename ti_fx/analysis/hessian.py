@@ -99,7 +99,8 @@ class HessianProducts:
     def drawn(self, generator: torch.Generator) -> Tensor:
         """Return a random vector of signs, of length 1."""
         signs = torch.randint(0, 2, (self.size,), generator=generator).to(self.parameters[0]) * 2 - 1
-        return signs / self.size**0.5
+        length: float = self.size**0.5
+        return signs / length
 
 
 def top_eigenvalues(
@@ -191,5 +192,5 @@ def _chosen(gm: GraphModule, names: Sequence[str] | None) -> list[nn.Parameter]:
 
 
 def _split(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    parts = vector.split([parameter.numel() for parameter in parameters])
+    parts = torch.split(vector, [parameter.numel() for parameter in parameters])
     return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]

@@ -88,7 +88,8 @@ def _direction(parameter: Tensor, generator: torch.Generator) -> Tensor:
     drawn = torch.randn(parameter.shape, generator=generator).to(parameter)
     lengths, own = (value.detach().flatten(1).norm(dim=1) for value in (drawn, parameter))
     scale = own / lengths.clamp(min=torch.finfo(parameter.dtype).tiny)
-    return drawn * scale.view(-1, *(1,) * (parameter.dim() - 1))
+    found: Tensor = drawn * scale.view(-1, *(1,) * (parameter.dim() - 1))
+    return found
 
 
 @contextmanager
