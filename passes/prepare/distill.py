@@ -11,7 +11,9 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.find.attention import AttentionSite, block_outputs, find_attention, streams
+from ti_fx.find.heads import HeadVectors, head_vectors
 from ti_fx.find.outputs import embeddings, logits, name_is_logits
+from ti_fx.find.walk import CAST, SHAPE
 from ti_fx.ir import roles
 from ti_fx.ir.edit import ancestors, aten_name, call, erase
 from ti_fx.ir.facts import record_facts
@@ -20,7 +22,7 @@ from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import CAPTURED, PREPARED
 from ti_fx.numerics import losses
 
-TERMS = ("logits", "layer_outputs", "scores", "attention_outputs", "embeddings")
+TERMS = ("logits", "layer_outputs", "scores", "attention_outputs", "embeddings", "maps", "relations")
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,17 @@ class Distill(Pass):
        add and norm (``reference``, the published code) or the output projection's result (``paper``, Fig. 3)
     5. ``embeddings``: mean squared error of every other output that a layer beyond those compared computes: a
        sentence's vector, projected and normalised
-    6. ``task``: the model's own loss on labels; its weight is recorded, and the trainer adds it. With this alone the
+    6. ``maps``: divergence of the attention maps, summed over blocks
+    7. ``relations``: divergence of how alike the tokens are to each other in a stack's last self-attention, by their
+       queries, their keys and their values
+    8. ``task``: the model's own loss on labels; its weight is recorded, and the trainer adds it. With this alone the
        graph needs no teacher, and its own loss is 0
 
-    Sources: TernaryBERT, section 3.2; Teacher Intervention, section 4. The published weights are all 1, without task.
+    The formulas stand in ``ti_fx.numerics.losses``. Errors that are not relative are dominated by a decoder's few large
+    values: of a stream whose first token is a hundred times as long as the others, that token is all that is trained.
+
+    Sources: TernaryBERT, section 3.2; Teacher Intervention, section 4; maps: EMNLP 2022, Kim et al.; relations:
+    MiniLMv2; token-scaled: NeurIPS 2023, Kim et al. The published weights are all 1, without task.
     The defaults of ``variant`` and ``mask_padding`` are the published code's, because measuring showed no difference:
     TI-G on the demo's task, 180 steps, one seed, has a validation accuracy of 91.8% as published, 92.2% with
     ``paper``, and 92.2% with ``mask_padding``; one standard error is 1.2 points.
@@ -54,6 +63,14 @@ class Distill(Pass):
         variant: which value ``attention_outputs`` compares.
         mask_padding: leave padding tokens out of the means; needs an attention mask among the inputs. Each stack is
             masked by its own; one without a mask among the inputs is not masked.
+        maps, relations: weights; 0 leaves the term out.
+        errors: how the squared errors of layer and attention outputs, scores and embeddings are measured: ``absolute``;
+            or in units of the teacher's own variance, of each ``token`` (of scores, of each row of the batch) or of the
+            whole ``layer``.
+        logits_loss: soft ``cross-entropy``; ``kl`` divergence, of the same gradients, 0 where both agree; or
+            ``token-scaled`` cross-entropy of a decoder, in which tokens that the teacher finds hard count for more.
+        temperature: of the logits; of ``token-scaled``, of the tokens' scales, where None is 10 as published.
+        embeddings_loss: ``squared`` error, or the ``cosine`` distance.
     """
 
     takes = (CAPTURED, PREPARED)
@@ -67,6 +84,12 @@ class Distill(Pass):
     variant: Literal["reference", "paper"] = "reference"
     mask_padding: bool = False
     embeddings: float | None = None
+    maps: float = 0.0
+    relations: float = 0.0
+    errors: Literal["absolute", "token", "layer"] = "absolute"
+    logits_loss: Literal["cross-entropy", "kl", "token-scaled"] = "cross-entropy"
+    temperature: float | None = None
+    embeddings_loss: Literal["squared", "cosine"] = "squared"
 
     def requires(self, gm: GraphModule) -> None:
         """A teacher, and what the chosen terms compare."""
@@ -75,27 +98,43 @@ class Distill(Pass):
         if self.logits and not logits(gm):
             raise PreconditionError("distill{logits} needs an output called logits; set logits=0")
         sites = find_attention(gm)
-        if not sites and (self.scores or self.attention_outputs or self.layer_outputs):
+        if not sites and any(getattr(self, term) for term in _OF_BLOCKS):
             raise PreconditionError(
                 "distill finds no attention block, so it has no scores, attention or layer outputs to compare; "
                 "set those weights to 0"
             )
-        if self.scores:
+        if self.scores or self.maps or self.relations:
             for site in sites:
                 if site.scores is None:
                     raise PreconditionError(
                         f"distill can't see the scores of {site.where} (%{site.context.name})",
                         missing="decompose-attention",
                     )
+        self._require_options(gm, sites)
         if self.mask_padding and not any(_masks(gm, sites).values()):
             raise PreconditionError("distill{mask_padding=true} finds no attention mask among the inputs")
         if not self.task and not any(pairs for _, pairs, _ in self._terms(gm)):
             raise PreconditionError("distill has no term left: give at least one weight above 0")
 
+    def _require_options(self, gm: GraphModule, sites: list[AttentionSite]) -> None:
+        """Raise where an option can't be: a temperature that is none, relations without their factors."""
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise PreconditionError(f"distill{{temperature={self.temperature}}}: give a number above 0")
+        if self.logits_loss == "token-scaled" and self.logits != 0:
+            for node in logits(gm):
+                token_ids(gm, node)
+        if self.relations:
+            for site, vectors in _last_blocks(gm, sites):
+                if vectors is None:
+                    raise PreconditionError(
+                        f"distill{{relations}} can't tell queries, keys and values of {site.where} apart "
+                        f"(%{site.context.name}); set relations=0"
+                    )
+
     @property
     def is_task_alone(self) -> bool:
         """Whether nothing is compared with a teacher."""
-        others = (self.layer_outputs, self.scores, self.attention_outputs, self.embeddings)
+        others = (*(getattr(self, term) for term in _OF_BLOCKS), self.embeddings)
         return bool(self.task) and self.logits == 0 and not any(others)
 
     def _own_logits(self, gm: GraphModule) -> list[Node]:
@@ -142,8 +181,9 @@ class Distill(Pass):
                     if mask not in flat:  # a projection over (batch · tokens, width)
                         flat[mask] = call(output, _FLATTEN, (mask,), f"{mask.name}_flat", "loss")
                     mask = flat[mask]
-                arguments = (node, teacher[node], mask)
-                parts.append(call(output, _FUNCTIONS[name], arguments, f"loss_{name}_{index}", "loss"))
+                function, further = self._function(gm, name, node, index)
+                arguments = (node, teacher[node], mask, *further)
+                parts.append(call(output, function, arguments, f"loss_{name}_{index}", "loss"))
             each[name] = call(output, losses.total, (parts,), f"loss_{name}", "loss")
             weights.append(weight)
         if each:
@@ -153,6 +193,26 @@ class Distill(Pass):
             total = call(output, losses.nothing, (first,), "loss", "loss")
         output.args = (PreparedResult(total, each, outputs).structure(),)
         record_facts(gm, task=self.task)
+
+    def _function(
+        self, gm: GraphModule, term: str, node: Node, index: int
+    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Return what compares a node of a term with its twin, and its arguments beside these and the mask."""
+        if term == "logits":
+            if self.logits_loss == "token-scaled":
+                return losses.token_scaled_cross_entropy, (token_ids(gm, node), self.temperature or 10.0)
+            function = losses.kl_divergence if self.logits_loss == "kl" else losses.soft_cross_entropy
+            return function, () if self.temperature is None else (float(self.temperature),)
+        if term == "maps":
+            return losses.map_divergence, ()
+        if term == "relations":  # queries, keys and values in turn
+            return losses.relation_divergence, (True,) if index % 3 == 1 else ()
+        if term == "embeddings" and self.embeddings_loss == "cosine":
+            return losses.cosine_distance, ()
+        if term == "scores":
+            relative = self.errors != "absolute"
+            return losses.relative_scores_error if relative else losses.scores_error, ()
+        return _ERRORS[self.errors], ()
 
     def ensures(self, gm: GraphModule) -> None:
         """The output is a dict with a scalar loss."""
@@ -179,17 +239,26 @@ class Distill(Pass):
                 self._embeddings_weight(gm),
                 [(node, last) for node in embeddings(gm, [*layers, *self._own_logits(gm)])],
             ),
+            "maps": (self.maps, [(site.scores, site.stack) for site in sites]),
+            "relations": (
+                self.relations,
+                [
+                    (node, site.stack)
+                    for site, vectors in (_last_blocks(gm, sites) if self.relations else ())
+                    for node in vectors or ()
+                ],
+            ),
         }
         for name, (weight, nodes) in weights.items():
             yield name, [(node, stack) for node, stack in nodes if node in teacher] if weight else [], weight
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "logits": losses.soft_cross_entropy,
-    "layer_outputs": losses.mean_squared_error,
-    "scores": losses.scores_error,
-    "attention_outputs": losses.mean_squared_error,
-    "embeddings": losses.mean_squared_error,
+_OF_BLOCKS = ("layer_outputs", "scores", "attention_outputs", "maps", "relations")
+
+_ERRORS: dict[str, Callable[..., Any]] = {
+    "absolute": losses.mean_squared_error,
+    "token": losses.token_error,
+    "layer": losses.layer_error,
 }
 
 
@@ -201,6 +270,45 @@ def _towers(sites: list[AttentionSite]) -> dict[int, list[AttentionSite]]:
     for site in sites:
         towers.setdefault(site.stack, []).append(site)
     return towers
+
+
+def _last_blocks(
+    gm: GraphModule, sites: list[AttentionSite]
+) -> list[tuple[AttentionSite, HeadVectors | None]]:
+    """Return each stack's last self-attention, with what its products multiply."""
+    last = list({site.stack: site for site in sites if site.kind == "self"}.values())
+    return list(zip(last, head_vectors(gm, last), strict=True))
+
+
+def token_ids(gm: GraphModule, logits: Node) -> Node:
+    """Return the input that holds the tokens of a decoder's logits, one for each.
+
+    Raises:
+        PreconditionError: there is none, or more than one.
+    """
+    wanted = [str(size) for size in logits.meta["val"].shape]
+    looked_up = {_moved(node.args[1]) for node in gm.graph.nodes if aten_name(node) == "embedding"}
+    found = [
+        node
+        for node in gm.graph.find_nodes(op="placeholder")
+        if node in looked_up
+        and len(wanted) == 3
+        and [str(size) for size in node.meta["val"].shape] == wanted[:2]
+    ]
+    if len(found) != 1:
+        names = ", ".join(str(node.target) for node in found) or "no input"
+        raise PreconditionError(
+            f"distill{{logits_loss=token-scaled}} needs one input with the token of each of %{logits.name}'s rows, and "
+            f"finds {names}; it is for decoders that read token ids: use logits_loss=kl"
+        )
+    return found[0]
+
+
+def _moved(node: Any) -> Any:
+    """Return what a node only moves or casts."""
+    while isinstance(node, Node) and aten_name(node) in SHAPE | CAST:
+        node = node.args[0]
+    return node
 
 
 def _masks(gm: GraphModule, sites: list[AttentionSite]) -> dict[int, Node | None]:

@@ -60,7 +60,7 @@ def _counter(part: Node) -> Counter:
     if mask is not None and losses.masks_tokens(part.target, value, mask.meta["val"]):  # type: ignore[arg-type]
         name = _input_of(mask)
         return lambda inputs, sizes: float((inputs[name] != 0).sum())
-    shape = tuple(value.shape)
+    shape = tuple(losses.averaged(part.target, value))  # type: ignore[arg-type]
     return lambda inputs, sizes: _product(shape, inputs, sizes)
 
 
