@@ -47,6 +47,12 @@ FULL = Recipe(
         embeddings=0.5,
         variant="paper",
         mask_padding=True,
+        maps=0.25,
+        relations=0.125,
+        errors="token",
+        logits_loss="kl",
+        temperature=2.0,
+        embeddings_loss="cosine",
     ),
     schedule=(
         Phase("both", Intervene("map", layers=(0, 1), stack=0, kind="self", keep_encoder_gradient=True), 3),
