@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from fuzz.case import WIDTH, Case
@@ -65,7 +67,7 @@ def cases(draw: st.DrawFn, until: str | None = None) -> Case:
     dropout = draw(st.sampled_from([0.0, 0.0, 0.1]))
     # a row that sees nothing is NaN where attention says so, and that is all there is to compare
     sees = not whole and not (kernel == "float32" and wide == "float64")
-    return Case(
+    case = Case(
         seed=draw(st.integers(0, 999)),
         batch=draw(st.sampled_from([2, 2, 3])),
         length=draw(st.sampled_from([6, 7, 8, 9])),
@@ -107,3 +109,6 @@ def cases(draw: st.DrawFn, until: str | None = None) -> Case:
         layer_outputs=draw(st.booleans()) and not bare,
         until=one("capture", "prepare", "export") if until is None else until,
     )
+    if until is None and case.until == "export" and wide == "float64":  # of which no file is written
+        return replace(case, until="prepare")
+    return case
