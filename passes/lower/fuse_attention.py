@@ -28,6 +28,9 @@ LOWEST = -1e38
 # What is filled in below this leaves nothing of a score after the softmax, as LOWEST does, and a row of it the mean.
 FILLED = -1e9
 
+# Parts of a tensor, whose width shape inference finds if it knows the tensor's.
+_PARTS = frozenset(["slice", "split", "split_with_sizes", "chunk", "unbind", "select", *COPIES])
+
 
 @dataclass(frozen=True)
 class FuseAttention(Pass):
@@ -40,8 +43,8 @@ class FuseAttention(Pass):
              %merged = view(transpose(%context, 1, 2), [b, s, h * d])
 
     1. keys and values of a cache (``cat([%past, %k], 2)``) go into the node   2. heads that share them (``expand`` and
-    ``reshape``), too   3. where the heads of one operand were not split from merged ones, the node takes all with their
-    heads apart, and gives the context so
+    ``reshape``), too   3. where the heads of one operand were not split from merged ones, or merged values come from a
+    reshape, the node takes all with their heads apart, and gives the context so
 
     4. a mask of one row for all tokens (``[b, 1, 1, n]``), or of fewer dimensions, is expanded   5. a mask that is
     filled in (``masked_fill(%scores, %hidden, -1e9)``) is added
@@ -181,6 +184,14 @@ def _whole(match: _Match, mask: Node) -> Node:
     return call(match.softmax, torch.ops.aten.expand.default, (mask, [-1, -1, size, -1]))
 
 
+def _has_known_width(view: Node | None) -> bool:
+    """Whether ONNX's shape inference finds the width of merged values: of a reshaped tensor it doesn't, and takes 0."""
+    node = None if view is None else view.all_input_nodes[0]
+    while node is not None and (node.target is operator.getitem or aten_name(node) in _PARTS):
+        node = node.all_input_nodes[0]
+    return node is not None and aten_name(node) not in RESHAPES
+
+
 def _replace(match: _Match, mask: Node | None) -> Node:
     """Put the fused node in the place of the context and return it."""
     heads = constant_size(match.query.meta["val"].shape[1])
@@ -188,7 +199,7 @@ def _replace(match: _Match, mask: Node | None) -> Node:
     merged = _merged(match.context)
     views = [split_view(node) for node in operands]
     old = match.context
-    if merged is not None and None not in views:
+    if merged is not None and None not in views and _has_known_width(views[2]):
         operands, old = [view.args[0] for view in views if view is not None], merged
     arguments = (*operands, mask, match.scale, heads, match.key.heads)
     if match.key.past is None:

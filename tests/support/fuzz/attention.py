@@ -249,6 +249,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return the context of softmax(QKᵀ · scale + mask) V, whatever kernel the case names."""
         scale = 1 / math.sqrt(WIDTH / self.case.heads) if self.case.kernel == "multihead" else self.factor
+        if self.case.scale == "query" and self.case.kernel not in ("sdpa", "multihead"):
+            query, scale = query * scale, 1.0  # whole numbers times a scale may be ties for the quantiser
         scores = trace.operand(query) @ trace.operand(key).transpose(-1, -2) * scale
         added = self.added(query, bias, keep) if self.case.kernel == "sdpa" else None
         if (
