@@ -21,8 +21,6 @@ from torch.fx import GraphModule
 
 from ti_fx.errors import RecipeError, did_you_mean, first_line
 from ti_fx.files import atomic_write
-from ti_fx.find.attention import POINTS
-from ti_fx.ir import options
 from ti_fx.ir.edit import fork
 from ti_fx.ir.facts import PREPARE, facts, record_facts
 from ti_fx.ir.pipeline import Pass, Pipeline, Report
@@ -37,33 +35,13 @@ from ti_fx.passes import (
     Ternarize,
 )
 from ti_fx.passes.prepare.distill import TERMS
+from ti_fx.phases import Curve, Phase, check_phases, constructed, is_length, plain, read_name, read_phases
+
+__all__ = ["PRESETS", "Curve", "Phase", "Recipe", "chosen_recipe"]
 
 FORMAT = 1
-INTERVENTION_STEPS = 60
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A span of training with one set of interventions.
-
-    Attributes:
-        name: shown in logs and reports.
-        intervene: where the teacher intervenes; ``Intervene()`` is plain quantisation-aware training.
-        steps: optimiser steps: a whole number of them, or a fraction of all of training, between 0 and 1; None: to the
-            end of training (the last phase).
-        restart: begin with a cleared optimiser state and a new learning-rate schedule.
-    """
-
-    name: str
-    intervene: Intervene = field(default_factory=Intervene)
-    steps: float | None = None
-    restart: bool = False
-
-    def __str__(self) -> str:
-        length = "to the end" if self.steps is None else f"{self.steps} steps"
-        if isinstance(self.steps, float):
-            length = f"{100 * self.steps:.3g}% of training"
-        return f"{self.name}: {self.intervene}, {length}{', restart' if self.restart else ''}"
+INTERVENTION_STEPS = 60  # as published
+INTERVENED: dict[str, float] = {"layer-blend": 0.5}  # of what is not published
 
 
 @dataclass(frozen=True)
@@ -93,34 +71,7 @@ class Recipe:
         Raises:
             RecipeError: names the phase or option.
         """
-        if not self.schedule:
-            raise RecipeError(f"recipe {self.name!r} has no phase; give its schedule at least one")
-        for phase in self.schedule[:-1]:
-            if phase.steps is None:
-                raise RecipeError(
-                    f"phase {phase.name!r} of recipe {self.name!r} needs steps; only the last may run on"
-                )
-        interventions: dict[str, Intervene] = {}
-        for phase in self.schedule:
-            if phase.steps is not None and not _is_length(phase.steps):
-                raise RecipeError(
-                    f"phase {phase.name!r} of recipe {self.name!r} has {phase.steps} steps; give a whole number of 1 "
-                    "or more, or a fraction of training between 0 and 1"
-                )
-            if interventions.setdefault(phase.name, phase.intervene) != phase.intervene:
-                raise RecipeError(
-                    f"recipe {self.name!r} has two phases of other interventions called {phase.name!r}; rename one"
-                )
-            if phase.intervene.at not in (None, *POINTS):
-                raise RecipeError(
-                    f"phase {phase.name!r} of recipe {self.name!r} can't intervene at {phase.intervene.at!r}"
-                    f"{did_you_mean(str(phase.intervene.at), POINTS)}"
-                )
-        share = sum(phase.steps for phase in self.schedule if isinstance(phase.steps, float))
-        if share > 1 + 1e-9:
-            raise RecipeError(
-                f"the phases of recipe {self.name!r} are {share:g} of training in all; give fractions of at most 1"
-            )
+        check_phases(self.schedule, self.name)
         own = {self.activations.encoding} - {AUTO}
         for encoding in (*own, *self.activations.encodings.values()):
             if encoding not in ENCODINGS:
@@ -135,20 +86,25 @@ class Recipe:
                 )
 
     @staticmethod
-    def preset(name: str, *, intervention_steps: float = INTERVENTION_STEPS) -> Recipe:
-        """Return a published method: ``ternarybert``, ``ti-o``, ``ti-c``, ``ti-m`` or ``ti-g``.
+    def preset(name: str, *, intervention_steps: float | None = None) -> Recipe:
+        """Return a method by its name: ``ternarybert``, ``ti-o``, ``ti-c``, ``ti-m`` or ``ti-g``, as published.
+
+        Or ``layer-blend``: every layer reads the teacher's residual stream, blended into the student's own.
 
         Args:
             name: the method.
             intervention_steps: s, the length of the intervened part of training: a whole number of at least 6 optimiser
-                steps, or a fraction of all of training, between 0 and 1.
+                steps, or a fraction of all of training, between 0 and 1. None: 60 steps as published, and half of
+                training for ``layer-blend``.
 
         Raises:
             RecipeError: no such preset (near names are listed), or too few steps.
         """
         if name not in PRESETS:
             raise RecipeError(f"no recipe is called {name!r}{did_you_mean(name, PRESETS)}")
-        if not _is_length(intervention_steps) or 1 <= intervention_steps < 6:
+        if intervention_steps is None:
+            intervention_steps = INTERVENED.get(name, INTERVENTION_STEPS)
+        if not is_length(intervention_steps) or 1 <= intervention_steps < 6:
             raise RecipeError(
                 f"intervention_steps is {intervention_steps}; give at least 6, or a fraction of training "
                 "between 0 and 1"
@@ -190,14 +146,14 @@ class Recipe:
     def untrained(self, gm: GraphModule) -> tuple[Untrained, ...]:
         """Return the Parameters of a graph that this recipe prepared which no phase of it moves, in graph order."""
         rows = untrained(gm)
-        phases = [phase for phase in self.schedule if phase.intervene.at is not None]
+        phases = [one for phase in self.schedule if (one := phase.trained_by()).at is not None]
         if len(phases) < len(self.schedule):
             return rows  # a phase without an intervention trains whatever is trained in another
         known = {row.name for row in rows}
         left: dict[str, Untrained] | None = None
-        for phase in phases:
+        for intervene in phases:
             intervened = fork(gm)
-            Pipeline(phase.intervene)(intervened)
+            Pipeline(intervene)(intervened)
             own = {row.name: row for row in untrained(intervened)}
             left = own if left is None else {name: row for name, row in left.items() if name in own}
         reason = "in every phase the teacher's value stands in its place"
@@ -212,18 +168,10 @@ class Recipe:
         return {
             "format": FORMAT,
             "name": self.name,
-            "ternarize": _plain(self.ternarize),
-            "activations": _plain(self.activations),
-            "distill": _plain(self.distill),
-            "schedule": [
-                {
-                    "name": phase.name,
-                    "intervene": _plain(phase.intervene),
-                    "steps": phase.steps,
-                    "restart": phase.restart,
-                }
-                for phase in self.schedule
-            ],
+            "ternarize": plain(self.ternarize),
+            "activations": plain(self.activations),
+            "distill": plain(self.distill),
+            "schedule": [phase.to_dict() for phase in self.schedule],
             "steps": self.steps,
             **extra,
         }
@@ -245,7 +193,7 @@ class Recipe:
             raise RecipeError(f"{where} has format {values['format']!r}; this version reads format {FORMAT}")
         if "name" not in values:
             raise RecipeError(f"{where} has no name; give it one")
-        made: dict[str, Any] = {"name": _name(values["name"], where)}
+        made: dict[str, Any] = {"name": read_name(values["name"], where)}
         if values.get("steps") is not None:
             made["steps"] = _steps(values["steps"], where)
         for key, kind in (
@@ -254,9 +202,9 @@ class Recipe:
             ("distill", Distill),
         ):
             if key in values:
-                made[key] = _construct(kind, values[key], f"{where}.{key}")
+                made[key] = constructed(kind, values[key], f"{where}.{key}")
         if "schedule" in values:
-            made["schedule"] = _schedule(values["schedule"], f"{where}.schedule")
+            made["schedule"] = read_phases(values["schedule"], f"{where}.schedule")
         if "extra_passes" in values:
             made["extra_passes"] = _passes(values["extra_passes"], f"{where}.extra_passes")
         return Recipe(**made)
@@ -318,13 +266,6 @@ def chosen_recipe(written: Recipe | str | Path) -> Recipe:
     return Recipe.preset(written)
 
 
-def _is_length(steps: Any) -> bool:
-    """Return whether a phase may be so long: steps, or a fraction of training."""
-    if isinstance(steps, float):
-        return 0 < steps < 1
-    return isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
-
-
 def _one_point(point: str) -> Callable[[float], tuple[Phase, ...]]:
     def schedule(steps: float) -> tuple[Phase, ...]:
         return (Phase(point, Intervene(point), steps), Phase("quantise", restart=True))
@@ -342,25 +283,19 @@ def _gradual(steps: float) -> tuple[Phase, ...]:
     )
 
 
+def _layer_blend(steps: float) -> tuple[Phase, ...]:
+    blended = Intervene("layer", blend=True)
+    return (Phase("blend", blended, steps, curves=(Curve("linear", 1.0, 0.0),)), Phase("quantise"))
+
+
 PRESETS: dict[str, Callable[[float], tuple[Phase, ...]]] = {
     "ternarybert": lambda steps: (Phase("quantise"),),
     "ti-o": _one_point("output"),
     "ti-c": _one_point("context"),
     "ti-m": _one_point("map"),
     "ti-g": _gradual,
+    "layer-blend": _layer_blend,
 }
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    """Return a pass's options as JSON values."""
-    plain = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
-    return {name: list(item) if isinstance(item, tuple) else item for name, item in plain.items()}
-
-
-def _construct(kind: type[Any], values: Any, where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise RecipeError(f"{where} holds {values!r}; it must hold options and values")
-    return options.construct(kind, {str(key): value for key, value in values.items()}, where)
 
 
 def _passes(values: Any, where: str) -> tuple[Pass, ...]:
@@ -370,41 +305,6 @@ def _passes(values: Any, where: str) -> tuple[Pass, ...]:
         return tuple(Pass.parse(written) for written in values)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
-
-
-def _schedule(values: Any, where: str) -> tuple[Phase, ...]:
-    if not isinstance(values, list):
-        raise RecipeError(f"{where} holds {values!r}; it must be a list of phases")
-    phases = []
-    for index, entry in enumerate(values):
-        here = f"{where}[{index}]"
-        if not isinstance(entry, Mapping):
-            raise RecipeError(f"{here} holds {entry!r}; it must hold a phase's keys")
-        fields = dict(entry)
-        if "intervene" in fields:
-            fields["intervene"] = _construct(Intervene, fields["intervene"], f"{here}.intervene")
-        known = {one.name for one in dataclasses.fields(Phase)}
-        for key in fields:
-            if key not in known:
-                raise RecipeError(f"{here} has no key {key!r}{did_you_mean(str(key), known)}")
-        if "name" not in fields:
-            raise RecipeError(f"{here} has no name; give it one")
-        fields["name"] = _name(fields["name"], here)
-        if fields.get("steps") is not None and not _is_length(fields["steps"]):
-            raise RecipeError(
-                f"{here}.steps is {fields['steps']!r}; it must be a whole number of 1 or more, or a fraction of "
-                "training between 0 and 1"
-            )
-        if not isinstance(fields.get("restart", False), bool):
-            raise RecipeError(f"{here}.restart is {fields['restart']!r}; it must be true or false")
-        phases.append(Phase(**fields))
-    return tuple(phases)
-
-
-def _name(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise RecipeError(f"{where}.name is {value!r}; it must be text")
-    return value
 
 
 def _steps(value: Any, where: str) -> int:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from ti_fx.errors import PostconditionError
-from ti_fx.find.attention import find_attention
 from ti_fx.ir import roles
 from ti_fx.ir.edit import erase, erase_dead, prune
 from ti_fx.ir.pipeline import Pass
@@ -38,7 +37,7 @@ class Strip(Pass):
         """Remove what only training needs."""
         distill.remove(gm)
         if any(roles.is_teacher(node) for node in gm.graph.nodes):
-            intervene.undo(gm, find_attention(gm))
+            intervene.undo(gm)
         for node in reversed(list(gm.graph.nodes)):
             if roles.is_teacher(node):
                 erase(node)

@@ -97,6 +97,8 @@ def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
 def _copy_values(gm: GraphModule, values: dict[str, Tensor] | None) -> None:
     """Register ``teacher.<name>`` for every tensor the student reads."""
     for node in [node for node in gm.graph.find_nodes(op="get_attr") if roles.is_student(node)]:
+        if roles.fact(node, "intervention"):
+            continue  # the share of a blend
         target = str(node.target)
         own = tensor(gm, target)
         value = own if values is None else values.get(target)

@@ -16,7 +16,7 @@ from ti_fx.find.weights import projections, skipped
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, call, erase
 from ti_fx.ir.facts import facts, record_facts
-from ti_fx.ir.inserted import is_ours, quantiser_of
+from ti_fx.ir.inserted import is_blend, is_ours, quantiser_of
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import CAPTURED, PREPARED
 from ti_fx.numerics.encodings import Encoding, get_encoding
@@ -67,6 +67,10 @@ class QuantizeActivations(Pass):
         if several and any(node.target is numerics.detach for node in gm.graph.nodes):
             raise PreconditionError(
                 "quantize-activations can't set several encodings under an intervention; run it before intervene"
+            )
+        if any(is_blend(node) for node in gm.graph.nodes):
+            raise PreconditionError(
+                "quantize-activations would quantise each reader's blend by itself; run it before intervene{blend}"
             )
         if self.attention:
             for site in find_attention(gm):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.fx import GraphModule, Node
 import ti_fx
 from ti_fx import numerics
 from ti_fx.errors import VerificationError
+from ti_fx.find.points import places
 from ti_fx.ir import roles
 from ti_fx.ir.edit import call, register, tensor
 from ti_fx.ir.facts import facts
@@ -62,6 +64,7 @@ ORDER = "topological order"
 ROLE = "one role per node"
 TEACHER_READS = "teacher values are read at intervened points only"
 INTERVENTIONS = "interventions and their detaches are present"
+BLENDS = "a blend reads its tap, the teacher and its share"
 TWINS = "twins compute the same"
 FROZEN = "the teacher is frozen"
 DROPOUT = "the teacher has no dropout"
@@ -75,8 +78,8 @@ GUARDS = "no guard added"
 def test_every_row_has_a_test_and_every_test_a_row() -> None:
     """Those of the other stages are in test_stages.py."""
     assert [invariant.name for invariant in PREPARED.invariants] == [
-            ORDER, LINT, PLAIN, ROLE, TEACHER_READS, INTERVENTIONS, TWINS, FROZEN, DROPOUT, QUANTISED, TIED, LOSSES,
-            META, GUARDS,
+            ORDER, LINT, PLAIN, ROLE, TEACHER_READS, INTERVENTIONS, BLENDS, TWINS, FROZEN, DROPOUT, QUANTISED, TIED,
+            LOSSES, META, GUARDS,
     ]  # fmt: skip
 
 
@@ -171,6 +174,106 @@ def test_a_declared_intervention_that_nobody_reads(gm: GraphModule) -> None:
     for user in [user for user in twin.users if roles.is_student(user)]:
         user.replace_input_with(twin, site.stream)
     refused(gm, INTERVENTIONS, f"%{twin.name}", "no student")
+
+
+@pytest.fixture
+def blended(prepared_bert: GraphModule) -> GraphModule:
+    """BERT whose layers read a blend, and its maps another one; tokens draw at feed-forward blocks."""
+    gm = ti_fx.fork(prepared_bert)
+    ti_fx.Pipeline(Intervene("map+layer", blend=True))(gm)
+    ti_fx.verify(gm)
+    return gm
+
+
+def layer_tap(gm: GraphModule) -> tuple[Node, Node]:
+    """Return what the second layer reads, and its twin."""
+    tap = places(gm, "layer")[1].tap
+    assert tap is not None
+    return tap, roles.twin_of(gm.graph)[tap]
+
+
+def a_blend(gm: GraphModule, tap: Node) -> Node:
+    return first(gm, lambda node: node.target is numerics.blend and node.args[0] is tap)
+
+
+def test_a_blended_tap_that_is_read_beside_its_blend(blended: GraphModule) -> None:
+    tap, _ = layer_tap(blended)
+    node = a_blend(blended, tap)
+    reader = next(iter(node.users))
+    reader.replace_input_with(node, tap)
+    refused(blended, INTERVENTIONS, f"%{reader.name} reads the tap %{tap.name}", "at layer")
+
+
+def test_a_teacher_that_is_read_beside_the_blend(blended: GraphModule) -> None:
+    tap, twin = layer_tap(blended)
+    node = a_blend(blended, tap)
+    reader = next(iter(node.users))
+    reader.replace_input_with(node, twin)
+    refused(
+        blended, BLENDS, f"%{reader.name} reads the teacher's %{twin.name} beside the blend at %{tap.name}"
+    )
+
+
+def test_a_blend_of_another_sites_value(blended: GraphModule) -> None:
+    tap, _ = layer_tap(blended)
+    other = places(blended, "layer")[0].tap
+    node = a_blend(blended, tap)
+    node.args = (tap, roles.twin_of(blended.graph)[other], node.args[2])  # type: ignore[index]
+    refused(blended, BLENDS, f"%{node.name} must blend the tap %{tap.name}")
+
+
+def test_a_blend_by_another_sites_share(blended: GraphModule) -> None:
+    tap, _ = layer_tap(blended)
+    other = places(blended, "layer")[0].tap
+    assert other is not None
+    node = a_blend(blended, tap)
+    node.args = (*node.args[:2], a_blend(blended, other).args[2])
+    refused(blended, BLENDS, f"%{node.name} takes %{other.name}_share", f"blend.{tap.name}")
+
+
+def test_a_share_that_is_trained(blended: GraphModule) -> None:
+    tap, _ = layer_tap(blended)
+    held = blended.get_submodule("blend")
+    value = held._buffers.pop(tap.name)
+    assert value is not None
+    held.register_parameter(tap.name, nn.Parameter(value))
+    refused(blended, BLENDS, f"blend.{tap.name}", "nothing trains")
+
+
+def test_a_blend_that_belongs_to_no_intervention(blended: GraphModule) -> None:
+    tap, _ = layer_tap(blended)
+    roles.record(tap, blended=None)
+    refused(blended, INTERVENTIONS, tap.name)
+    roles.record(tap, intervened=None)
+    refused(blended, TEACHER_READS, "no intervened point")
+
+
+def test_a_partial_detach_that_is_missing(blended: GraphModule) -> None:
+    node = first_call(blended, numerics.detach_by)
+    reader = next(iter(node.users))
+    reader.replace_input_with(node, node.all_input_nodes[0])
+    refused(blended, INTERVENTIONS, reader.name, "not detached")
+
+
+def test_a_partial_detach_by_another_share(blended: GraphModule) -> None:
+    *_, node = blended.graph.find_nodes(op="call_function", target=numerics.detach_by)
+    tap = places(blended, "layer")[0].tap
+    assert tap is not None
+    node.args = (node.args[0], a_blend(blended, tap).args[2])
+    refused(blended, BLENDS, f"%{node.name} takes %{tap.name}_share")
+
+
+@pytest.mark.parametrize("blend", [False, True, "tokens"])
+def test_a_users_own_point(prepared_bert: GraphModule, blend: Any) -> None:
+    gm = ti_fx.fork(prepared_bert)
+    tap = first_call(gm, aten.gelu.default)
+    ti_fx.Pipeline(Intervene(f"node:{tap.name}", blend=blend))(gm)
+    ti_fx.verify(gm)
+    node = first(gm, lambda one: one.name == tap.name)
+    read = a_blend(gm, node) if blend else roles.twin_of(gm.graph)[node]
+    reader = next(user for user in read.users if roles.is_student(user))
+    reader.replace_input_with(read, node)
+    refused(gm, INTERVENTIONS, f"%{reader.name} reads the tap %{node.name}", f"node:{node.name}")
 
 
 def test_another_constant_in_a_twin(gm: GraphModule) -> None:

@@ -82,6 +82,10 @@ GOLDEN: dict[str, tuple[tuple[Pass, ...], Pass]] = {
     "intervene_map": ((DuplicateTeacher(),), Intervene(at="map")),
     "intervene_context": ((DuplicateTeacher(),), Intervene(at="context")),
     "intervene_output": ((DuplicateTeacher(),), Intervene(at="output")),
+    "intervene_layer": ((DuplicateTeacher(),), Intervene(at="layer")),
+    "intervene_ffn": ((DuplicateTeacher(),), Intervene(at="ffn")),
+    "intervene_layer_blend": ((DuplicateTeacher(),), Intervene(at="layer", blend=True)),
+    "intervene_output_tokens": ((DuplicateTeacher(),), Intervene(at="output", blend="tokens")),
     "strip": ((DuplicateTeacher(), Ternarize(), Distill(), Intervene(at="output")), Strip()),
     "pack": ((Ternarize(),), Pack()),
     "requantize": ((Ternarize(), QuantizeActivations(), Pack()), Requantize("int8-token")),
@@ -113,6 +117,8 @@ def test_the_difference_of_a_fused_projection_at_map(gpt2: Tiny, golden: Callabl
     golden(
         "intervene_map_fused", difference(gpt2.fork(), (DuplicateTeacher(),), Intervene("map", layers=(0,)))
     )
+    blended = Intervene("map", layers=(0,), blend=True)
+    golden("intervene_map_fused_blend", difference(gpt2.fork(), (DuplicateTeacher(),), blended))
 
 
 def test_the_captured_layer(bert_layer: Tiny, golden: Callable[[str, str], None]) -> None:

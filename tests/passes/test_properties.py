@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 import ti_fx
 from ti_fx.errors import PreconditionError, SelectionError, TiFxError
 from ti_fx.find.attention import POINTS
+from ti_fx.find.points import POINTS as TABLE
 from ti_fx.ir.edit import tensor
 from ti_fx.ir.facts import facts
 from ti_fx.ir.pipeline import Pass, Pipeline
@@ -301,11 +302,12 @@ PASSES = st.one_of(
     ),
     st.builds(
         Intervene,
-        at=st.sampled_from([None, *POINTS]),
+        at=st.sampled_from([None, *TABLE, "layer+ffn", "node:add_7"]),
         layers=subsets,
         stack=st.one_of(st.none(), st.integers(0, 3)),
         kind=st.sampled_from([None, "self", "cross"]),
         keep_encoder_gradient=st.booleans(),
+        blend=st.sampled_from([False, True, "rows", "tokens"]),
     ),
 )
 

@@ -34,7 +34,7 @@ REFUSALS: dict[str, tuple[tuple[Pass, ...], Pass, type[TiFxError], str]] = {
         (DuplicateTeacher(),), Distill(0.0, 0.0, 0.0, 0.0), PreconditionError, "at least one weight above 0",
     ),
     "no teacher to read": ((), Intervene("map"), PreconditionError, "run duplicate-teacher first"),
-    "an unknown point": ((DuplicateTeacher(),), Intervene("layer"), SelectionError, "can't act at 'layer'"),
+    "an unknown point": ((DuplicateTeacher(),), Intervene("layers"), SelectionError, "can't act at 'layers'; did you"),
     "no such layer": ((DuplicateTeacher(),), Intervene("map", layers=(7,)), SelectionError, "selects none"),
     "no such kind": ((DuplicateTeacher(),), Intervene("map", kind="cross"), SelectionError, "selects none"),
     "a layer too many": ((DuplicateTeacher(),), Intervene("map", layers=(0, 7)), SelectionError, "layers=0,7.*7"),

@@ -26,6 +26,7 @@ LAYERS = (
     "export.compare",
     "export.lowered export.writer export.pack_from",
     "export",
+    "phases",
     "recipe",
     "example_inputs",
     "measure",

@@ -29,7 +29,8 @@ class Settings:
         padding: the token whose embedding gets no gradient.
         encoding: ``int8-tensor``, ``int8-token``, ``reference`` or ``float``.
         attention: whether Q, K, map and V are quantised as well.
-        point: ``none``, ``output``, ``context`` or ``map``.
+        point: ``none``, ``output``, ``context``, ``map``, ``ffn`` or ``layer``.
+        share: how much of the teacher's value is read there, and of the gradient detached; 1 is all.
         variant: ``reference`` (attention block after the norm) or ``paper`` (the output projection's result).
         mask_padding: whether padding tokens are left out of the means.
         dropout: probability of every dropout of the student; 0 draws nothing.
@@ -42,6 +43,7 @@ class Settings:
     encoding: str = "int8-tensor"
     attention: bool = False
     point: str = "none"
+    share: float = 1.0
     variant: str = "reference"
     mask_padding: bool = False
     dropout: float = 0.0
@@ -56,6 +58,7 @@ class Trace:
     map: list[Tensor] = field(default_factory=list)
     context: list[Tensor] = field(default_factory=list)
     output: list[Tensor] = field(default_factory=list)
+    ffn: list[Tensor] = field(default_factory=list)
     block: list[Tensor] = field(default_factory=list)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -108,7 +111,19 @@ class Network:
         weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
         if self.quantised:
             value, weight = fake_quant(value, self.settings.encoding), ternary(weight)
-        return F.linear(value.detach() if detached else value, weight, bias)
+        share = self.settings.share if detached else 0.0
+        if share == 1:
+            value = value.detach()
+        elif share:
+            value = value + share * (value.detach() - value)  # the same numbers; of the gradient 1 - share
+        return F.linear(value, weight, bias)
+
+    def read(self, point: str, mine: Tensor, theirs: list[Tensor] | None, index: int) -> Tensor:
+        """Return what is read at a point: the student's own value, the teacher's, or a mean of both by the share."""
+        if theirs is None or point != self.settings.point:
+            return mine
+        share = self.settings.share
+        return theirs[index] if share == 1 else share * theirs[index] + (1 - share) * mine
 
     def norm(self, value: Tensor, name: str) -> Tensor:
         weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
@@ -142,12 +157,15 @@ class Network:
         trace = Trace()
         hidden = self.embeddings(input_ids)
         trace.layer_outputs.append(hidden)  # before the embeddings' dropout, as the teacher's is
-        hidden = self.dropout(hidden)
+        entering = None if teacher is None else teacher.layer_outputs
+        hidden = self.dropout(self.read("layer", hidden, entering, 0))
         lowest = torch.finfo(hidden.dtype).min
         bias = torch.zeros(attention_mask.shape, dtype=hidden.dtype).masked_fill(attention_mask == 0, lowest)
         for layer in range(self.settings.layers):
             hidden = self.layer(f"bert.encoder.layer.{layer}", layer, hidden, bias, trace, teacher, point)
             trace.layer_outputs.append(hidden)
+            if layer + 1 < self.settings.layers:
+                hidden = self.read("layer", hidden, entering, layer + 1)
         pooled = torch.tanh(self.projection(hidden[:, 0], "bert.pooler.dense"))
         weight, offset = self.tensors["classifier.weight"], self.tensors["classifier.bias"]
         trace.logits = F.linear(self.dropout(pooled), weight, offset)
@@ -165,30 +183,30 @@ class Network:
     ) -> Tensor:
         attention = f"{name}.attention"
         above_map = point in ("context", "output")
-        query = self.split(self.projection(hidden, f"{attention}.self.query", point != "none"))
-        key = self.split(self.projection(hidden, f"{attention}.self.key", point != "none"))
+        in_attention = above_map or point == "map"
+        query = self.split(self.projection(hidden, f"{attention}.self.query", in_attention))
+        key = self.split(self.projection(hidden, f"{attention}.self.key", in_attention))
         value = self.split(self.projection(hidden, f"{attention}.self.value", above_map))
         products = torch.matmul(self.attention_operand(query), self.attention_operand(key).transpose(2, 3))
         scores = products * (1 / math.sqrt(query.shape[-1])) + bias[:, None, None, :]
         trace.scores.append(scores)
         probabilities = scores.softmax(-1)
         trace.map.append(probabilities)
-        if teacher is not None and point == "map":
-            probabilities = teacher.map[index]
+        probabilities = self.read("map", probabilities, teacher and teacher.map, index)
         probabilities = self.attention_operand(self.dropout(probabilities))
         context = torch.matmul(probabilities, self.attention_operand(value))
         trace.context.append(context)
-        if teacher is not None and point == "context":
-            context = teacher.context[index]
+        context = self.read("context", context, teacher and teacher.context, index)
         merged = context.transpose(1, 2).reshape(hidden.shape)
         output = self.projection(merged, f"{attention}.output.dense")
         trace.output.append(output)
-        if teacher is not None and point == "output":
-            output = teacher.output[index]
+        output = self.read("output", output, teacher and teacher.output, index)
         block = self.norm(self.dropout(output) + hidden, f"{attention}.output.LayerNorm")
         trace.block.append(block)
         wide = F.gelu(self.projection(block, f"{name}.intermediate.dense"))
-        narrow = self.dropout(self.projection(wide, f"{name}.output.dense"))
+        narrow = self.projection(wide, f"{name}.output.dense")
+        trace.ffn.append(narrow)
+        narrow = self.dropout(self.read("ffn", narrow, teacher and teacher.ffn, index))
         return self.norm(narrow + block, f"{name}.output.LayerNorm")
 
 

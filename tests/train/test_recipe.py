@@ -16,7 +16,7 @@ import ti_fx
 from ti_fx import Recipe
 from ti_fx.errors import InputError, RecipeError
 from ti_fx.passes import Distill, Intervene, QuantizeActivations, Ternarize
-from ti_fx.recipe import PRESETS, Phase
+from ti_fx.recipe import PRESETS, Curve, Phase
 from ti_fx.train import TernaryModel
 from ti_fx.train.schedule import spans
 
@@ -55,7 +55,12 @@ FULL = Recipe(
         embeddings_loss="cosine",
     ),
     schedule=(
-        Phase("both", Intervene("map", layers=(0, 1), stack=0, kind="self", keep_encoder_gradient=True), 3),
+        Phase(
+            "both",
+            Intervene("map", layers=(0, 1), stack=0, kind="self", keep_encoder_gradient=True, blend="rows"),
+            3,
+            curves=(Curve("cosine", layers=(0,)), Curve("step")),
+        ),
         Phase("quantise", restart=True),
     ),
     steps=50,

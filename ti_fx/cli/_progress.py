@@ -53,7 +53,10 @@ class TrainingProgress(TrainerCallback):
             parts = [
                 f"{name.removeprefix('loss_')} {logs[name]:.4g}" for name in logs if name.startswith("loss_")
             ]
-            line = f"{logs['phase']}: loss {logs['loss']:.4g} ({', '.join(parts)})"
+            shares = [
+                f"{name.replace('_', ' ', 1)} {logs[name]:.3f}" for name in logs if name.startswith("blend_")
+            ]
+            line = f"{logs['phase']}: loss {logs['loss']:.4g} ({', '.join([*parts, *shares])})"
         elif "eval_accuracy" in logs:
             line = f"evaluation: accuracy {logs['eval_accuracy']:.4f}, macro-F1 {logs['eval_macro_f1']:.4f}"
         else:

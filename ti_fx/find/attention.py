@@ -112,6 +112,14 @@ def streams(gm: GraphModule, sites: list[AttentionSite]) -> dict[int, list[Node]
     return found
 
 
+def layer_inputs(gm: GraphModule, sites: list[AttentionSite]) -> dict[tuple[int, int], Node | None]:
+    """Return, by stack and layer, the residual stream that the layer reads, before dropout; None where it has none."""
+    finder, _, _ = _view(gm)
+    first = {(site.stack, site.layer): site.stream for site in reversed(sites)}
+    streams = {place: None if node is None else finder.before_dropout(node) for place, node in first.items()}
+    return dict(sorted(streams.items()))
+
+
 def block_outputs(gm: GraphModule, sites: list[AttentionSite]) -> list[Node | None]:
     """Return, per site, the residual stream after the block: past the norm where the block is post-norm, or None."""
     finder, student, teacher = _view(gm)

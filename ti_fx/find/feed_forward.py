@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch.fx import GraphModule, Node
@@ -47,6 +48,7 @@ class FeedForwardSite:
         down: the projection back.
         hidden: what ``down`` reads, before a pass's quantiser.
         residual: the add that joins the result to the residual stream.
+        output: what the block computes, before dropout, norm and scale: of experts their sum, else what ``down`` gives.
     """
 
     stack: int
@@ -56,6 +58,7 @@ class FeedForwardSite:
     down: Node
     hidden: Node
     residual: Node | None
+    output: Node | None = None
 
     @property
     def where(self) -> str:
@@ -132,7 +135,28 @@ class _Finder(Walk):
     def sites(self) -> list[FeedForwardSite]:
         """Return the blocks in graph order."""
         found = (self.site(node) for node in self.position if roles.role(node) == self.role)
-        return [site for site in found if site is not None]
+        sites = [site for site in found if site is not None]
+        beside: dict[Node | None, list[Node]] = {}  # the projections of all experts of a block
+        for site in sites:
+            beside.setdefault(site.residual, []).extend((site.up, site.down))
+        return [replace(site, output=self.output(site, beside[site.residual])) for site in sites]
+
+    def output(self, site: FeedForwardSite, beside: list[Node]) -> Node:
+        """Return what the block computes: past the adds of experts and adapters, and a router's weights."""
+        found = site.down
+        path = self.forward(site.down, lambda user: user is site.residual, self.leads_on)
+        for before, node in pairwise(path[:-1]):
+            others = [
+                part
+                for part in node.all_input_nodes
+                if part is not before and part in self.active and is_float(part)
+            ]
+            if self.is_norm(node) or not (others or aten_name(node) in _GATHERS):
+                continue
+            if self.is_sum(node) and not any(self.reaches(one, part) for one in beside for part in others):
+                break  # another branch of the layer, as in parallel blocks
+            found = node
+        return found
 
     def site(self, down: Node) -> FeedForwardSite | None:
         """Return the block that ends with a projection, None if none does."""
@@ -248,17 +272,18 @@ class _Finder(Walk):
         def ends(user: Node) -> bool:
             return user in self.ahead or (self.is_sum(user) and self.branch(user) is not None)
 
-        def through(user: Node) -> bool:
-            is_linear = _is_pointwise(user) and aten_name(user) in _NO_ACTIVATION
-            return is_linear or self.is_transparent(user) or self.is_norm(user) or aten_name(user) in _GATHERS
-
-        path = self.forward(down, ends, through)
+        path = self.forward(down, ends, self.leads_on)
         if not path:
             return None
         last = path[-1]
         found = self.ahead[last] if last in self.ahead else last if self.branch(last) is path[-2] else None
         self.ahead |= dict.fromkeys(path[:-1], found)
         return found
+
+    def leads_on(self, user: Node) -> bool:
+        """Whether a node may lie between a block's last projection and its residual add."""
+        is_linear = _is_pointwise(user) and aten_name(user) in _NO_ACTIVATION
+        return is_linear or self.is_transparent(user) or self.is_norm(user) or aten_name(user) in _GATHERS
 
     def branch(self, add: Node) -> Node | None:
         """Return the operand of a residual add that is computed from the other, None if it is no residual add.

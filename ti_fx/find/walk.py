@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from ti_fx import numerics
 from ti_fx.ir import leaves, roles
 from ti_fx.ir.edit import aten_name
-from ti_fx.ir.inserted import is_ours
+from ti_fx.ir.inserted import is_blend, is_ours
 
 
 def _names(text: str) -> frozenset[str]:
@@ -153,7 +153,7 @@ class Walk:
 
     def is_transparent(self, node: Node) -> bool:
         """Whether the node only moves or casts values, drops some out, or was inserted by a pass."""
-        return self.is_view(node) or is_ours(node) or self.is_dropout(node)
+        return self.is_view(node) or is_ours(node) or is_blend(node) or self.is_dropout(node)
 
     def is_norm(self, node: Node) -> bool:
         """Whether the node is a norm, or a part of one that is written out."""

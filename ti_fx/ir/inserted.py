@@ -1,4 +1,4 @@
-"""Passes insert activation quantisers and detaches into the student, which are recognised here."""
+"""Passes insert activation quantisers, detaches and blends into the student, which are recognised here."""
 
 from __future__ import annotations
 
@@ -16,14 +16,22 @@ def quantiser_of(argument: object) -> Quantiser | None:
     return BY_FUNCTION.get(argument.target)
 
 
+DETACHES = (numerics.detach, numerics.detach_by)  # what stops a gradient: all of it, or the share of a blend
+
+
 def is_ours(node: Node) -> bool:
     """Whether a node is an activation quantiser or a detach that a pass inserted."""
-    return node.op == "call_function" and (node.target is numerics.detach or node.target in BY_FUNCTION)
+    passes_on = node.target in DETACHES or node.target is numerics.route
+    return node.op == "call_function" and (passes_on or node.target in BY_FUNCTION)
+
+
+def is_blend(node: Node) -> bool:
+    """Whether a node blends a tap with the teacher's value."""
+    return node.op == "call_function" and node.target is numerics.blend
 
 
 def source_of(node: Node) -> Node:
     """Return what a pass's quantisers and detaches stand before: the node itself, or what they were inserted after."""
     while is_ours(node):
-        (argument,) = node.all_input_nodes
-        node = argument
+        node = node.all_input_nodes[0]
     return node

@@ -12,10 +12,11 @@ from torch.fx import GraphModule, Node
 from ti_fx import numerics
 from ti_fx.errors import first_line
 from ti_fx.ir import leaves, roles
+from ti_fx.ir.blends import is_drawn_from, is_share_of, share_name
 from ti_fx.ir.checks import is_assertion
 from ti_fx.ir.edit import aten_name, stored
 from ti_fx.ir.facts import facts
-from ti_fx.ir.inserted import is_ours
+from ti_fx.ir.inserted import DETACHES, is_blend, is_ours
 from ti_fx.ir.leaves import is_dropout
 from ti_fx.ir.outputs import is_container, prepared_result
 from ti_fx.ir.roles import TEACHER_PREFIX
@@ -76,7 +77,9 @@ def _interventions(gm: GraphModule) -> Iterator[str]:
     twins = roles.twin_of(gm.graph)
     taps = {node.name: node for node in gm.graph.nodes if roles.fact(node, "intervened")}
     detached: dict[str, set[str]] = {}
-    for node in gm.graph.find_nodes(op="call_function", target=numerics.detach):
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node.target not in DETACHES:
+            continue
         name = str(roles.fact(node, "intervention"))
         if name not in taps:
             yield f"%{node.name} detaches for an intervention at %{name}, where there is none"
@@ -86,11 +89,11 @@ def _interventions(gm: GraphModule) -> Iterator[str]:
         if node not in twins:
             yield f"%{node.name} is intervened at {point} and has no twin"
             continue
-        # the model's returned outputs keep the tap
+        # the model's returned outputs keep the tap, and a blend of it reads it
         straying = [
             user.name
-            for user in node.users
-            if roles.is_student(user) and user.op != "output" and not is_container(user)
+            for user in _students(gm, node, past_idle=bool(roles.fact(node, "blended")))
+            if roles.fact(user, "intervention") != node.name or not roles.fact(node, "blended")
         ]
         if straying:
             yield f"%{straying[0]} reads the tap %{node.name}; at {point} it must read %{twins[node].name}"
@@ -102,13 +105,58 @@ def _interventions(gm: GraphModule) -> Iterator[str]:
             yield f"the input of %{min(missing)} is not detached for the intervention at %{node.name} ({point})"
 
 
+def _students(gm: GraphModule, node: Node, *, past_idle: bool = False) -> Iterator[Node]:
+    """Yield the student's readers of a value, returned outputs excepted; past dropouts without effect, if asked."""
+    for user in node.users:
+        if not roles.is_student(user) or user.op == "output" or is_container(user):
+            continue
+        if past_idle and leaves.is_idle_dropout(gm, user):
+            yield from _students(gm, user, past_idle=True)
+        else:
+            yield user
+
+
 def _readers(node: Node) -> Iterator[str]:
     """Yield who reads a detach, past the detaches of other blocks that share the projection."""
     for user in node.users:
-        if user.target is numerics.detach:
+        if user.op == "call_function" and user.target in DETACHES:
             yield from _readers(user)
         else:
             yield user.name
+
+
+def _blends(gm: GraphModule) -> Iterator[str]:
+    taps = {node.name: node for node in gm.graph.nodes if roles.fact(node, "blended")}
+    twins = roles.twin_of(gm.graph)
+    for node in gm.graph.nodes:
+        tap = taps.get(str(roles.fact(node, "intervention")))
+        if node.op != "call_function" or not (is_blend(node) or node.target in _BY_SHARE):
+            continue
+        if tap is None:
+            yield f"%{node.name} blends for an intervention that blends nothing; undo it with intervene"
+        elif is_blend(node) and (_before_idle(gm, node.args[0]), node.args[1]) != (tap, twins.get(tap)):
+            yield f"%{node.name} must blend the tap %{tap.name} with the teacher's %{twins[tap].name}"
+        elif not (is_drawn_from if is_blend(node) else is_share_of)(gm, node.args[-1], tap):
+            yield (
+                f"%{node.name} takes %{getattr(node.args[-1], 'name', node.args[-1])} for its share; it must be the "
+                f"buffer {share_name(tap.name)}, which nothing trains"
+            )
+    for tap in taps.values():
+        beside = (
+            [user.name for user in _students(gm, twins[tap]) if not is_blend(user)] if tap in twins else []
+        )
+        if beside:
+            yield f"%{beside[0]} reads the teacher's %{twins[tap].name} beside the blend at %{tap.name}"
+
+
+def _before_idle(gm: GraphModule, node: object) -> object:
+    """Return what dropouts without effect read."""
+    while isinstance(node, Node) and leaves.is_idle_dropout(gm, node):
+        node = node.args[0]
+    return node
+
+
+_BY_SHARE = (numerics.detach_by, numerics.route)  # what acts on gradients by the share of a blend
 
 
 def _same_twins(gm: GraphModule) -> Iterator[str]:
@@ -116,13 +164,13 @@ def _same_twins(gm: GraphModule) -> Iterator[str]:
     by_name = {node.name: node for node in gm.graph.nodes}
 
     def origin(source: Node) -> Node:
-        """Resolve what the teacher has no copy of: quantisers, detaches, dropout."""
+        """Resolve what the teacher has no copy of: quantisers, dropout, what an intervention inserted."""
         while source not in teacher_of and roles.role(source) == "student" and source.all_input_nodes:
             if clone_of := roles.fact(source, "clone_of"):
                 source = by_name[clone_of]
                 continue
             transparent = is_ours(source) or source.target is numerics.ternary or is_dropout(gm, source)
-            if not transparent:
+            if not transparent and not roles.fact(source, "intervention"):
                 break
             source = source.all_input_nodes[0]
         return teacher_of.get(source, source)
@@ -266,10 +314,15 @@ def _nothing_for_training(gm: GraphModule) -> Iterator[str]:
     for node in gm.graph.nodes:
         if is_dropout(gm, node):
             yield f"%{node.name} is dropout, which does nothing in evaluation"
-        elif is_ours(node) or node.target in (
-            numerics.ternary,
-            numerics.ternary_embedding,
-            numerics.unpack_ternary,
+        elif (
+            is_ours(node)
+            or is_blend(node)
+            or node.target
+            in (
+                numerics.ternary,
+                numerics.ternary_embedding,
+                numerics.unpack_ternary,
+            )
         ):
             yield f"%{node.name} calls {_called(node)}, the numerics of training, which ONNX has no operator for"
 
@@ -306,6 +359,7 @@ ONE_ROLE = Invariant("one role per node", _roles)
 ALONE = Invariant("the student alone", _alone)
 TEACHER_READS = Invariant("teacher values are read at intervened points only", _teacher_reads)
 INTERVENTIONS = Invariant("interventions and their detaches are present", _interventions)
+BLENDS = Invariant("a blend reads its tap, the teacher and its share", _blends)
 TWINS = Invariant("twins compute the same", _same_twins)
 FROZEN = Invariant("the teacher is frozen", _frozen)
 TEACHER_DROPOUT = Invariant("the teacher has no dropout", _teacher_dropout)

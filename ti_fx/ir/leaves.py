@@ -75,6 +75,43 @@ class DropPath(nn.Dropout):
         return f"p={self.p:g}, rows={self.rows}, uniform={self.uniform}"
 
 
+class DrawnShare(nn.Module):
+    """Which rows or tokens read the teacher's value: in training each does with the probability ``share``.
+
+    Args:
+        each: ``rows`` or ``tokens``: for what a number is drawn, in every call anew.
+        heads: whether the third dimension from the end counts heads, which read alike: that of a map or a context.
+    """
+
+    def __init__(self, each: str, heads: bool) -> None:
+        super().__init__()
+        self.each = each
+        self.heads = heads
+
+    def forward(self, value: Tensor, share: Tensor) -> Tensor:
+        """Return 1 where the teacher is read and 0 elsewhere, of a shape that broadcasts to ``value``.
+
+        In evaluation nothing is drawn: it is the share everywhere, as a dropout is its mean.
+
+        Args:
+            value: what is read, ``(rows, ...)`` or ``(..., tokens, features)``.
+            share: the probability, [].
+        """
+        if self.each == "rows":
+            shape = (value.shape[0],) + (1,) * (value.dim() - 1)
+        elif self.heads and value.dim() > 3:
+            shape = (*value.shape[:-3], 1, value.shape[-2], 1)
+        else:
+            shape = (*value.shape[:-1], 1)
+        if not self.training:
+            return torch.zeros(shape, dtype=share.dtype, device=value.device) + share
+        return (torch.rand(shape, dtype=share.dtype, device=value.device) < share).to(share.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the options in a dump."""
+        return f"each={self.each}, heads={self.heads}"
+
+
 @since_opset(18)
 def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
     """Add an attention mask that broadcasts to ``scores``; where it is False or -inf, scores are a very low number.
@@ -247,3 +284,9 @@ def is_dropout(gm: GraphModule, node: Node) -> bool:
 def is_buffer_write(gm: GraphModule, node: Node) -> bool:
     """Whether the node writes into one of the model's buffers."""
     return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), BufferWrite)
+
+
+def is_idle_dropout(gm: GraphModule, node: Node) -> bool:
+    """Whether the node is a dropout that drops nothing in training either: it gives the very tensor that it takes."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return type(module) is nn.Dropout and module.p == 0

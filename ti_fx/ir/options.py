@@ -1,7 +1,7 @@
 """A frozen dataclass's fields are options, written as text that parses back: for passes, recipes, the command line.
 
 ``name{key=value key=value}``, default values left out; None is ``none``, tuples are ``1,2``, mappings ``a:1,b:2``, odd
-text is quoted.
+text is quoted. A comma may stand between two options, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ti_fx.errors import RecipeError, did_you_mean
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.*?\[\]/+:-]+")
 _ITEM = r'"(?:[^"\\]|\\.)*"|[^\s{}",]*'
-_OPTION = re.compile(rf"\s*([A-Za-z_]\w*)=((?:{_ITEM})(?:,(?:{_ITEM}))*)")
+_KEY = r"[A-Za-z_]\w*="
+_OPTION = re.compile(rf"[\s,]*({_KEY})((?:{_ITEM})(?:,(?!\s*{_KEY})(?:{_ITEM}))*)")
 
 
 def kebab(name: str) -> str:
@@ -54,7 +55,7 @@ def parse(written: str, kinds: Mapping[str, type[Any]]) -> Any:
         option = _OPTION.match(inner, position)
         if option is None:
             raise RecipeError(f"can't read {inner[position:].strip()!r} in {written!r}; write key=value")
-        values[option[1]] = option[2]
+        values[option[1].removesuffix("=")] = option[2]
         position = option.end()
     return construct(kinds[name], values, where=name)
 

@@ -73,6 +73,7 @@ PREPARED = Stage(
         rows.ONE_ROLE,
         rows.TEACHER_READS,
         rows.INTERVENTIONS,
+        rows.BLENDS,
         rows.TWINS,
         rows.FROZEN,
         rows.TEACHER_DROPOUT,

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ti_fx.numerics.blends import blend, detach_by, route
     from ti_fx.numerics.codes import pack_codes, unpack_codes, unpack_ternary
     from ti_fx.numerics.gradients import detach
     from ti_fx.numerics.quantisers.int8_block import int8_block_32, int8_block_64, int8_block_128
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CLIP",
     "Granularity",
+    "blend",
     "detach",
+    "detach_by",
     "int8_block_32",
     "int8_block_64",
     "int8_block_128",
@@ -27,6 +30,7 @@ __all__ = [
     "int8_tensor",
     "int8_token",
     "pack_codes",
+    "route",
     "ternary",
     "ternary_codes",
     "ternary_embedding",
@@ -38,7 +42,9 @@ __all__ = [
 _HOMES = {
     "CLIP": "ternary_weights",
     "Granularity": "ternary_weights",
+    "blend": "blends",
     "detach": "gradients",
+    "detach_by": "blends",
     "int8_block_32": "quantisers.int8_block",
     "int8_block_64": "quantisers.int8_block",
     "int8_block_128": "quantisers.int8_block",
@@ -46,6 +52,7 @@ _HOMES = {
     "int8_tensor": "quantisers.int8_tensor",
     "int8_token": "quantisers.int8_token",
     "pack_codes": "codes",
+    "route": "blends",
     "ternary": "ternary_weights",
     "ternary_codes": "ternary_weights",
     "ternary_embedding": "ternary_weights",

@@ -14,7 +14,9 @@ from torch.fx import GraphModule
 
 from ti_fx.errors import InputError
 from ti_fx.ir import text
+from ti_fx.ir.blends import set_shares, shares
 from ti_fx.ir.edit import fork, input_names
+from ti_fx.ir.leaves import DrawnShare
 from ti_fx.ir.outputs import prepared_result
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.roles import TEACHER_PREFIX
@@ -24,6 +26,7 @@ from ti_fx.passes.normalise.drop_dead import DropDead
 from ti_fx.passes.prepare.look_up_first import LookUpFirst
 from ti_fx.passes.prepare.return_parts import ReturnParts
 from ti_fx.recipe import Phase, Recipe
+from ti_fx.train.blending import move_shares
 from ti_fx.train.compile import CompileRecord, Runner, Shapes
 
 Compile = Literal["on", "off"]
@@ -93,6 +96,33 @@ class TernaryModel(nn.Module):
         """The phase that is trained."""
         return self._graphs.current
 
+    def move_shares(self, step: int, steps: int) -> dict[str, float]:
+        """Let the phase's blends read the shares of its step ``step`` of ``steps``; return each point's mean share.
+
+        Raises:
+            RecipeError: no curve moves a site, or a curve moves none.
+        """
+        if not self.phase.curves:
+            return {}
+        return move_shares(self._graphs.phase(self.phase).gm, self.phase, step, steps)
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of each site that the phase blends, by the name of its tap."""
+        if not self.phase.curves:
+            return {}
+        return {share.tap: float(share.value) for share in shares(self._graphs.phase(self.phase).gm)}
+
+    def set_shares(self, values: Mapping[str, float]) -> None:
+        """Set shares of sites that the phase blends: those that :meth:`shares` returned."""
+        if values:
+            set_shares(self._graphs.phase(self.phase).gm, values)
+
+    def train(self, mode: bool = True) -> TernaryModel:
+        """Put every module in train or eval mode, also those that draw for the blends of one phase."""
+        super().train(mode)
+        self._graphs.train(mode)
+        return self
+
     def distillation(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return loss, losses and outputs of the student without an intervention; in evaluation for validation."""
         result: dict[str, Any] = self._graphs.plain(**inputs)
@@ -150,6 +180,7 @@ class _Graphs:
         self.recipe = recipe
         self.compiled = compiled
         self.current = recipe.phases()[0]
+        self.training = prepared.training
         self.phases: dict[str, Runner] = {}
         self.first_shapes: dict[str, list[Shapes]] = {}
 
@@ -164,7 +195,13 @@ class _Graphs:
         gm = fork(self.prepared)
         Pipeline(phase.intervene)(gm)
         FOR_TRAINING(gm)
+        _train_draws(gm, self.training)
         return gm
+
+    def train(self, mode: bool) -> None:
+        self.training = mode
+        for runner in self.phases.values():
+            _train_draws(runner.gm, mode)
 
     @cached_property
     def plain(self) -> GraphModule:
@@ -191,6 +228,13 @@ class _Graphs:
             Pipeline(phase.intervene)(gm)
             found[phase.name] = hashlib.sha256(text.dump(gm).encode()).hexdigest()
         return found
+
+
+def _train_draws(gm: GraphModule, mode: bool) -> None:
+    """Put what draws for blends in train or eval mode: a graph's own modules, which no other graph shares."""
+    for module in gm.modules():
+        if isinstance(module, DrawnShare):
+            module.train(mode)
 
 
 def digest(value: Tensor) -> str:

@@ -194,6 +194,9 @@ class ResumingTrainer(Trainer):
             return
         trained = checkpoint.read_facts(folder)["position"].get("phase")
         now = schedule.at(schedule.spans(self.recipe.phases(), steps), state.global_step - 1).phase.name
+        blends = (
+            ", and so are the shares of blends" if any(one.curves for one in self.recipe.phases()) else ""
+        )
         changed = f"{folder} was trained for {state.max_steps} steps in all, and this is for {steps}"
         if trained != now:
             raise CheckpointError(
@@ -201,7 +204,7 @@ class ResumingTrainer(Trainer):
                 f"max_steps={state.max_steps}, or begin anew"
             )
         logger.warning(
-            f"{changed}: from step {state.global_step} on the learning rate is that of {steps} steps"
+            f"{changed}: from step {state.global_step} on the learning rate is that of {steps} steps{blends}"
         )
 
     def _finished(self, folder: str, state: TrainerState) -> TrainOutput:
@@ -217,6 +220,11 @@ class ResumingTrainer(Trainer):
         facts = checkpoint.read_facts(resume_from_checkpoint)
         checkpoint.restore(self.model, resume_from_checkpoint, facts)
         self.model.compile_at(facts["position"].get("compiled", {}))
+        if blended := facts["position"].get("shares"):
+            self.model.enter(
+                next(one for one in self.recipe.phases() if one.name == facts["position"]["phase"])
+            )
+            self.model.set_shares(blended)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         with checkpoint.readable(checkpoint_folder):
@@ -242,6 +250,7 @@ class ResumingTrainer(Trainer):
             self.source.config.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+        blended = self.model.shares()
         torch.save(self.args, folder / "training_args.bin")
         gathered = None
         if state_dict is not None:
@@ -257,6 +266,7 @@ class ResumingTrainer(Trainer):
                 "step": self.state.global_step,
                 "phase": self.model.phase.name,
                 "compiled": self.model.compiled_shapes(),
+                **({"shares": blended} if blended else {}),
             },
             weights=gathered,
             epoch=self._epoch_start(),

@@ -32,9 +32,10 @@ AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation 
 class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
     """Train a ternary student by a recipe, with everything else as in ``transformers.Trainer``.
 
-    Differences: ``model`` is captured and prepared here; the phase follows the optimiser step; each loss is logged by
-    name (``loss_logits``, ...) beside the weighted sum; evaluation and prediction run the stripped student; a restart
-    clears the optimiser's state in place and begins the learning-rate schedule anew; checkpoints are written whole.
+    Differences: ``model`` is captured and prepared here; the phase, and the shares of its blends, follow the optimiser
+    step; each loss is logged by name (``loss_logits``, ...) beside the weighted sum, and each blended point's share
+    (``blend_layer``); evaluation and prediction run the stripped student; a restart clears the optimiser's state in
+    place and begins the learning-rate schedule anew; checkpoints are written whole.
     """
 
     model: TernaryModel
@@ -100,6 +101,7 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
         self.label_names = label_names
         self.evaluate_distillation = evaluate_distillation
         self._spans: tuple[schedule.Span, ...] = ()
+        self._shares: dict[str, float] = {}  # of the last step, each blended point's mean
         self._set_objective(prepared, options)
 
     def _prepare(
@@ -144,12 +146,14 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
         if span.phase.restart and self.state.global_step == span.start and span.start:
             assert self.optimizer is not None
             self.optimizer.state.clear()  # in place: accelerate keeps its optimiser, DDP its parameters
+        self._shares = self.model.move_shares(self.state.global_step - span.start, span.end - span.start)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the phase, and each loss by name."""
+        """Add the phase, the share of the teacher where it blends, and each loss by name."""
         if "loss" in logs:
+            logs.update({f"blend_{point}": share for point, share in self._shares.items()})
             logs["phase"] = schedule.at(self._spans, max(self.state.global_step - 1, 0)).phase.name  # type: ignore[assignment]
         super().log(logs, start_time)
 

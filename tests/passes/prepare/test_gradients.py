@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from transformers import BertConfig, BertForSequenceClassification
 
 import ti_fx
+from ti_fx.ir.blends import set_shares, shares
 from ti_fx.passes import Distill, DuplicateTeacher, Intervene, QuantizeActivations, Ternarize
 
 # float64: the two differ by rounding alone, far below the issue's figures.
@@ -29,6 +30,7 @@ ENCODINGS = [
     ("float", False),
 ]
 POINTS = ["none", "output", "context", "map"]
+FURTHER = ["ffn", "layer"]
 
 
 def bert(seed: int, dropout: float) -> BertForSequenceClassification:
@@ -81,8 +83,11 @@ def ternarized(dropout: float) -> GraphModule:
     return gm.train()
 
 
-def check(gm: GraphModule, settings: Any, seed: int | None = None) -> None:
-    """Compare losses and gradients of the prepared graph with the reference's."""
+def check(gm: GraphModule, settings: Any, seed: int | None = None, *, zero_is_none: bool = False) -> None:
+    """Compare losses and gradients of the prepared graph with the reference's.
+
+    With ``zero_is_none``, a gradient of zeros stands for none.
+    """
     student = {name: value for name, value in gm.named_parameters() if not name.startswith("teacher.")}
     teacher = {
         name.removeprefix("teacher."): value
@@ -106,6 +111,9 @@ def check(gm: GraphModule, settings: Any, seed: int | None = None) -> None:
     torch.testing.assert_close(result["loss"].detach(), total, rtol=LOSS_TOLERANCE, atol=0)
     for name, parameter in student.items():
         wanted = expected[name]
+        if zero_is_none and (wanted is None or not wanted.any()):
+            assert parameter.grad is None or not parameter.grad.any(), f"{name} has a gradient"
+            continue
         if wanted is None or parameter.grad is None:
             assert wanted is None, f"{name} has no gradient; the reference has one"
             assert parameter.grad is None, f"{name} has a gradient; the reference has none"
@@ -137,7 +145,31 @@ def test_gradients_and_losses_equal_the_reference(encoding: str, attention: bool
             check(gm, settings)
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", FURTHER)
+@pytest.mark.parametrize(("encoding", "attention"), [("int8-tensor", True), ("float", False)])
+def test_further_points_equal_the_reference(encoding: str, attention: bool, point: str) -> None:
+    gm = prepared(encoding, attention)
+    ti_fx.Pipeline(Distill(), Intervene(at=point))(gm)
+    check(gm, reference.Settings(layers=2, heads=3, encoding=encoding, attention=attention, point=point))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("point", [*POINTS[1:], *FURTHER])
+def test_blends_equal_the_reference(point: str, share: float) -> None:
+    """λ of the teacher's value and 1 - λ of the student's; of the gradient below what is detached, 1 - λ."""
+    gm = ti_fx.fork(prepared("int8-token", True))
+    ti_fx.Pipeline(Distill(), Intervene(at=point, blend=True))(gm)
+    set_shares(gm, {one.tap: share for one in shares(gm)})
+    check(
+        gm,
+        reference.Settings(
+            layers=2, heads=3, encoding="int8-token", attention=True, point=point, share=share
+        ),
+        zero_is_none=True,
+    )
+
+
+@pytest.mark.parametrize("point", [*POINTS, *FURTHER])
 def test_gradients_equal_the_reference_with_dropout(point: str) -> None:
     """The student's dropouts draw in the order of the forward pass, and the teacher draws nothing."""
     gm = prepared("reference", True, dropout=0.1)
