@@ -7,6 +7,7 @@ from ti_fx.passes.deploy.pack import Pack
 from ti_fx.passes.deploy.requantize import Requantize
 from ti_fx.passes.deploy.strip import Strip
 from ti_fx.passes.normalise.canonicalize import Canonicalize
+from ti_fx.passes.prepare.calibrate import Calibrate
 from ti_fx.passes.prepare.decompose_attention import DecomposeAttention
 from ti_fx.passes.prepare.distill import Distill
 from ti_fx.passes.prepare.duplicate_teacher import DuplicateTeacher
@@ -15,6 +16,7 @@ from ti_fx.passes.prepare.quantize_activations import QuantizeActivations
 from ti_fx.passes.prepare.ternarize import Ternarize
 
 __all__ = [
+    "Calibrate",
     "Canonicalize",
     "DecomposeAttention",
     "Distill",

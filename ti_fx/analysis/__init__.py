@@ -1,6 +1,7 @@
 """Analysis measures a student against its teacher, and a model against what would be ternary in it."""
 
 from ti_fx.analysis.convergence import area_under, steps_until
+from ti_fx.analysis.divergence import Divergence, divergence
 from ti_fx.analysis.hessian import (
     HessianProducts,
     Spectrum,
@@ -17,6 +18,7 @@ from ti_fx.analysis.weights import StoredWeight, stored_weights
 from ti_fx.ir.untrained import Untrained
 
 __all__ = [
+    "Divergence",
     "HessianProducts",
     "LayerError",
     "LossSurface",
@@ -26,6 +28,7 @@ __all__ = [
     "StoredWeight",
     "Untrained",
     "area_under",
+    "divergence",
     "eigenvalues_by_example",
     "layer_errors",
     "loss_surface",

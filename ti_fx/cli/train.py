@@ -103,6 +103,14 @@ def train(
             metavar="N",
         ),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="A checkpoint whose weights the student begins with, as ti-fx calibrate writes it; left out: the "
+            "teacher's.",
+            metavar="DIR",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows a step.", min=1)] = 32,
     learning_rate: Annotated[float, typer.Option(help="The peak; linear decay after 10% warm-up.")] = 2e-5,
     max_length: Annotated[
@@ -130,6 +138,7 @@ def train(
     if not 0 < learning_rate < math.inf:
         raise InputError(f"--learning-rate is {learning_rate}; give a positive number, such as 2e-5")
     from ti_fx.cli._recipe import fitted, intervened, with_encodings
+    from ti_fx.cli._start import require_start, require_teacher
     from ti_fx.train.data import read_texts
 
     chosen = with_passes(intervened(recipe, intervention_steps), passes or ())
@@ -140,6 +149,9 @@ def train(
             f"{out}'s newest checkpoint"
         )
     _check_folder(out, resume)
+    require_teacher(model)
+    if start is not None:
+        require_start(start, chosen)
     teacher, tokenizer = _classifier(model)
     names = {int(index): name for index, name in (teacher.config.id2label or {}).items()}
     columns = {"text_column": text_column, "label_column": label_column}
@@ -162,7 +174,7 @@ def train(
         )
         return
     _check_writable(out)
-    run.train(teacher, tokenizer, out, resume)
+    run.train(teacher, teacher if start is None else _classifier(str(start))[0], tokenizer, out, resume)
 
 
 def with_passes(recipe: Recipe, written: Sequence[str]) -> Recipe:
@@ -197,7 +209,12 @@ class _Run:
         spans(self.recipe.phases(), self.steps, ways)
 
     def train(
-        self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, resume: bool
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        out: Path,
+        resume: bool,
     ) -> None:
         """Train, evaluate the stripped student and write checkpoint, recipe and results into ``out``."""
         from transformers import PrinterCallback, ProgressCallback, set_seed
@@ -215,9 +232,10 @@ class _Run:
             None if self.held_out is None else TokenisedTexts(self.held_out, tokenizer, self.max_length)
         )
         trainer = TernaryTrainer(
-            teacher,
+            student,
             self.recipe,
             self._arguments(out),
+            teacher=None if student is teacher else teacher,
             train_dataset=TokenisedTexts(self.training, tokenizer, self.max_length),
             eval_dataset=held_out,
             processing_class=tokenizer,

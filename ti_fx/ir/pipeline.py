@@ -36,10 +36,13 @@ class Pass(PassBase):
     Attributes:
         takes: the stages of the graphs that it rewrites; empty: any.
         gives: the stage that the graph is in afterwards; None: the one that it was in.
+        values_alone: whether it changes the values of tensors alone, by data that its text does not hold: a
+            checkpoint, which has those values, is read without it.
     """
 
     takes: ClassVar[tuple[Stage, ...]] = ()
     gives: ClassVar[Stage | None] = None
+    values_alone: ClassVar[bool] = False
 
     def requires(self, gm: GraphModule) -> None:
         """Raise PreconditionError, naming the missing pass, unless the graph is ready."""

@@ -90,6 +90,26 @@ def read_texts(
     return LabelledTexts(tuple(texts), tuple(labels))
 
 
+def read_plain_texts(path: str | Path, text_column: str | None = None) -> tuple[str, ...]:
+    """Read the texts of a file as :func:`read_texts` takes it, without labels.
+
+    Raises:
+        DataError: the file is missing, empty or damaged, the column is missing, or a row has no text.
+    """
+    path = Path(path)
+    texts: list[str] = []
+    name: str | None = None
+    for place, row in _rows(path):
+        name = _column(path, row, text_column, TEXT_COLUMNS, "text") if name is None else name
+        text = row.get(name)
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{path}, {place}: no text in column {name!r}; fill it in or leave the row out")
+        texts.append(text)
+    if not texts:
+        raise DataError(f"{path} has 0 rows of data; give at least 1")
+    return tuple(texts)
+
+
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row with its place: the line it ends on."""
     suffix = path.suffix.lower()

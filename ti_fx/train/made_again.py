@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from ti_fx.frontend.capture import capture
 from ti_fx.frontend.dynamic_sizes import Dynamic
 from ti_fx.frontend.wrappers import unwrapped
 from ti_fx.ir.edit import fork
-from ti_fx.ir.facts import PREPARE, facts
+from ti_fx.ir.facts import PREPARE, facts, record_facts
 from ti_fx.ir.pipeline import Pass, Pipeline
 from ti_fx.recipe import Recipe
 
@@ -94,10 +95,17 @@ def make_again(
         )
     for written in passes[len(ran) :]:
         if written == PREPARE:
-            recipe.prepare(gm)
-        else:
-            Pipeline(_parsed(written))(gm)
+            _prepare(gm, recipe)
+        elif not (one := _parsed(written)).values_alone:
+            Pipeline(one)(gm)
     return gm
+
+
+def _prepare(gm: GraphModule, recipe: Recipe) -> None:
+    """Prepare a graph by a recipe, without the passes that change values alone, which the checkpoint has."""
+    extra = tuple(one for one in recipe.extra_passes if not one.values_alone)
+    replace(recipe, extra_passes=extra).prepare(gm)
+    record_facts(gm, recipe=recipe.to_dict())
 
 
 def _passes(made: Mapping[str, Any]) -> list[str]:
