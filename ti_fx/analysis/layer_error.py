@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
+from ti_fx.analysis.recorded import Recorder, run, with_teacher
 from ti_fx.errors import InputError
 from ti_fx.find.attention import POINTS, find_attention, streams
 from ti_fx.ir import roles
-from ti_fx.ir.edit import fork, mode
-from ti_fx.ir.pipeline import Pipeline
 from ti_fx.numerics.closeness import relative
-from ti_fx.passes import Intervene
 
 LAYER_OUTPUT = "layer output"
 
@@ -85,15 +81,8 @@ def layer_errors(
 def _against_teacher(
     student: GraphModule, batch: Mapping[str, Tensor], tokens: Tensor | None
 ) -> list[LayerError]:
+    student = with_teacher(student)
     teacher = roles.twin_of(student.graph)
-    if not teacher:
-        raise InputError(
-            "the graph has no teacher to compare with; run duplicate-teacher, or give reference="
-        )
-    if any(roles.fact(node, "intervened") for node in student.graph.nodes):
-        student = fork(student)
-        Pipeline(Intervene())(student)
-        teacher = roles.twin_of(student.graph)
     pairs = [value for value in _values(student) if value.node in teacher]
     twins = [_Value(*_key(value), teacher[value.node]) for value in pairs]
     found = _run(student, batch, [*pairs, *twins])
@@ -117,30 +106,9 @@ def _key(value: _Value) -> tuple[int, int, str, str]:
     return value.stack, value.layer, value.kind, value.point
 
 
-class _Recorder(Interpreter):
-    """Runs the graph node by node and keeps the values of some nodes."""
-
-    def __init__(self, gm: GraphModule, wanted: set[Node]) -> None:
-        super().__init__(gm)
-        self.wanted = wanted
-        self.found: dict[Node, Tensor] = {}
-
-    def run_node(self, n: Node) -> Any:
-        """Run one node."""
-        result = super().run_node(n)
-        if n in self.wanted:
-            self.found[n] = result
-        return result
-
-
 def _run(gm: GraphModule, batch: Mapping[str, Tensor], values: list[_Value]) -> dict[Node, Tensor]:
-    inputs = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    missing = [name for name in inputs if name not in batch]
-    if missing:
-        raise InputError(f"the batch lacks {', '.join(missing)}; the graph's inputs are {', '.join(inputs)}")
-    recorder = _Recorder(gm, {value.node for value in values})
-    with torch.no_grad(), mode(gm, training=False):
-        recorder.run(*(batch[name] for name in inputs), enable_io_processing=False)
+    recorder = Recorder(gm, (value.node for value in values))
+    run(recorder, batch)
     return recorder.found
 
 
