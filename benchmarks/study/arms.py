@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ti_fx import Recipe
+from ti_fx.passes import Calibrate
 from ti_fx.recipe import PRESETS, Phase
 
 BASELINE = "ternarybert"  # what every other arm is compared with
@@ -20,16 +21,21 @@ class Arm:
     Attributes:
         name: as the results have it.
         recipe: for a number of optimiser steps.
+        calibration: of the weights before the first step; None: they are rounded.
     """
 
     name: str
     recipe: Callable[[int], Recipe]
+    calibration: Calibrate | None = None
 
 
 def all_arms() -> dict[str, Arm]:
     """Return every preset as an arm, and the controls."""
     arms = [Arm(name, _preset(name)) for name in PRESETS]
     arms.append(Arm("restart", _restart))
+    arms.append(Arm("calibrated", _preset(BASELINE), Calibrate()))
+    arms.append(Arm("calibrated-cell", _preset(BASELINE), Calibrate(latents="cell")))
+    arms.append(Arm("calibrated-layer-blend", _preset("layer-blend"), Calibrate()))
     return {arm.name: arm for arm in arms}
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
+import ti_fx
 from study.arms import Arm
-from study.rows import Data, Yardstick
+from study.rows import Data, Yardstick, batches
 from study.settings import Setting
+from ti_fx import Recipe
 from ti_fx.train import TernaryTrainer
 
 MARKS = 8  # how often a student is measured after its start
@@ -84,7 +86,7 @@ def train(
             disable_tqdm=True,
         )
         trainer = TernaryTrainer(
-            teacher,
+            _start(arm, recipe, teacher, data),
             recipe,
             arguments,
             train_dataset=list(data.train),
@@ -99,6 +101,18 @@ def train(
         trainer.train()
         end = test.measure(trainer.student())
     return {**asdict(key), "steps": setting.steps, "curve": curve.rows, "test": _rounded(asdict(end))}
+
+
+def _start(arm: Arm, recipe: Recipe, teacher: nn.Module, data: Data) -> nn.Module:
+    """Return what Trainer is given: the teacher, or a prepared graph whose student is calibrated on training rows."""
+    if arm.calibration is None:
+        return teacher
+    used = batches(data.train[: arm.calibration.rows], data.collate, arm.calibration.batch_size)
+    given = [{name: value for name, value in batch.items() if name != "labels"} for batch in used]
+    gm = ti_fx.capture(teacher.eval(), {name: value[:2] for name, value in given[0].items()})
+    recipe.prepare(gm)
+    ti_fx.Pipeline(replace(arm.calibration, data=given))(gm)
+    return gm
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
