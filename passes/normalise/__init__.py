@@ -15,6 +15,7 @@ from ti_fx.passes.normalise.inline_subgraphs import InlineSubgraphs
 from ti_fx.passes.normalise.leaf_modules import LeafModules
 from ti_fx.passes.normalise.merge_tied_names import MergeTiedNames
 from ti_fx.passes.normalise.one_read_each import OneReadEach
+from ti_fx.passes.normalise.out_of_place import OutOfPlace
 from ti_fx.passes.normalise.plain_signature import PlainSignature
 from ti_fx.passes.normalise.stochastic_depth import StochasticDepth
 from ti_fx.passes.normalise.take_baked_inputs import TakeBakedInputs
@@ -31,6 +32,7 @@ NORMALISE = Pipeline(
     OneReadEach(),
     AssignRoles(),
     EvaluateAnew(),
+    OutOfPlace(),
     Canonicalize(),
     stage=CAPTURED,
 )

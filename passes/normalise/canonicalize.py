@@ -19,9 +19,6 @@ from ti_fx.ir.stages import CAPTURED, EXPORTED, PREPARED
 aten = torch.ops.aten
 
 
-_SAVED_RESULTS = ("softmax", "_softmax", "exp", "sigmoid", "tanh", "sqrt", "rsqrt", "log_softmax")
-
-
 @dataclass(frozen=True)
 class Canonicalize(Pass):
     """Products of two activations become matmul, and a softmax written by hand becomes softmax. Capture runs it.
@@ -44,9 +41,6 @@ class Canonicalize(Pass):
     5. ``as_strided``, which reads memory and not the dimensions of its input, reads these in the order of memory: ONNX
        has no memory, and takes every input for contiguous
 
-    6. what is written into the result of a softmax, or of another function whose derivative is computed from it, is a
-       new tensor: the model does so in an autograd function of its own, and without it there is no gradient
-
     Values differ by rounding only: sums in another order.
     """
 
@@ -67,27 +61,6 @@ class Canonicalize(Pass):
                 _product_sum(node)
             elif name in ("div", "exp"):
                 _softmax(node)
-            elif name.endswith("_") and not name.startswith("_"):
-                _written_result(node)
-
-
-def _written_result(node: Node) -> None:
-    """Compute anew what an in-place operator writes into a result that the backward pass needs."""
-    result = node.args[0] if node.args else None
-    if not isinstance(result, Node) or aten_name(result) not in _SAVED_RESULTS:
-        return
-    before = [user for user in result.users if user < node]
-    function = getattr(aten, aten_name(node)[:-1], None)
-    overload = getattr(node.target, "_overloadname", "")
-    if function is None or overload not in function.overloads() or any(_is_view(user) for user in before):
-        return
-    node.target = getattr(function, overload)
-    for user in [user for user in result.users if node < user]:
-        user.replace_input_with(result, node)
-
-
-def _is_view(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
 def _in_memory_order(node: Node) -> None:

@@ -17,6 +17,7 @@ from ti_fx.find.walk import CAST, SHAPE
 from ti_fx.ir import roles
 from ti_fx.ir.edit import ancestors, aten_name, call, erase
 from ti_fx.ir.facts import record_facts
+from ti_fx.ir.memory import overwritten
 from ti_fx.ir.outputs import PreparedResult, model_outputs, named_leaves, prepared_result
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import CAPTURED, PREPARED
@@ -113,6 +114,7 @@ class Distill(Pass):
         self._require_options(gm, sites)
         if self.mask_padding and not any(_masks(gm, sites).values()):
             raise PreconditionError("distill{mask_padding=true} finds no attention mask among the inputs")
+        self._require_values(gm)
         if not self.task and not any(pairs for _, pairs, _ in self._terms(gm)):
             raise PreconditionError("distill has no term left: give at least one weight above 0")
 
@@ -129,6 +131,16 @@ class Distill(Pass):
                     raise PreconditionError(
                         f"distill{{relations}} can't tell queries, keys and values of {site.where} apart "
                         f"(%{site.context.name}); set relations=0"
+                    )
+
+    def _require_values(self, gm: GraphModule) -> None:
+        """Raise where a value that is to be compared is overwritten before the losses read it."""
+        for term, nodes, _ in self._terms(gm):
+            for node, _ in nodes:
+                for writer in overwritten(node):
+                    raise PreconditionError(
+                        f"distill{{{term}}} can't compare %{node.name}: %{writer.name} writes into it in place; let the "
+                        f"model compute a new tensor (x = x + y for x += y), or set {term}=0"
                     )
 
     @property

@@ -32,6 +32,7 @@ from ti_fx.passes.normalise.leaf_modules import LeafModules
 from ti_fx.passes.normalise.merge_tied_names import MergeTiedNames
 from ti_fx.passes.normalise.name_sizes import NameSizes
 from ti_fx.passes.normalise.one_read_each import OneReadEach
+from ti_fx.passes.normalise.out_of_place import OutOfPlace
 from ti_fx.passes.normalise.plain_signature import PlainSignature
 from ti_fx.passes.normalise.stochastic_depth import StochasticDepth
 from ti_fx.passes.normalise.take_baked_inputs import TakeBakedInputs
@@ -142,6 +143,16 @@ def written_into(layer: nn.Module, x: Tensor) -> Tensor:
     return x * 2 + mask
 
 
+def in_place(layer: nn.Module, x: Tensor) -> Tensor:
+    hidden = layer(x)
+    before = hidden.relu()
+    hidden += before
+    hidden *= 2.0
+    part = hidden[:, :2]
+    part += 1.0  # the whole is read afterwards, so this one stays
+    return hidden
+
+
 # The graph that each pass is shown on, with the passes before it run already.
 BEFORE: dict[type[Pass], Callable[[], GraphModule]] = {
     InlineSubgraphs: lambda: computes(without_gradient),
@@ -160,6 +171,7 @@ BEFORE: dict[type[Pass], Callable[[], GraphModule]] = {
     MergeTiedNames: lambda: raw_graph(seeded(Tied), ids=torch.arange(6).reshape(2, 3)),
     OneReadEach: lambda: computes(lambda layer, x: layer(x.relu()) + x),
     AssignRoles: lambda: computes(written_into),
+    OutOfPlace: lambda: computes(in_place),
     Canonicalize: lambda: computes(softmax, torch.randn(2, 3, 4)),
 }
 MORE: tuple[tuple[type[Pass], Callable[[], GraphModule]], ...] = (
