@@ -139,8 +139,8 @@ class Distill(Pass):
             for node, _ in nodes:
                 for writer in overwritten(node):
                     raise PreconditionError(
-                        f"distill{{{term}}} can't compare %{node.name}: %{writer.name} writes into it in place; let the "
-                        f"model compute a new tensor (x = x + y for x += y), or set {term}=0"
+                        f"distill{{{term}}} can't compare %{node.name}: %{writer.name} writes into it in place; let "
+                        f"the model compute a new tensor (x = x + y for x += y), or set {term}=0"
                     )
 
     @property
