@@ -87,3 +87,14 @@ def test_an_intervened_part_is_as_long_as_asked(tmp_path: Path, train_command: T
         assert ran.code == 2
         assert message in ran.err
         assert ran.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_layer_blend_is_trained_and_exported(tmp_path: Path, train_command: Train) -> None:
+    out = tmp_path / "run"
+    ran = train_command(out, "--recipe", "layer-blend", "--steps", 4)
+    assert (ran.code, ran.err) == (0, "")
+    assert steps_of(out) == [0.5, None]
+    assert "blend layer 1.000" in ran.out
+    ran = ti_fx_command("export", out, "--out", tmp_path / "student.onnx")
+    assert (ran.code, ran.err) == (0, "")

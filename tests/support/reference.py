@@ -118,12 +118,13 @@ class Network:
             value = value + share * (value.detach() - value)  # the same numbers; of the gradient 1 - share
         return F.linear(value, weight, bias)
 
-    def read(self, point: str, mine: Tensor, theirs: list[Tensor] | None, index: int) -> Tensor:
+    def read(self, point: str, mine: Tensor, teacher: Trace | None, index: int) -> Tensor:
         """Return what is read at a point: the student's own value, the teacher's, or a mean of both by the share."""
-        if theirs is None or point != self.settings.point:
+        if teacher is None or point != self.settings.point:
             return mine
+        theirs: Tensor = getattr(teacher, "layer_outputs" if point == "layer" else point)[index]
         share = self.settings.share
-        return theirs[index] if share == 1 else share * theirs[index] + (1 - share) * mine
+        return theirs if share == 1 else share * theirs + (1 - share) * mine
 
     def norm(self, value: Tensor, name: str) -> Tensor:
         weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
@@ -157,15 +158,14 @@ class Network:
         trace = Trace()
         hidden = self.embeddings(input_ids)
         trace.layer_outputs.append(hidden)  # before the embeddings' dropout, as the teacher's is
-        entering = None if teacher is None else teacher.layer_outputs
-        hidden = self.dropout(self.read("layer", hidden, entering, 0))
+        hidden = self.dropout(self.read("layer", hidden, teacher, 0))
         lowest = torch.finfo(hidden.dtype).min
         bias = torch.zeros(attention_mask.shape, dtype=hidden.dtype).masked_fill(attention_mask == 0, lowest)
         for layer in range(self.settings.layers):
             hidden = self.layer(f"bert.encoder.layer.{layer}", layer, hidden, bias, trace, teacher, point)
             trace.layer_outputs.append(hidden)
             if layer + 1 < self.settings.layers:
-                hidden = self.read("layer", hidden, entering, layer + 1)
+                hidden = self.read("layer", hidden, teacher, layer + 1)
         pooled = torch.tanh(self.projection(hidden[:, 0], "bert.pooler.dense"))
         weight, offset = self.tensors["classifier.weight"], self.tensors["classifier.bias"]
         trace.logits = F.linear(self.dropout(pooled), weight, offset)
@@ -192,21 +192,21 @@ class Network:
         trace.scores.append(scores)
         probabilities = scores.softmax(-1)
         trace.map.append(probabilities)
-        probabilities = self.read("map", probabilities, teacher and teacher.map, index)
+        probabilities = self.read("map", probabilities, teacher, index)
         probabilities = self.attention_operand(self.dropout(probabilities))
         context = torch.matmul(probabilities, self.attention_operand(value))
         trace.context.append(context)
-        context = self.read("context", context, teacher and teacher.context, index)
+        context = self.read("context", context, teacher, index)
         merged = context.transpose(1, 2).reshape(hidden.shape)
         output = self.projection(merged, f"{attention}.output.dense")
         trace.output.append(output)
-        output = self.read("output", output, teacher and teacher.output, index)
+        output = self.read("output", output, teacher, index)
         block = self.norm(self.dropout(output) + hidden, f"{attention}.output.LayerNorm")
         trace.block.append(block)
         wide = F.gelu(self.projection(block, f"{name}.intermediate.dense"))
         narrow = self.projection(wide, f"{name}.output.dense")
         trace.ffn.append(narrow)
-        narrow = self.dropout(self.read("ffn", narrow, teacher and teacher.ffn, index))
+        narrow = self.dropout(self.read("ffn", narrow, teacher, index))
         return self.norm(narrow + block, f"{name}.output.LayerNorm")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -118,12 +119,12 @@ def test_the_laws_of_interventions(ready: tuple[Tiny, GraphModule]) -> None:
 
 def test_layers_one_after_the_other_are_all_layers(ready: tuple[Tiny, GraphModule]) -> None:
     _, base = ready
-    for options in ({"at": "layer", "blend": True}, {"at": "ffn"}):
-        one_by_one = run(base, Intervene(layers=(1,), **options), Intervene(layers=(0,), **options))  # type: ignore[arg-type]
-        assert one_by_one == run(base, Intervene(**options))  # type: ignore[arg-type]
-        assert run(base, Intervene(**options), Intervene(layers=(0,)), Intervene(layers=(1,))) == ti_fx.dump(
-            base
-        )  # type: ignore[arg-type]
+    cases: tuple[dict[str, Any], ...] = ({"at": "layer", "blend": True}, {"at": "ffn"})
+    for options in cases:
+        everywhere = Intervene(**options)
+        one_by_one = run(base, Intervene(layers=(1,), **options), Intervene(layers=(0,), **options))
+        assert one_by_one == run(base, everywhere)
+        assert run(base, everywhere, Intervene(layers=(0,)), Intervene(layers=(1,))) == ti_fx.dump(base)
 
 
 def test_blends_commute_with_weights_and_losses_and_refuse_activations(bert: Tiny) -> None:
