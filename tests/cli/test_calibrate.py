@@ -79,6 +79,7 @@ def test_training_goes_on_from_it(
     assert read_facts(tmp_path / "run")["teacher"] == read_facts(out)["teacher"]
 
 
+@pytest.mark.slow
 def test_input_tensors_are_rows_too(classifier: Path, tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(4, VOCABULARY, (12, 6))
     np.savez(tmp_path / "rows.npz", input_ids=ids, attention_mask=np.ones_like(ids))

@@ -62,6 +62,8 @@ def read_rows(
     Raises:
         DataError: a file can't be read, or has too few rows. InputError: there is no tokenizer.
     """
+    read: Any
+    others: Any
     if path.suffix.lower() in TENSOR_FILES:
         read, count = _tensors(path)
         others = None if held_out is None else _tensors(held_out)

@@ -148,7 +148,8 @@ def calibrate(
     constants = {name: value for name, value in given.items() if not hasattr(value, "dtype")}
     gm = capture(source, {**constants, **read.example})
     chosen.prepare(gm)
-    one = Calibrate(rows=rows, damping=damping, latents=latents.value, data=read.used)
+    place: Literal["grid", "cell"] = "cell" if latents is LatentsChoice.cell else "grid"
+    one = Calibrate(rows=rows, damping=damping, latents=place, data=read.used)
     before = divergence(gm.eval(), read.held_out)
     started = time.perf_counter()
     Pipeline(one)(gm)
@@ -167,7 +168,7 @@ def _with_weights(recipe: Recipe, written: str, weights: WeightsChoice | None) -
 
     if weights is None and written not in PRESETS:
         return recipe
-    shared: Literal["tensor", "row"] = "row" if weights is None else weights.value
+    shared: Literal["tensor", "row"] = "tensor" if weights is WeightsChoice.tensor else "row"
     return replace(recipe, ternarize=replace(recipe.ternarize, weights=shared))
 
 
