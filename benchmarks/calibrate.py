@@ -82,8 +82,9 @@ def main() -> int:
     gm = ti_fx.capture(setting.load().eval(), {name: value[:2] for name, value in used[0].items()})
     recipe.prepare(gm)
     rounded = divergence(gm.eval(), setting.held_out)
-    one = replace(ti_fx.Pass.parse(f"calibrate{arguments.options}"), data=used, rows=arguments.rows)
-    assert isinstance(one, Calibrate)
+    written = ti_fx.Pass.parse(f"calibrate{arguments.options}")
+    assert isinstance(written, Calibrate)
+    one = replace(written, data=used, rows=arguments.rows)
     started = time.perf_counter()
     ti_fx.Pipeline(one)(gm)
     seconds = time.perf_counter() - started
@@ -129,7 +130,8 @@ def minilm(out: Path, arguments: argparse.Namespace) -> Setting:
 
     def load() -> nn.Module:
         with quiet_loading():
-            return AutoModelForSequenceClassification.from_pretrained(folder)
+            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder)
+        return model
 
     rows = [validation[index] for index in range(len(validation))]
     return Setting(load, train_rows, collate, batches(rows, collate, 64), 2e-4, 32)
@@ -155,8 +157,9 @@ def vit(out: Path, arguments: argparse.Namespace) -> Setting:
 def train_vit(rows: list[dict[str, Any]], steps: int = 600) -> ViTForImageClassification:
     """Train the teacher from random weights."""
     set_seed(0)
+    kind: Any = ViTConfig  # its fields of every model are untyped
     model = ViTForImageClassification(
-        ViTConfig(
+        kind(
             hidden_size=128,
             num_hidden_layers=12,
             num_attention_heads=4,
@@ -177,7 +180,8 @@ def train_vit(rows: list[dict[str, Any]], steps: int = 600) -> ViTForImageClassi
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def images(folder: Path, split: str, count: int) -> list[dict[str, Any]]:

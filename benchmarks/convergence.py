@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -101,7 +101,7 @@ def missing(setting: Setting, arms: list[Arm], store: Store) -> Iterator[Key]:
                 yield key
 
 
-def named(written: str | None, known: dict[str, object], kind: str) -> list[str]:
+def named(written: str | None, known: Mapping[str, object], kind: str) -> list[str]:
     """Return the names in a comma-separated list, all where there is none."""
     if written is None:
         return list(known)

@@ -19,8 +19,9 @@ TRAIN, HELD_OUT = 20_000, 2_000
 
 def make(folder: Path, layers: int, out: Path) -> None:
     """Train a ViT of so many layers and save it."""
+    kind: Any = ViTConfig  # its fields of every model are untyped
     model = ViTForImageClassification(
-        ViTConfig(
+        kind(
             hidden_size=128,
             num_hidden_layers=layers,
             num_attention_heads=4,

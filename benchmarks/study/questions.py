@@ -37,10 +37,10 @@ def data(rows: int | None, fine: bool, folder: Path) -> Data:
         tokenized(part, tokenizer, label_count=len(found.label_names))
         for part in (found.train, found.validation, found.test)
     )
-    held_out = [
+    first, second = (
         batches([part[index] for index in range(len(part))], collate, 64) for part in (validation, test)
-    ]
-    return Data([train[index] for index in range(len(train))], collate, *held_out)
+    )
+    return Data([train[index] for index in range(len(train))], collate, first, second)
 
 
 def _questions(rows: int | None, fine: bool) -> Questions:

@@ -21,7 +21,7 @@ HELD_OUT = 96  # rows of a held-out split
 def make(folder: Path, layers: int, out: Path) -> None:
     """Train a tokenizer and a decoder of so many layers on the training split, and save both."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=["<unk>"],
@@ -29,7 +29,8 @@ def make(folder: Path, layers: int, out: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(lines(folder, "train"), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    kind: Any = PreTrainedTokenizerFast  # untyped in transformers
+    fast = kind(tokenizer_object=tokenizer, unk_token="<unk>")
     ids = tokens(fast, folder, "train")
     model = LlamaForCausalLM(
         LlamaConfig(

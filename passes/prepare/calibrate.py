@@ -264,7 +264,9 @@ class _Calibration:
         if not after < before:
             return replace(row, after=before, zeros=_zeros(old))
         if own_bias is not None:
-            tensor(self.gm, str(own_bias.target)).copy_(fit.bias(every, made))
+            moved = fit.bias(every, made)
+            assert moved is not None
+            tensor(self.gm, str(own_bias.target)).copy_(moved)
             self.run_by_need.forget(own_bias)
         codes, scale = _turn(codes, turned).contiguous(), _turn(scale, turned).contiguous()
         self._write(name, latent, _turn(teacher, turned), codes, scale, kwargs)

@@ -313,7 +313,8 @@ def token_ids(gm: GraphModule, logits: Node) -> Node:
             f"distill{{logits_loss=token-scaled}} needs one input with the token of each of %{logits.name}'s rows, and "
             f"finds {names}; it is for decoders that read token ids: use logits_loss=kl"
         )
-    return found[0]
+    ids: Node = found[0]
+    return ids
 
 
 def _moved(node: Any) -> Any:

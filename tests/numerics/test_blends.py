@@ -33,7 +33,7 @@ def test_the_ends_are_exact(share: float, dtype: torch.dtype) -> None:
     result = blend(student, teacher, torch.tensor(share))
     assert result.dtype == dtype
     assert bits(result) == bits(teacher if share else student)
-    result.backward(teacher)
+    result.backward(teacher)  # type: ignore[no-untyped-call]
     assert student.grad is not None
     assert bits(student.grad) == bits(torch.zeros_like(teacher) if share else teacher)
 
@@ -63,7 +63,7 @@ def test_a_partial_detach_stops_its_share(share: float) -> None:
     result = detach_by(value, torch.tensor(share))
     assert bits(result) == bits(value)
     gradient = torch.tensor([1.0, -2.0, math.inf, math.nan, -0.0, 3.0, 4.0, 5.0])
-    result.backward(gradient)
+    result.backward(gradient)  # type: ignore[no-untyped-call]
     assert value.grad is not None
     expected = torch.zeros(8) if share == 1 else gradient * (1 - share)
     assert bits(value.grad) == bits(expected)
@@ -75,7 +75,7 @@ def test_a_gradient_is_routed_by_its_share(share: float) -> None:
     result = route(value, other, torch.tensor(share))
     assert bits(result) == bits(value)
     gradient = torch.tensor([1.0, -2.0, math.inf, math.nan, 0.5, 3.0, 4.0, 5.0])
-    result.backward(gradient)
+    result.backward(gradient)  # type: ignore[no-untyped-call]
     assert value.grad is not None
     assert other.grad is not None
     assert bits(value.grad) == bits(torch.zeros(8) if share == 1 else gradient * (1 - share))

@@ -110,7 +110,8 @@ def test_the_target_is_that_of_ridge_regression() -> None:
         generator.normal(size=(40, 3)),
         generator.normal(size=(3, 6)),
     )
-    found = ef.regression_target(*map(torch.from_numpy, (weight, x.T @ x, x.T @ y)), 0.3)
+    given, second, cross = map(torch.from_numpy, (weight, x.T @ x, x.T @ y))
+    found = ef.regression_target(given, second, cross, 0.3)
     added = 0.3 * np.mean(np.diag(x.T @ x))
     stacked = np.vstack([x, np.sqrt(added) * np.eye(6)])
     expected, *_ = np.linalg.lstsq(stacked, np.vstack([y, np.sqrt(added) * weight.T]), rcond=None)

@@ -78,10 +78,10 @@ def test_the_best_rate_is_of_all_and_never_one_that_diverged() -> None:
 def test_the_yardstick_is_the_divergence_of_the_rows() -> None:
     batches = [default_data_collator(rows(6)), default_data_collator(rows(3))]
     teacher, student = bert_model(layers=1), bert_model(layers=1, hidden_act="relu")
-    found = Yardstick(teacher, batches, False).measure(student.eval())
+    found = Yardstick(teacher, batches, False).measure(student.train(False))
     with torch.no_grad():
         pairs = [
-            [model.eval()(**batch).logits.double().log_softmax(-1) for model in (teacher, student)]
+            [model.train(False)(**batch).logits.double().log_softmax(-1) for model in (teacher, student)]
             for batch in batches
         ]
     kl = torch.cat([(known.exp() * (known - own)).sum(-1) for known, own in pairs])

@@ -183,13 +183,13 @@ def test_moving_shares_never_recompile(tmp_path: Path) -> None:
             Curve("cosine"),
             intervene=Intervene("layer+map", blend=True),
         )
-        made = trainer(tmp_path, blended, model=bert_model(**NO_DROPOUT), compile="on", eval_dataset=None)
+        made = trainer(tmp_path, blended, model=bert_model(2, **NO_DROPOUT), compile="on", eval_dataset=None)
         before = counters["stats"]["unique_graphs"]
         with torch._dynamo.config.patch(error_on_recompile=True):
             made.train()
         assert counters["stats"]["unique_graphs"] == before + 1
         assert made.model.compile_records()["blend"].graphs == 1
-        plain = trainer(tmp_path, blended, model=bert_model(**NO_DROPOUT), eval_dataset=None)
+        plain = trainer(tmp_path, blended, model=bert_model(2, **NO_DROPOUT), eval_dataset=None)
         plain.train()
         for one, other in zip(history(made), history(plain), strict=True):
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -203,7 +203,7 @@ def test_moving_shares_never_recompile(tmp_path: Path) -> None:
 def test_rows_and_tokens_are_drawn_in_training_alone(each: Any, tmp_path: Path) -> None:
     intervene = Intervene("layer+map", blend=each)
     made = trainer(
-        tmp_path, recipe(Curve("constant", 0.5), intervene=intervene), model=bert_model(**NO_DROPOUT)
+        tmp_path, recipe(Curve("constant", 0.5), intervene=intervene), model=bert_model(2, **NO_DROPOUT)
     )
     made.train()
     made.evaluate()  # and back

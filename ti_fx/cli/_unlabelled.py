@@ -111,8 +111,9 @@ class _Texts:
 
     def _inputs(self, batch: Batch) -> Batch:
         taken = inspect.signature(self.model.forward).parameters
-        if "decoder_input_ids" in taken and hasattr(self.model, "prepare_decoder_input_ids_from_labels"):
-            shifted = self.model.prepare_decoder_input_ids_from_labels(labels=batch["input_ids"])
+        shift: Any = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if "decoder_input_ids" in taken and shift is not None:
+            shifted = shift(labels=batch["input_ids"])
             batch = {**batch, "decoder_input_ids": shifted}
         return {name: value for name, value in batch.items() if name in taken}
 

@@ -187,7 +187,9 @@ def _maps(gm: GraphModule, batches: list[Any], seed: int) -> tuple[Any, Section]
 
     tokens = batches[0].get("attention_mask")
     found = map_ranking(gm, batches[0], tokens=tokens if tokens is not None and tokens.dim() == 2 else None)
-    rows = [[f"stack {row.stack}, layer {row.layer} ({row.kind})", row.head, row.loss] for row in found]
+    rows: list[list[str | int | float | None]] = [
+        [f"stack {row.stack}, layer {row.layer} ({row.kind})", row.head, row.loss] for row in found
+    ]
     note = "0: every query puts the keys in the teacher's order."
     return [asdict(row) for row in found], Table(
         "Ranking loss of maps", ("block", "head", "loss"), rows, note

@@ -58,7 +58,8 @@ def inverse_factor(moment: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse of a positive definite matrix, computed in float64."""
     wide = moment.double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide))
-    return torch.linalg.cholesky(inverse, upper=True).to(moment.dtype)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.to(moment.dtype)
 
 
 def feedback_codes(target: Tensor, scale: Tensor, factor: Tensor) -> Tensor:

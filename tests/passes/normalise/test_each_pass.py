@@ -144,7 +144,7 @@ def written_into(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def in_place(layer: nn.Module, x: Tensor) -> Tensor:
-    hidden = layer(x)
+    hidden: Tensor = layer(x)
     before = hidden.relu()
     hidden += before
     hidden *= 2.0

@@ -71,7 +71,7 @@ def test_maps_and_relations(name: str, request: pytest.FixtureRequest) -> None:
     expected = torch.zeros(())
     for site in last:
         for one in pairs(gm, values, [site.query, site.key, site.value]):
-            vectors = [value.unflatten(-1, (2, -1)).transpose(-2, -3) for value in one]
+            vectors = [torch.unflatten(value, -1, (2, -1)).transpose(-2, -3) for value in one]
             expected = expected + kl(*(value @ value.mT / value.shape[-1] ** 0.5 for value in vectors)).mean()
     torch.testing.assert_close(found["relations"], expected, rtol=1e-4, atol=1e-7)
 
@@ -87,7 +87,7 @@ def test_relations_of_one_linear_are_of_its_thirds(gpt2: Tiny) -> None:
     )  # addmm has the tokens side by side
     expected = torch.zeros(())
     for one, other in zip(mine.chunk(3, -1), theirs.chunk(3, -1), strict=True):
-        vectors = [value.unflatten(-1, (2, -1)).transpose(-2, -3) for value in (one, other)]
+        vectors = [torch.unflatten(value, -1, (2, -1)).transpose(-2, -3) for value in (one, other)]
         expected = expected + kl(*(value @ value.mT / value.shape[-1] ** 0.5 for value in vectors)).mean()
     torch.testing.assert_close(found["relations"], expected, rtol=1e-4, atol=1e-7)
 
@@ -108,11 +108,12 @@ def test_relative_errors(errors: str, bert: Tiny) -> None:
 
 def test_logits(gpt2: Tiny) -> None:
     found = {}
-    for name, options in {
+    cases: dict[str, dict[str, Any]] = {
         "soft": {"temperature": 2.0},
         "kl": {"logits_loss": "kl", "temperature": 2.0},
         "scaled": {"logits_loss": "token-scaled"},
-    }.items():
+    }
+    for name, options in cases.items():
         gm = prepared(gpt2, logits=1.0, **options)
         losses, values = run(gm, gpt2.example)
         found[name] = losses["logits"]

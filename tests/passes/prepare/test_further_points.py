@@ -81,7 +81,7 @@ def test_layers_compute_what_the_teacher_would_read(ready: tuple[Tiny, GraphModu
     outputs = [one.tap for one in places(gm, "layer")]
     losses = [node for node in gm.graph.nodes if node.name.startswith("loss_layer_outputs_")]
     gm.train(False)
-    reached = set()
+    reached: set[str] = set()
     for loss in losses:
         gm.zero_grad(set_to_none=True)
         run_recorded(gm, tiny.example)[loss.name].backward()
