@@ -45,6 +45,7 @@ def test_a_small_number_is_not_taken_for_nothing(tmp_path: Path) -> None:
     assert any(value == np.float32(1.000005) for value in stored)
 
 
+@pytest.mark.slow
 def test_places_in_an_ascending_sequence_are_counted(tmp_path: Path) -> None:
     """ONNX has no searchsorted."""
 

@@ -251,9 +251,13 @@ def plain() -> Tiny:
 
 
 ALL = ("bert", "gpt2", "t5", "vit", "llama", "torch_encoder", "plain")
+SLOW = ("t5", "torch_encoder")  # `make test-full` has each test of `tiny` on these, too
 
 
-@pytest.fixture(scope="session", params=ALL)
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ALL],
+)
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     """Each tiny model in turn."""
     found: Tiny = request.getfixturevalue(request.param)

@@ -36,6 +36,7 @@ from ti_fx.train.trainer import AUTO_COMPILE_STEPS
 # --- the schedule ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gradients_of_an_earlier_phase_are_not_left_behind(tmp_path: Path) -> None:
     notes = Notes()
     recipe = Recipe(
@@ -85,12 +86,14 @@ def test_a_schedule_that_is_no_function_of_the_step_is_refused(tmp_path: Path) -
         made.train()
 
 
+@pytest.mark.slow
 def test_too_few_steps_for_the_phases_are_refused(tmp_path: Path) -> None:
     made = trainer(tmp_path, model=bert_model(layers=1), arguments_options={"max_steps": 6})
     with pytest.raises(InputError, match="need at least 7 optimiser steps and training has 6"):
         made.train()
 
 
+@pytest.mark.slow
 def test_the_recipes_steps_are_taken_where_the_arguments_have_none(tmp_path: Path) -> None:
     made = arguments(tmp_path, max_steps=-1)
     recipe = Recipe("short", steps=2)
@@ -113,6 +116,7 @@ def test_auto_compiles_long_phases_only(tmp_path: Path) -> None:
 # --- accumulation and mixed precision -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task", ["own", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "given"))]
 )
@@ -172,6 +176,7 @@ def test_bf16_autocast_trains_and_evaluates(tmp_path: Path) -> None:
 # --- the task's own loss --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True])
 def test_the_tasks_own_loss_joins_with_its_weight(given: bool, tmp_path: Path) -> None:
     model = bert_model(layers=1, **NO_DROPOUT)

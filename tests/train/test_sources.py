@@ -77,7 +77,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> TernaryTrainer:
     return made
 
 
-QUICK = ("compiled layers", "parallel and compiled")
+QUICK = ("compiled layers",)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,14 @@ class Adapted(Based):
         return self.base_model
 
 
-@pytest.mark.parametrize("kind", [Wrapper, Based, lambda model: Wrapper(Based(model))])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Wrapper,
+        pytest.param(Based, marks=pytest.mark.slow),
+        pytest.param(lambda model: Wrapper(Based(model)), marks=pytest.mark.slow),
+    ],
+)
 def test_a_forward_of_any_arguments_takes_what_the_model_within_takes(
     kind: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:

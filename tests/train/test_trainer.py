@@ -144,6 +144,7 @@ def test_a_regression_model_trains_on_its_own_loss(tmp_path: Path) -> None:
     assert made.state.log_history[0]["loss_task"] > 0
 
 
+@pytest.mark.slow
 def test_every_phases_graph_follows_a_change_of_type(tmp_path: Path) -> None:
     made = trainer(tmp_path, model=bert_model(layers=1))
     model = made.model
@@ -190,6 +191,7 @@ def ragged() -> Any:
     ]
 
 
+@pytest.mark.slow
 def test_rows_with_other_columns_are_padded_and_trained(tmp_path: Path) -> None:
     made = trainer(
         tmp_path,
@@ -238,6 +240,7 @@ def test_data_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
         trainer(tmp_path, PLAIN, model=model, train_dataset=[{"text": "a", "words": [1]}])
 
 
+@pytest.mark.slow
 def test_a_trainer_of_an_example_alone_evaluates(tmp_path: Path) -> None:
     made = trainer(
         tmp_path, PLAIN, model=bert_model(layers=1), train_dataset=None, eval_dataset=None, example=batch(2)
@@ -306,6 +309,7 @@ def test_torch_compile_in_the_arguments_is_refused(tmp_path: Path) -> None:
         TernaryTrainer(bert_model(layers=1), PLAIN, made, train_dataset=rows())
 
 
+@pytest.mark.slow
 def test_sequences_of_other_lengths_are_trained(tmp_path: Path) -> None:
     data = [{name: value[: 2 + index % (LENGTH - 2)] for name, value in row.items() if name != "labels"}
             for index, row in enumerate(rows(8, padded=False))]  # fmt: skip

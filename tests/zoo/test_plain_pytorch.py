@@ -39,8 +39,10 @@ TRAINED = (
 )
 
 
-# Captures of seconds each, alike but for one option of torch.nn's decoder.
-ALIKE = ("torch_decoder_norm_first", "torch_decoder_sequence_first", "torch_decoder_causal_flag")
+CAPTURED = (
+    *TRAINED,
+    *("torch_transformer", "windowed", "alibi", "relative_bias", "talking_heads", "qk_norm", "convolved"),
+)
 
 
 def each(chosen: Iterable[str]) -> pytest.MarkDecorator:
@@ -93,7 +95,7 @@ def effect(gm: GraphModule, map_: Node, example: dict[str, Tensor]) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in zip(moved, expected, strict=True))
 
 
-@each(set(FACTORIES) - set(ALIKE))
+@each(CAPTURED)
 def test_the_graph_equals_the_model_and_its_sites_are_its_blocks(captured: Captured) -> None:
     name, model, example, other = captured.name, captured.model, captured.example, captured.other
     gm = ti_fx.fork(captured.graph)
