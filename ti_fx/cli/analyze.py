@@ -88,7 +88,7 @@ def analyze(
     html: Annotated[Path | None, typer.Option(help="Write one page with charts.", metavar="FILE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Measure where a ternary student loses what its full-precision teacher knows.
+    """Measure where a student differs from its teacher.
 
     Error at every point of every layer, the order within attention maps, what each weight costs alone, and the loss's
     curvature and surface.

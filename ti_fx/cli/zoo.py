@@ -65,7 +65,7 @@ def zoo(
         bool, typer.Option("--retry", help="As --resume, but run again what did not pass.")
     ] = False,
 ) -> None:
-    """Run the whole chain over many models and say how far each comes.
+    """Run the whole chain over many models and say how far it comes.
 
     It goes from capture to ONNX Runtime, and where a model comes no further, the reason is given.
     """
