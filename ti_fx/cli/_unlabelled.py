@@ -42,6 +42,7 @@ def read_rows(
     max_length: int,
     text_column: str | None,
     seed: int,
+    alone: bool = False,
 ) -> Rows:
     """Return ``rows`` rows of a file in batches, and others that are held out.
 
@@ -58,6 +59,7 @@ def read_rows(
         max_length: tokens at which a text is cut.
         text_column: of texts; None: the usual names.
         seed: of the draw.
+        alone: nothing is held out.
 
     Raises:
         DataError: a file can't be read, or has too few rows. InputError: there is no tokenizer.
@@ -76,9 +78,11 @@ def read_rows(
         texts = None if held_out is None else read_plain_texts(held_out, text_column)
         others = None if texts is None else (texts, len(texts))
         batch = _Texts(_tokenizer(source), model, max_length, batch_size)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    if alone:
+        return Rows(batch(read, order[:rows]), [], batch.tokenizer)
     if others is None and count < 2:
         raise DataError(f"{path} has {count} row, and one must be held out; give more rows, or --eval FILE")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     if others is not None:
         return Rows(batch(read, order[:rows]), batch(others[0], list(range(others[1]))), batch.tokenizer)
     kept = max(min(rows, count - rows), count // 5, 1)

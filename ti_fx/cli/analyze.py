@@ -98,7 +98,7 @@ def analyze(
     gm, source = _prepared(model, student, recipe)
     read = read_rows(
         data,
-        data,
+        None,
         source,
         model,
         rows=rows,
@@ -106,6 +106,7 @@ def analyze(
         max_length=max_length,
         text_column=text_column,
         seed=seed,
+        alone=True,
     )
     made = gm(read.example)
     found: dict[str, Any] = {"model": model, "student": str(student or "rounded"), "rows": rows}
