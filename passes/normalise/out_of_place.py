@@ -42,7 +42,9 @@ class OutOfPlace(Pass):
         """Rewrite each, in order."""
         for node in list(gm.graph.nodes):
             name = aten_name(node)
-            if not name.endswith("_") or name.startswith("_") or len(written_arguments(node)) != 1:
+            if not name.endswith("_") or name.startswith("_") or name == "detach_":  # which writes no value
+                continue
+            if len(written_arguments(node)) != 1:
                 continue
             written = node.args[0]
             function = getattr(aten, name[:-1], None)

@@ -167,7 +167,11 @@ def imported_projects(path: Path) -> set[str]:
     ours = {"ti_fx", "examples", *folders} | {
         path.stem for folder in folders for path in (ROOT / folder).rglob("*.py")
     }
-    ours |= {path.parent.name for path in (ROOT / "tests/support").rglob("__init__.py")}
+    ours |= {
+        path.parent.name
+        for room in ("tests/support", "benchmarks")
+        for path in (ROOT / room).rglob("__init__.py")
+    }
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - ours
 
 

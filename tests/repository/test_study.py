@@ -12,7 +12,7 @@ import torch
 from models import bert_model
 from study.arms import all_arms
 from study.one_run import Key
-from study.page import best_rate, page
+from study.page import best_rate, page, paired_p
 from study.page import rows as table_rows
 from study.rows import Data, Yardstick
 from study.settings import Setting, all_settings
@@ -97,3 +97,12 @@ def test_missing_data_is_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=says) as caught:
             settings[name].make(tmp_path / "teacher")
         assert "\n" not in str(caught.value)
+
+
+def test_the_paired_test_is_students() -> None:
+    # from tables of Student's distribution: t of 2.776 with 4 degrees of freedom, of 4.303 with 2
+    for t, count in ((2.776, 5), (4.303, 3)):
+        gaps = [index - (count - 1) / 2 for index in range(count)]
+        spread = (sum(gap**2 for gap in gaps) / (count - 1)) ** 0.5
+        shift = t * spread / count**0.5
+        assert paired_p([gap + shift for gap in gaps], [0.0] * count) == pytest.approx(0.05, abs=2e-4)

@@ -32,7 +32,7 @@ from ti_fx.train.scores import scores
 METHODS = ("ternarybert", "ti-g")
 SEED = 0
 # The rooms that a trained student depends on; a test holds this against what ti_fx.train imports.
-_ROOMS = "errors files numerics ir find passes frontend export recipe measure train"
+_ROOMS = "errors files numerics ir find passes frontend export phases recipe measure train"
 TRAINING_CODE = tuple(_ROOMS.split())
 LATENCY_ROUNDS = 15
 SIDECARS = ("config.json", "tokenizer.json", "tokenizer_config.json")
