@@ -15,11 +15,6 @@ from ti_fx.ir.stages import EXPORTED
 
 aten = torch.ops.aten
 
-# What may return its input itself, beside views and what writes in place.
-_MAY_RETURN_INPUT = frozenset(
-    ["reshape", "contiguous", "to", "detach", "alias", "flatten", "type_as", "dropout"]
-)
-
 
 @dataclass(frozen=True)
 class OutOfPlace(Pass):

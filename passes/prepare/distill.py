@@ -13,7 +13,7 @@ from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.find.attention import AttentionSite, block_outputs, find_attention, streams
 from ti_fx.find.heads import HeadVectors, head_vectors
 from ti_fx.find.outputs import embeddings, logits, name_is_logits
-from ti_fx.find.walk import CAST, SHAPE
+from ti_fx.find.walk import before_moves
 from ti_fx.ir import roles
 from ti_fx.ir.edit import ancestors, aten_name, call, erase
 from ti_fx.ir.facts import record_facts
@@ -299,7 +299,11 @@ def token_ids(gm: GraphModule, logits: Node) -> Node:
         PreconditionError: there is none, or more than one.
     """
     wanted = [str(size) for size in logits.meta["val"].shape]
-    looked_up = {_moved(node.args[1]) for node in gm.graph.nodes if aten_name(node) == "embedding"}
+    looked_up = {
+        before_moves(node.args[1])
+        for node in gm.graph.nodes
+        if aten_name(node) == "embedding" and isinstance(node.args[1], Node)
+    }
     found = [
         node
         for node in gm.graph.find_nodes(op="placeholder")
@@ -315,13 +319,6 @@ def token_ids(gm: GraphModule, logits: Node) -> Node:
         )
     ids: Node = found[0]
     return ids
-
-
-def _moved(node: Any) -> Any:
-    """Return what a node only moves or casts."""
-    while isinstance(node, Node) and aten_name(node) in SHAPE | CAST:
-        node = node.args[0]
-    return node
 
 
 def _masks(gm: GraphModule, sites: list[AttentionSite]) -> dict[int, Node | None]:

@@ -13,10 +13,9 @@ from torch.fx import GraphModule, Node
 from ti_fx import numerics
 from ti_fx.analysis.recorded import Recorder, run, with_teacher
 from ti_fx.errors import InputError
-from ti_fx.find.outputs import logits
-from ti_fx.ir import roles
 from ti_fx.ir.inserted import quantiser_of
-from ti_fx.ir.outputs import model_outputs, named_leaves
+from ti_fx.numerics import losses
+from ti_fx.passes.prepare.tune_scales import Compared, compared
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,14 @@ def sensitivity(
     given = [dict(batch) for batch in batches]
     if not given:
         raise InputError("there is no batch to measure on")
-    compared = _compared(gm)
+    output = compared(gm)
+    if output is None:
+        raise InputError(
+            "the graph has no output that a teacher has, too; run duplicate-teacher before ternarize"
+        )
     found = []
     for group in chosen:
-        costs = [_cost(gm, compared, {ternary[name] for name in group}, batch) for batch in given]
+        costs = [_cost(gm, output, {ternary[name] for name in group}, batch) for batch in given]
         found.append(Sensitivity(group, sum(costs) / len(costs)))
     return found
 
@@ -90,20 +93,11 @@ class _Only(Recorder):
         return super().run_node(n)
 
 
-def _compared(gm: GraphModule) -> Node:
-    found = logits(gm)
-    if found:
-        return found[0]
-    return next(iter(named_leaves(model_outputs(gm)).values()))
-
-
-def _cost(gm: GraphModule, output: Node, ternary: set[Node], batch: Mapping[str, Tensor]) -> float:
-    twin = roles.twin_of(gm.graph)[output]
-    recorder = _Only(gm, [output, twin], ternary)
+def _cost(gm: GraphModule, output: Compared, ternary: set[Node], batch: Mapping[str, Tensor]) -> float:
+    recorder = _Only(gm, [output.student, output.teacher], ternary)
     run(recorder, batch)
-    student, teacher = recorder.found[output].double(), recorder.found[twin].double()
-    if logits(gm) and student.shape[-1] > 1:
-        known, own = teacher.log_softmax(-1), student.log_softmax(-1)
-        return float((known.exp() * (known - own)).sum(-1).mean())
+    student, teacher = (recorder.found[node].double() for node in (output.student, output.teacher))
+    if output.is_logits:
+        return float(losses.kl_divergence(student, teacher))
     variance = teacher.var(correction=0).clamp(min=torch.finfo(torch.float32).tiny)
     return float((student - teacher).square().mean() / variance)

@@ -51,6 +51,12 @@ class Source:
     example: Mapping[str, Any] | tuple[Any, ...]
     note: str = ""
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the example holds beside tensors, by name: flags, and None."""
+        given = self.example if isinstance(self.example, Mapping) else {}
+        return {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+
 
 @dataclass(frozen=True)
 class Hollow:

@@ -150,11 +150,9 @@ def _prepared(model: str, student: Path | None, recipe: str | None) -> tuple[Any
     found = load_source(model)
     teacher = ready_source(found.model).eval()
     own = teacher if student is None else ready_source(load_source(str(student)).model).eval()
-    given = dict(found.example) if isinstance(found.example, dict) else {}
-    constants = {name: value for name, value in given.items() if not hasattr(value, "dtype")}
 
     def make(example: dict[str, Any]) -> GraphModule:
-        gm = capture(own, {**constants, **example})
+        gm = capture(own, {**found.constants, **example})
         chosen.prepare(gm, teacher=None if own is teacher else teacher)
         return gm.eval()
 

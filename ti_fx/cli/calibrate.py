@@ -144,9 +144,7 @@ def calibrate(
         text_column=text_column,
         seed=seed,
     )
-    given = dict(found.example) if isinstance(found.example, dict) else {}
-    constants = {name: value for name, value in given.items() if not hasattr(value, "dtype")}
-    gm = capture(source, {**constants, **read.example})
+    gm = capture(source, {**found.constants, **read.example})
     chosen.prepare(gm)
     place: Literal["grid", "cell"] = "cell" if latents is LatentsChoice.cell else "grid"
     one = Calibrate(rows=rows, damping=damping, latents=place, data=read.used)

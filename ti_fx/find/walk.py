@@ -85,6 +85,13 @@ def projection_input(node: Node) -> Node:
     return argument
 
 
+def before_moves(node: Node) -> Node:
+    """Return what a chain of nodes that only move or cast values begins with."""
+    while aten_name(node) in SHAPE | CAST and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
 def is_float(node: Node) -> bool:
     """Whether the node's value is a floating-point tensor, or several values of which the first is."""
     value = node.meta.get("val")

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ti_fx.find.walk import SHAPE
+from ti_fx.find.walk import before_moves
 from ti_fx.frontend.dynamic_sizes import BATCH
 from ti_fx.ir.edit import aten_name, constant_size, stored
 from ti_fx.ir.facts import facts
-
-# What an index may pass through on its way to the table that it indexes.
-_MOVES = SHAPE | {"to", "_to_copy"}
 
 
 def other_sizes(gm: GraphModule, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, int]]:
@@ -128,7 +125,5 @@ def _look_ups(node: Node) -> Iterator[tuple[Node, Node]]:
 
 def _source(index: Node) -> Node | None:
     """Return the input that an index is, past what only moves it; None if it is computed."""
-    node: Any = index
-    while isinstance(node, Node) and aten_name(node) in _MOVES and node.args:
-        node = node.args[0]
-    return node if isinstance(node, Node) and node.op == "placeholder" else None
+    node = before_moves(index)
+    return node if node.op == "placeholder" else None

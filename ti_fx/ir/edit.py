@@ -67,12 +67,13 @@ def erase_dead_writes(graph: Graph) -> None:
 
 def origin(node: Node) -> Node:
     """Return the node that made the tensor which this one is, is a view of, or is one of."""
-    while _gives_its_input(node):
+    while gives_its_input(node):
         node = node.all_input_nodes[0]
     return node
 
 
-def _gives_its_input(node: Node) -> bool:
+def gives_its_input(node: Node) -> bool:
+    """Whether a node's value is, by its operator's schema, its input or a view of it."""
     returns: Any = getattr(getattr(node.target, "_schema", None), "returns", ())
     aliases = bool(returns) and returns[0].alias_info is not None
     return bool(node.all_input_nodes) and (aliases or node.target is operator.getitem)

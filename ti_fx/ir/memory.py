@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.fx import Node
 
-from ti_fx.ir.edit import aten_name, written_arguments
+from ti_fx.ir.edit import aten_name, gives_its_input, written_arguments
 
 # What may return its input itself, beside views and what writes in place.
 _MAY_RETURN_INPUT = frozenset(
@@ -22,11 +20,8 @@ def shares_with(node: Node) -> Node | None:
     source: Any = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return None
-    is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
-    shares = is_view or aten_name(node) in _MAY_RETURN_INPUT or node.op == "call_module"
-    if shares or node.target is operator.getitem or source in written_arguments(node):
-        return source
-    return None
+    shares = gives_its_input(node) or aten_name(node) in _MAY_RETURN_INPUT or node.op == "call_module"
+    return source if shares else None
 
 
 def overwritten(node: Node) -> Iterator[Node]:
