@@ -118,7 +118,7 @@ def analyze(
     if html is not None:
         from ti_fx.view.report import Report, environment, write_report
 
-        title = f"Where {found['student']} loses what {model} knows"
+        title = f"{model} and its student, {student or 'rounded'}"
         write_report(Report("ti_fx analyze", [*sections, environment({"seed": str(seed)})], title), html)
     if as_json:
         output.say(json.dumps(found, indent=1))
@@ -223,7 +223,7 @@ def _surface(gm: GraphModule, batches: list[Any], seed: int) -> tuple[Any, Secti
 
     found = loss_surface(gm, batches[:1], steps=7, span=0.5, seed=seed)
     series = {
-        f"y = {y:g}": (list(found.offsets), [row[index] for row in found.losses])
+        f"y = {y:.2g}": (list(found.offsets), [row[index] for row in found.losses])
         for index, y in enumerate(found.offsets)
     }
     note = "The recipe's loss at weights + x · first + y · second direction, each as long as the weights themselves."
