@@ -37,6 +37,7 @@ def test_every_measure_of_a_rounded_student(classifier: Path, texts: Path, tmp_p
     assert ran.out.endswith(f"wrote {page}\n")
 
 
+@pytest.mark.slow
 def test_a_checkpoints_student_is_analysed_by_its_own_recipe(
     classifier: Path, checkpoint: Path, texts: Path
 ) -> None:

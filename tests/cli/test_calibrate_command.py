@@ -63,6 +63,7 @@ def test_the_checkpoint_is_the_calibrated_student(calibrated: tuple[Path, Ran], 
     assert facts(student).stage == "packed"
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_it(
     calibrated: tuple[Path, Ran], classifier: Path, rows_file: Path, tmp_path: Path
 ) -> None:

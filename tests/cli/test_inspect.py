@@ -154,6 +154,7 @@ def test_a_factory_and_a_folder_without_weights(
     assert "pixel_values: [batch, 3" in out
 
 
+@pytest.mark.slow
 def test_without_values_the_same_is_said(run: Run, folder: Path) -> None:
     code, out, err = run("inspect", folder, "--meta")
     assert (code, err) == (0, "")
@@ -307,6 +308,7 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
 
 
+@pytest.mark.slow
 def test_the_installed_command_stops_quietly_when_its_reader_goes(folder: Path) -> None:
     command = [str(Path(sys.executable).with_name("ti-fx")), "inspect", str(folder), "--dump"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shown:

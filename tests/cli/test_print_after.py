@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from refusals import contents, refused
 
 from ti_fx.ir.pipeline import name_of
@@ -13,6 +14,7 @@ from ti_fx.passes.lower import LOWER
 SOURCE = ("export", "lowering_models:small_source", "--ternarize")
 
 
+@pytest.mark.slow
 def test_the_text_after_a_lowering_pass_is_printed(
     run: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def test_a_short_training_shortens_a_preset_and_says_so(tmp_path: Path, train_co
     assert "steps was 8 and is 9" in ran.err
 
 
+@pytest.mark.slow
 def test_an_intervened_part_is_as_long_as_asked(tmp_path: Path, train_command: Train) -> None:
     ran = train_command(tmp_path / "run", "--recipe", "ti-m", "--steps", 4, "--intervention-steps", 0.5)
     assert (ran.code, ran.err) == (0, "")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from classifier import Train
 from refusals import assert_one_line, contents, refused, without_attention
+from slow import slow
 from tiny_training import trainer
 
 import ti_fx
@@ -37,9 +38,7 @@ def mounted(folder: Path, *options: str) -> bool:
     return False
 
 
-@pytest.fixture(
-    params=["below a file", pytest.param("read-only mount", marks=pytest.mark.slow), "no permission"]
-)
+@pytest.fixture(params=["below a file", *slow("read-only mount"), "no permission"])
 def unwritable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A folder that can't be written to, in each way there is."""
     folder = tmp_path / "place"

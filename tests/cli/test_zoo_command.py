@@ -142,6 +142,7 @@ def test_a_factory_goes_through_the_whole_chain(run: Called, models: str, tmp_pa
     assert re.search(r"^  runtime +1 of 1 \(100\.0%\)$", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_told_apart(run: Called, models: str, tmp_path: Path) -> None:
     kept, page = tmp_path / "zoo.json", tmp_path / "zoo.html"
     work = [f"{models}:{name}" for name in ("dies", "refused", "without", "raises", "returns_nothing")]

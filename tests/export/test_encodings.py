@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from encoded_model import ROWS, Model, example, packed, prepared
+from slow import slow
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -163,7 +164,7 @@ def test_encodings_of_the_same_numerics_are_exported_from_each_other(files: File
         to_onnx(gm, tmp_path / "other.onnx", example(), encoding="nbits2")
 
 
-@pytest.mark.parametrize("trained", ["float", "nbits2"])
+@pytest.mark.parametrize("trained", [*slow("float"), "nbits2"])
 def test_requantised_files_say_what_it_cost(files: Files, trained: str, tmp_path: Path) -> None:
     gm, _ = files[trained]
     report = to_onnx(gm, tmp_path / "other.onnx", example(), encoding="base3", requantize=True)
@@ -245,6 +246,7 @@ def test_what_no_encoding_can_be_given_is_refused() -> None:
         prepared(QuantizeActivations(encodings={"first": "nbits3"}))
 
 
+@pytest.mark.slow
 def test_several_encodings_are_set_before_an_intervention() -> None:
     from exported_models import bert, bert_example
 
@@ -269,7 +271,7 @@ def test_a_recipe_holds_several_encodings(tmp_path: Path) -> None:
     assert written["activations"]["encodings"] == {"*.fc": "float", "a b": "base3"}
 
 
-@pytest.mark.parametrize("name", ["nbits2", "int8-tensor", "base3"])
+@pytest.mark.parametrize("name", ["base3", *slow("nbits2", "int8-tensor")])
 def test_rows_that_end_within_a_byte(name: str, tmp_path: Path) -> None:
     """161 codes a row: GatherBlockQuantized and MatMulNBits read whole bytes, so the general rule applies."""
     gm = packed(QuantizeActivations(name), Model(161))
@@ -278,6 +280,7 @@ def test_rows_that_end_within_a_byte(name: str, tmp_path: Path) -> None:
     assert {node.domain for node in nodes_of(report.path)} <= {"", "com.microsoft"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nbits2", pytest.param("portable", marks=pytest.mark.slow)])
 def test_attention_is_quantised_in_every_encoding(name: str, tmp_path: Path) -> None:
     """The map's last dimension is dynamic, and of nbits2 shorter than a block."""
@@ -289,6 +292,7 @@ def test_attention_is_quantised_in_every_encoding(name: str, tmp_path: Path) -> 
     assert report.parity.nodes is not None
 
 
+@pytest.mark.slow
 def test_what_is_kept_may_be_stored_in_half_the_bytes(tmp_path: Path) -> None:
     whole, gm = prepared(QuantizeActivations()), prepared(QuantizeActivations())
     ti_fx.Pipeline(Strip(), Pack())(whole)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lowering_models import Small, packed_small, small_example
 from models import Tiny
+from slow import slow
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -62,7 +63,7 @@ def test_a_lowered_graph_is_one_of_its_own(bert: Tiny, encoding: str, attention:
     assert len(to_networkx(lowered)) == len(lowered.graph.nodes)
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", *slow("t5")])
 def test_other_architectures_are_lowered_without_a_guard(kind: str, request: pytest.FixtureRequest) -> None:
     gm = packed(request.getfixturevalue(kind))
     guards = guard_count(gm)

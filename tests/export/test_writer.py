@@ -142,6 +142,7 @@ def test_every_encoding_computes_what_was_trained(encoding: str, attention: bool
     assert max(row.maximum for row in report.parity.differences) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["int8-token", "reference", "float"])
 def test_small_layers_agree_in_every_encoding(encoding: str, tmp_path: Path) -> None:
     """The biases are large: ONNX Runtime's fused product would lose them with a scale per token."""

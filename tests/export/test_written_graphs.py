@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from exported_models import Layers, layers_example, packed
+from slow import slow
 from torch import Tensor
 from torch.fx import Graph
 
@@ -17,6 +18,7 @@ from ti_fx.export import Runtime, to_onnx
 from ti_fx.export.compare.nodes import choice_of
 
 
+@pytest.mark.slow
 def test_a_number_before_a_tensor_and_a_needless_squeeze_are_exported(tmp_path: Path) -> None:
     class Masked(Layers):
         def forward(self, values: Tensor, mask: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
@@ -73,6 +75,7 @@ def test_parts_of_a_size_that_is_not_fixed_and_masks_as_outputs(tmp_path: Path) 
     assert report.parity.nodes is not None
 
 
+@pytest.mark.slow
 def test_outputs_may_have_several_rows_for_each_of_the_batch(tmp_path: Path) -> None:
     """Codebooks: with the batch in another order, rows change places by groups."""
 
@@ -114,7 +117,7 @@ def test_equals_may_be_chosen_in_any_order() -> None:
         assert not torch.equal(got, choice.in_order(torch.tensor([[2, 1, 3]], dtype=dtype)))
 
 
-@pytest.mark.parametrize("encoding", ["int8-token", "float"])
+@pytest.mark.parametrize("encoding", ["int8-token", *slow("float")])
 def test_rows_that_are_no_numbers_are_compared_as_such(encoding: str, tmp_path: Path) -> None:
     """A row that is all padding: NaN in both. The allowance for the others is that of their own range."""
 

@@ -140,7 +140,7 @@ def saved(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("checkpoint-*")))
 
 
-@pytest.mark.parametrize("block", seeds(5, 150))
+@pytest.mark.parametrize("block", seeds(3, 150))
 def test_a_flipped_byte_of_a_checkpoint_is_found_or_harmless(saved: Path, block: range) -> None:
     inputs = text_example()
 
@@ -155,7 +155,7 @@ def test_a_flipped_byte_of_a_checkpoint_is_found_or_harmless(saved: Path, block:
         flipped(saved, seed, answer, lambda found: torch.equal(found[0], logits) and found[1] == tokens)
 
 
-@pytest.mark.parametrize("block", seeds(6, 150))
+@pytest.mark.parametrize("block", seeds(4, 150))
 def test_a_flipped_byte_of_a_training_state_is_found_or_harmless(
     run: TernaryTrainer, block: range, tmp_path: Path
 ) -> None:

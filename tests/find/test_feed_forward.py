@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import t5_model
+from slow import slow
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -125,7 +126,7 @@ def weight_name(node: Node | None) -> str | None:
 
 
 # One plain, one gated, one fused, one parallel, one with experts; the others are captured by `make test-full`.
-QUICK = ("bert", "llama", "phi3", "gpt_neox", "mixtral")
+QUICK = ("bert", "llama", "mixtral")
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
 
 
@@ -206,7 +207,7 @@ def test_passes_move_no_site(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["bert", "llama", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "t5"))],
+    ["bert", "llama", *slow("phi3", "gpt2", "t5")],
 )
 def test_names_say_nothing(name: str) -> None:
     gm = captured(name)[2]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import VOCABULARY, PlainTransformer, bert_model, seeded, text_example
+from slow import slow
 from tiny_training import batch, trainer
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -116,7 +117,7 @@ BASES = {f"blocks.0.{name}.base.weight" for name in ("q", "v", "o", "feed_forwar
 OTHERS = {"blocks.0.k.weight", "blocks.0.feed_forward.0.weight", "words.base.weight"}
 
 
-@pytest.mark.parametrize("wrap", [LoRA, Factors, Two])
+@pytest.mark.parametrize("wrap", [LoRA, *slow(Factors, Two)])
 def test_the_layers_are_ternary_and_the_adapters_are_not(wrap: Wrap) -> None:
     gm = graph(adapted(wrap))
     assert ternary(gm) == BASES | OTHERS
@@ -159,7 +160,7 @@ class Chain(LoRA):
         return result
 
 
-@pytest.mark.parametrize("wrap", [Bottleneck, Wide, Chain])
+@pytest.mark.parametrize("wrap", [Bottleneck, *slow(Wide, Chain)])
 def test_what_is_no_adapter(wrap: Wrap) -> None:
     found = ternary(graph(adapted(wrap)))
     assert {"blocks.0.q.lora_A.weight", "blocks.0.q.lora_B.weight"} <= found

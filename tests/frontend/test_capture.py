@@ -23,6 +23,7 @@ from models import (
     tokens,
     vit_model,
 )
+from slow import slow
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
@@ -74,7 +75,7 @@ def test_the_graph_equals_the_model(tiny: Tiny, training: bool) -> None:
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 7), (4, 1), (2, 2), (5, 12)])
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", *slow("t5")])
 def test_other_sizes(name: str, batch: int, length: int, request: pytest.FixtureRequest) -> None:
     tiny: Tiny = request.getfixturevalue(name)
     example = text_example(batch, length)
@@ -132,7 +133,7 @@ def test_a_failed_capture_restores_the_model() -> None:
     assert not any(part.training for part in model.modules())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float64)])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     model: Any = bert_model(1)
     model.to(dtype)

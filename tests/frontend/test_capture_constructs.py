@@ -252,6 +252,7 @@ def test_images_keep_their_size_unless_asked_for() -> None:
     assert [isinstance(size, str) for size in every] == [True, False, True, True]
 
 
+@pytest.mark.slow
 def test_experts_are_batched_products_in_the_graph_and_the_model_is_left_as_it_was() -> None:
     entry = build("mixtral")
     config: Any = entry.model.config

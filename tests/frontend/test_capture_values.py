@@ -97,6 +97,7 @@ def test_checks_go_with_the_student_through_every_pass_and_into_a_file(tmp_path:
     to_onnx(gm, tmp_path / "padded.onnx", IDS)
 
 
+@pytest.mark.slow
 def test_checks_hold_in_a_compiled_training_step() -> None:
     gm = ti_fx.capture(Padded(), IDS)
     ti_fx.Pipeline(

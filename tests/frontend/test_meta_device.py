@@ -42,6 +42,7 @@ def test_the_graph_is_what_a_model_with_values_gives(device: str) -> None:
     assert all(parameter.is_meta for parameter in found.parameters())
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_not_compared() -> None:
     report = ti_fx.capture_report(ti_fx.capture(on_meta(), text_example()))
     assert report.checked == {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow
 from torch import Tensor, nn
 from transformers import BartConfig, BartForSequenceClassification
 from transformers.utils.import_utils import torch_compilable_check
@@ -80,7 +81,9 @@ def _packed(model: nn.Module) -> torch.fx.GraphModule:
     return gm
 
 
-@pytest.mark.parametrize("kind", [_Raises, _Asserts, _ChecksTensor, _ChecksNumber, _ChecksLikeTransformers])
+@pytest.mark.parametrize(
+    "kind", [_Raises, *slow(_Asserts, _ChecksTensor, _ChecksNumber), _ChecksLikeTransformers]
+)
 def test_graph_and_runtime_refuse_what_the_model_refuses(kind: type[_Checking], tmp_path: Path) -> None:
     model = kind().eval()
     gm = ti_fx.capture(model, {"input_ids": _ids(1, 1)}).eval()

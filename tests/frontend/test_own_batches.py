@@ -50,6 +50,7 @@ def test_an_image_with_two_texts(clip: Any, tmp_path: Path) -> None:
         assert expected.shape == (images, texts)
 
 
+@pytest.mark.slow
 def test_equal_batches_are_one(clip: Any) -> None:
     gm = ti_fx.capture(clip, clip_inputs(2, 2))
     dims = ti_fx.capture_report(gm).dims

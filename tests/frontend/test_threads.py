@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import bert_model, seeded, text_example
+from slow import slow_but
 from torch import Tensor, nn
 
 import ti_fx
@@ -56,7 +57,7 @@ def alone() -> list[Found]:
     return [captured(make()) for make in makers()]
 
 
-@pytest.mark.parametrize("_", range(TIMES))
+@pytest.mark.parametrize("_", slow_but([0], range(TIMES)))
 def test_two_threads_capture_two_models_at_once(_: int, alone: list[Found]) -> None:
     models = [make() for make in makers()]
     together = threading.Barrier(len(models))

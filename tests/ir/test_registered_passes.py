@@ -174,6 +174,7 @@ def test_a_bad_entry_point_is_refused_in_a_line(
     assert (ran.returncode, ran.stderr) == (2, f"ti-fx: {message}\n")
 
 
+@pytest.mark.slow
 def test_one_name_of_two_distributions_is_refused(tmp_path: Path) -> None:
     for name in ("mine", "theirs"):
         distribution(tmp_path, name, {"scale-loss": f"{name}:ScaleLoss"})

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers.models.bert.modeling_bert as modeling_bert
+from slow import slow
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
@@ -44,7 +45,7 @@ from ti_fx.passes import (
 from ti_fx.passes.prepare.look_up_first import LookUpFirst
 
 POINTS = ("map", "context", "output")
-MODELS = ("bert", "gpt2", "llama", "t5")
+MODELS = ("bert", *slow("gpt2", "llama", "t5"))
 
 
 def build(name: str) -> PreTrainedModel:

@@ -56,6 +56,7 @@ def test_the_update_flag_is_refused_under_ci(suite: Path) -> None:
     assert not (suite / "golden").exists()
 
 
+@pytest.mark.slow
 def test_a_golden_text_is_written_by_the_flag_and_then_compared(suite: Path) -> None:
     missing = run(suite, ci="true")
     assert missing.returncode == pytest.ExitCode.TESTS_FAILED

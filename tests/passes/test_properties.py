@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import PlainTransformer, Tiny, bert_model, gpt2_model, prepared, seeded, text_example, tokens
+from slow import slow, slow_but
 from torch import nn
 from torch.fx import GraphModule
 
@@ -127,13 +128,12 @@ def test_layers_one_after_the_other_are_all_layers(ready: GraphModule) -> None:
 
 
 COMMUTING = (
-    *(("bert", at, attention) for at in POINTS for attention in (False, True)),
-    ("gpt2", "map", True),
-    pytest.param("t5", "output", True, marks=pytest.mark.slow),
-    pytest.param("vit", "context", False, marks=pytest.mark.slow),
-    ("llama", "map", True),
-    ("torch_encoder", "output", False),
-    ("plain", "map", True),
+    *(("bert", at, True) for at in POINTS),
+    *slow(
+        *(("bert", at, False) for at in POINTS),
+        *(("gpt2", "map", True), ("t5", "output", True), ("vit", "context", False), ("llama", "map", True)),
+        *(("torch_encoder", "output", False), ("plain", "map", True)),
+    ),
 )
 
 
@@ -164,13 +164,7 @@ def test_prepare_passes_commute_or_refuse(
 
 @pytest.mark.parametrize(
     "encoding",
-    # those of one numerics differ in storage alone, and blocks of other lengths in a number
-    [
-        pytest.param(name, marks=pytest.mark.slow)
-        if name in ("portable", "base3", "nbits2-32", "nbits2-64")
-        else name
-        for name in ENCODINGS
-    ],
+    slow_but(("int8-tensor", "nbits2"), ENCODINGS),
 )
 def test_every_encoding_commutes_with_an_intervention(encoding: str, prepared_bert: GraphModule) -> None:
     ready = prepared_bert

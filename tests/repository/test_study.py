@@ -41,6 +41,7 @@ def setting() -> Setting:
     return Setting("tiny", "a tiny BERT", 8, 4, make, load, data, rates=(1e-3, 5e-3), seeds=2)
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_and_its_page_has_every_arm(tmp_path: Path) -> None:
     results, tiny = tmp_path / "results.json", setting()
     arms = [all_arms()[name] for name in ("ternarybert", "ti-m")]

@@ -118,7 +118,7 @@ class CachedStudent(NamedTuple):
 def cached_llama() -> CachedStudent:
     """Return a tiny LLaMA with its student; made once a process, so a test changes none of it."""
     torch.manual_seed(0)
-    model = in_eval(llama_model())
+    model = in_eval(llama_model(num_hidden_layers=1))
     differing(model)
     example = text_example(batch=2)
     student = packed(model, example)

@@ -251,7 +251,13 @@ def plain() -> Tiny:
 
 
 ALL = ("bert", "gpt2", "t5", "vit", "llama", "torch_encoder", "plain")
-SLOW = ("t5", "torch_encoder")  # `make test-full` has each test of `tiny` on these, too
+SLOW = (
+    "gpt2",
+    "t5",
+    "llama",
+    "torch_encoder",
+    "plain",
+)  # `make test-full` has each test of `tiny` on these, too
 
 
 @pytest.fixture(

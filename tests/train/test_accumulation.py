@@ -59,6 +59,7 @@ def test_masked_losses_of_unequal_rows_accumulate_to_the_whole(size: int, count:
             assert made[1][1][name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_language_models_own_loss_is_over_all_labels_of_the_step(tmp_path: Path) -> None:
     recipe = Recipe("language", activations=BY_TOKEN, distill=Distill(task=1.0, mask_padding=True))
     whole, logged = step(tmp_path, recipe, gpt2(), 8, 1, train_dataset=unequal_rows(causal=True))

@@ -174,6 +174,7 @@ def test_a_share_of_one_trains_as_the_intervention_and_zero_as_none(tmp_path: Pa
         assert different(trained(blended), trained(Phase("plain", same))) == []
 
 
+@pytest.mark.slow
 def test_moving_shares_never_recompile(tmp_path: Path) -> None:
     torch._dynamo.reset()
     torch.compiler.set_default_backend("eager")
@@ -199,6 +200,7 @@ def test_moving_shares_never_recompile(tmp_path: Path) -> None:
         torch.compiler.set_default_backend(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("each", [pytest.param("rows", marks=pytest.mark.slow), "tokens"])
 def test_rows_and_tokens_are_drawn_in_training_alone(each: Any, tmp_path: Path) -> None:
     intervene = Intervene("layer+map", blend=each)

@@ -102,6 +102,7 @@ def test_a_plain_pytorch_model_trains(tmp_path: Path) -> None:
     assert torch.equal(loaded(**example), made.student()(**example))
 
 
+@pytest.mark.slow
 def test_another_module_teaches(tmp_path: Path) -> None:
     teacher = bert_model(layers=1)
     with torch.no_grad():

@@ -95,6 +95,7 @@ def test_a_label_column_of_another_name_is_refused_or_named(tmp_path: Path) -> N
     assert history(named)[0]["loss_task"] > 0
 
 
+@pytest.mark.slow
 def test_labels_of_evaluation_rows_alone_reach_the_metrics(tmp_path: Path) -> None:
     made = trainer(
         tmp_path,

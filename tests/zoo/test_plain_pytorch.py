@@ -33,16 +33,10 @@ POINTS = ("map", "context", "output")
 # One of each kind; the slow tests export and train the rest.
 EXPORTED = ("perceiver",)
 TRAINED = (
-    *("torch_encoder_fast_path", "infinite_mask", "rotary", "softcapped", "sinks", "disentangled"),
-    *("handwritten_softmax", "sdpa_grouped", "fused_split", "weight_norm", "lora", "tied_head"),
-    *("shared_layers", "perceiver", "without_output", "experts", "linear_attention", "differential"),
+    *("torch_encoder_fast_path", "rotary", "sinks", "handwritten_softmax", "fused_split", "lora"),
+    *("shared_layers", "perceiver", "without_output", "experts", "linear_attention"),
 )
-
-
-CAPTURED = (
-    *TRAINED,
-    *("torch_transformer", "windowed", "alibi", "relative_bias", "talking_heads", "qk_norm", "convolved"),
-)
+CAPTURED = (*TRAINED, "windowed")
 
 
 def each(chosen: Iterable[str]) -> pytest.MarkDecorator:

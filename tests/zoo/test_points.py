@@ -22,6 +22,7 @@ from ti_fx.zoo.count import attention_calls
 from ti_fx.zoo.points import replacements
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "albert"))]
 )

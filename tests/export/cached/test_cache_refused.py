@@ -119,9 +119,9 @@ def test_a_graph_that_holds_its_examples_values_or_length_is_refused(decoder: Ca
 def test_a_graph_whose_keys_and_values_differ_in_length_is_refused(decoder: CachedStudent) -> None:
     """What T5Gemma 2's trace gives, whose masks are those of two lengths together."""
     gm = ti_fx.fork(decoder.cached)
-    (values,) = (node for node in gm.graph.find_nodes(op="placeholder") if node.target == "past_value_1")
+    (values,) = (node for node in gm.graph.find_nodes(op="placeholder") if node.target == "past_value_0")
     values.meta = {**values.meta, "val": torch.zeros(2, 2, 3, 8)}
-    with pytest.raises(CaptureError, match="takes past_value_1 to be of another length than past_key_1"):
+    with pytest.raises(CaptureError, match="takes past_value_0 to be of another length than past_key_0"):
         require_free(gm, decoder.model)
 
 

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from lowering_models import as_packed
+from slow import slow
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -123,7 +124,7 @@ WRONG = [
 ]
 
 
-@pytest.fixture(scope="module", params=["int8-tensor", "nbits2"])
+@pytest.fixture(scope="module", params=["int8-tensor", *slow("nbits2")])
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[nn.Module, Path, dict[str, Tensor]]:

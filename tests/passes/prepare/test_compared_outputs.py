@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import PlainTransformer, bert_model, seeded, text_example, tokens
+from slow import slow
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -50,7 +51,7 @@ def prepared(model: nn.Module, distill: Distill, example: Any = EXAMPLE) -> tupl
     return graph, report
 
 
-@pytest.mark.parametrize("form", ["named", "normalised", "tanh", "by hand", "norm"])
+@pytest.mark.parametrize("form", ["named", "norm", *slow("normalised", "tanh", "by hand")])
 def test_an_embedding_is_compared_as_a_vector_and_trains_its_layers(form: str) -> None:
     model = seeded(lambda: Embedder(form))
     with torch.no_grad():

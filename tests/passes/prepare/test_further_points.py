@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import Tiny, bert_model, prepared, text_example
 from recorder import run_recorded
+from slow import slow
 from torch import nn
 from torch.fx import GraphModule
 
@@ -36,10 +37,9 @@ PASSES = (
     Intervene("ffn"),
     Intervene("layer+ffn", blend="tokens"),
 )
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "llama", "vit")]
 
 
-@pytest.fixture(scope="module", params=["bert", "t5", *SLOW])
+@pytest.fixture(scope="module", params=["bert", *slow("t5", "gpt2", "llama", "vit")])
 def ready(request: pytest.FixtureRequest) -> tuple[Tiny, GraphModule]:
     """Each model with everything but an intervention; tests fork it."""
     tiny: Tiny = request.getfixturevalue(request.param)
