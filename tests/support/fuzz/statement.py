@@ -19,6 +19,7 @@ from fuzz.case import Case
 from fuzz.modules import Transformer, build
 
 MIN_ROWS = 32
+NOISE = 1e-6  # some last bits of float32
 
 
 class _Traced(nn.Module):
@@ -41,7 +42,9 @@ def ternary_weights(model: Transformer, case: Case, leaves: Mapping[str, Tensor]
     }
 
 
-def student_outputs(case: Case, model: Transformer, inputs: Mapping[str, Tensor], encoding: str) -> Any:
+def student_outputs(
+    case: Case, model: Transformer, inputs: Mapping[str, Tensor], encoding: str, noise: int | None = None
+) -> Any:
     """Return what the quantised student computes.
 
     Args:
@@ -49,12 +52,13 @@ def student_outputs(case: Case, model: Transformer, inputs: Mapping[str, Tensor]
         model: made with ``spelled``, in the mode wanted; it has the student's latent weights.
         inputs: of the model.
         encoding: of its activations.
+        noise: a seed of a relative noise of ``NOISE`` on every value that is quantised; None: none.
     """
     with torch.no_grad():
         return functional_call(
             _Traced(model),
             _prefixed(model, ternary_weights(model, case, dict(model.named_parameters()))),
-            (_trace(case, encoding), inputs),
+            (_trace(case, encoding, noise=noise), inputs),
             tie_weights=True,
         )
 
@@ -63,8 +67,15 @@ def _prefixed(model: Transformer, tensors: Mapping[str, Tensor]) -> dict[str, Te
     return {f"model.{name}": value for name, value in tensors.items()}
 
 
-def _trace(case: Case, encoding: str, point: str = "none", teacher: Trace | None = None) -> Trace:
+def _trace(
+    case: Case, encoding: str, point: str = "none", teacher: Trace | None = None, noise: int | None = None
+) -> Trace:
+    generator = torch.Generator().manual_seed(noise or 0)
+
     def quantise(value: Tensor) -> Tensor:
+        if noise is not None:
+            drawn = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            value = value * (1 + NOISE * drawn)
         return reference.fake_quant(value, encoding)
 
     return Trace(
