@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.find.packed import PRODUCTS, activation_of, packed_weights, ternary_factor
-from ti_fx.ir.edit import aten_name, call, erase
+from ti_fx.ir.edit import aten_name, call, erase, rename
 from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pass
@@ -54,7 +54,7 @@ class Requantize(Pass):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 erase(node)
             else:
-                node.target = quantiser.function
+                _swap(node, quantiser)
         if quantiser is not None and (recorded or not present):
             _quantise_products(gm, quantiser, recorded or _parameters(gm))
         record_facts(gm, encoding=self.encoding, encodings=dict.fromkeys(recorded, self.encoding))
@@ -65,6 +65,14 @@ class Requantize(Pass):
         for node in gm.graph.nodes:
             if quantiser_of(node) not in (None, wanted):
                 raise PostconditionError(f"requantize left %{node.name}")
+
+
+def _swap(node: Node, quantiser: Quantiser) -> None:
+    """Let a fake-quantiser be another one, whose bits its name says."""
+    old = quantiser_of(node)
+    node.target = quantiser.function
+    if old is not None and old.suffix != quantiser.suffix:
+        rename(node, f"{node.all_input_nodes[0].name}_{quantiser.suffix}")
 
 
 def _parameters(gm: GraphModule) -> set[str]:
@@ -80,6 +88,6 @@ def _quantise_products(gm: GraphModule, quantiser: Quantiser, names: Collection[
             continue
         source = activation_of(node)
         if source not in inserted:
-            name = f"{source.name}_int8"
+            name = f"{source.name}_{quantiser.suffix}"
             inserted[source] = call(node, quantiser.function, (source,), name, "student")
         node.update_arg(PRODUCTS[aten_name(node)], inserted[source])

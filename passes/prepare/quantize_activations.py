@@ -207,7 +207,7 @@ def _insert(twins: dict[Node, Node], reader: Node, position: int, quantiser: Qua
     below = between[-1] if between else reader
     if node is None:
         base = twins.get(source, source).name
-        node = call(below, quantiser.function, (source,), f"{base}_int8", "student")
+        node = call(below, quantiser.function, (source,), f"{base}_{quantiser.suffix}", "student")
     below.replace_input_with(source, node) if between else _replace_argument(reader, position, node)
 
 

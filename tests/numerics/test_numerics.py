@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from grids import each_function
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -186,7 +187,10 @@ def test_statistics_are_in_float32_under_autocast(function: Callable[[Tensor], T
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("function", [numerics.ternary, lambda w: numerics.ternary(w, "row"), *FAKE_QUANTS])
+@pytest.mark.parametrize(
+    "function",
+    [numerics.ternary, lambda w: numerics.ternary(w, "row"), *each_function(QUANTISERS.values())],
+)
 def test_compiled_equals_eager(function: Callable[[Tensor], Tensor]) -> None:
     compiled = torch.compile(function, dynamic=True, fullgraph=True, backend="aot_eager")
     for shape in ((4, 6), (5, 7), (2, 3)):

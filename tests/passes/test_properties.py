@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from grids import FEW_BITS, QUICK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import PlainTransformer, Tiny, bert_model, gpt2_model, prepared, seeded, text_example, tokens
@@ -65,7 +66,8 @@ OPTIONS: tuple[Pass, ...] = (
     Ternarize(),
     Ternarize(weights="row", embeddings=None, clip=1.5),
     Ternarize(head=True, min_rows=8),
-    *(QuantizeActivations(encoding=name, attention=on) for name in ENCODINGS for on in (False, True)),
+    *(QuantizeActivations(encoding=name, attention=on) for name in QUICK for on in (False, True)),
+    *(QuantizeActivations(encoding=name, attention=True) for name in FEW_BITS[:1]),
     Distill(),
     Distill(logits=0.0, scores=0.5, variant="paper", task=0.25),
     Intervene(),
@@ -164,10 +166,10 @@ def test_prepare_passes_commute_or_refuse(
 
 @pytest.mark.parametrize(
     "encoding",
-    # those of one numerics differ in storage alone, and blocks of other lengths in a number
+    # those of one numerics differ in storage alone, and blocks of other lengths or bits in a number
     [
         pytest.param(name, marks=pytest.mark.slow)
-        if name in ("portable", "base3", "nbits2-32", "nbits2-64")
+        if name in ("portable", "base3", "nbits2-32", "nbits2-64", *FEW_BITS)
         else name
         for name in ENCODINGS
     ],

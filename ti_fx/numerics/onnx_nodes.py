@@ -60,3 +60,9 @@ def since_opset(opset: int) -> Callable[[_Function], _Function]:
 def dequantise(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Return ``(codes - zero point) * scale``: DequantizeLinear with one scale."""
     return node("DequantizeLinear", (codes, scale, zero_point), torch.float32, codes.shape)
+
+
+@since_opset(18)
+def at_most(codes: Tensor, most: int) -> Tensor:
+    """Return codes, uint8, none of which is above ``most``: Clip."""
+    return node("Clip", (codes, None, torch.full((), most, dtype=torch.uint8)), torch.uint8, codes.shape)
