@@ -11,8 +11,14 @@ from ti_fx.numerics.quantiser import Quantiser
 
 
 def quantised(value: Node, quantiser: Quantiser, before: Node) -> list[Node]:
-    """Return codes, scale and zero point of a value; they are inserted before a node unless they are there."""
-    codes, arguments = quantiser.codes, (value, *quantiser.options)
+    """Return codes, scale and zero point of a value; they are inserted before a node unless they are there.
+
+    Args:
+        value: what is quantised.
+        quantiser: how.
+        before: the fake-quantiser's node, which reads what the quantiser learned.
+    """
+    codes, arguments = quantiser.codes, (value, *before.args[1:], *quantiser.options)
     assert codes is not None
     whole = next((user for user in value.users if user.target is codes and user.args == arguments), None)
     if whole is None:

@@ -100,7 +100,7 @@ def test_the_numbers_are_the_formula(name: str) -> None:
 def test_a_range_has_no_more_values_than_its_bits(name: str) -> None:
     found = quantiser_of(name).function(VALUES["ends between two codes"])
     most = 2 ** bits_of(name) - (0 if is_asymmetric(name) else 1)
-    assert len(found.unique()) <= most
+    assert len(set(found.flatten().tolist())) <= most
     assert bool((quantiser_of(name).function(torch.zeros(3, 5)) == 0).all())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from grids import FEW_BITS, QUICK
+from grids import FEW_BITS, LEARNED, QUICK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import PlainTransformer, Tiny, bert_model, gpt2_model, prepared, seeded, text_example, tokens
@@ -67,7 +67,7 @@ OPTIONS: tuple[Pass, ...] = (
     Ternarize(weights="row", embeddings=None, clip=1.5),
     Ternarize(head=True, min_rows=8),
     *(QuantizeActivations(encoding=name, attention=on) for name in QUICK for on in (False, True)),
-    *(QuantizeActivations(encoding=name, attention=True) for name in FEW_BITS[:1]),
+    *(QuantizeActivations(encoding=name, attention=True) for name in (FEW_BITS[0], LEARNED[0])),
     Distill(),
     Distill(logits=0.0, scores=0.5, variant="paper", task=0.25),
     Intervene(),
@@ -169,7 +169,7 @@ def test_prepare_passes_commute_or_refuse(
     # those of one numerics differ in storage alone, and blocks of other lengths or bits in a number
     [
         pytest.param(name, marks=pytest.mark.slow)
-        if name in ("portable", "base3", "nbits2-32", "nbits2-64", *FEW_BITS)
+        if name in ("portable", "base3", "nbits2-32", "nbits2-64", *FEW_BITS, *LEARNED[1:])
         else name
         for name in ENCODINGS
     ],

@@ -21,7 +21,9 @@ QUICK = (
     "base3",
     "float",
 )
-FEW_BITS = tuple(name for name in ENCODINGS if name not in QUICK)
+LEARNED = tuple(name for name, encoding in ENCODINGS.items() if encoding.name.endswith("learned"))
+FEW_BITS = tuple(name for name in ENCODINGS if name not in (*QUICK, *LEARNED))
+UNLEARNED = tuple(name for name in ENCODINGS if name not in LEARNED)
 _quick = {ENCODINGS[name].numerics for name in QUICK}
 
 
@@ -31,8 +33,9 @@ def each(names: Iterable[str] = ENCODINGS) -> list[Any]:
 
 
 def each_function(quantisers: Iterable[Quantiser]) -> list[Any]:
-    """Return the functions of quantisers as parameters, slow where no quick encoding has one."""
+    """Return the functions of quantisers of a value alone as parameters, slow where no quick encoding has one."""
     return [
         one.function if one.name in _quick else pytest.param(one.function, marks=pytest.mark.slow)
         for one in quantisers
+        if one.start is None
     ]

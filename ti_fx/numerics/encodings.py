@@ -61,6 +61,7 @@ _FEW_BITS: tuple[tuple[str, str, str, tuple[int, ...]], ...] = (
     ("tensor-symmetric", "symmetric", "tensor", (4, 2)),
     ("token", "symmetric", "token", (4, 2)),
     ("token-asymmetric", "asymmetric", "token", (8, 4, 2)),
+    ("learned", "symmetric", "tensor, which is learned and a constant of the file", (8, 4, 2)),
     ("block-32", "symmetric", _NEIGHBOURS, (4, 2)),
     ("block-32-asymmetric", "asymmetric", _NEIGHBOURS, (8, 4, 2)),
 )  # name, kind and range of encodings whose quantisers differ in bits alone, and which bits there are

@@ -63,6 +63,7 @@ def dequantise(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 @since_opset(18)
-def at_most(codes: Tensor, most: int) -> Tensor:
-    """Return codes, uint8, none of which is above ``most``: Clip."""
-    return node("Clip", (codes, None, torch.full((), most, dtype=torch.uint8)), torch.uint8, codes.shape)
+def within(codes: Tensor, least: int, most: int) -> Tensor:
+    """Return codes, uint8, moved into the range from ``least`` to ``most``: Clip."""
+    ends = (torch.full((), end, dtype=torch.uint8) for end in (least, most))
+    return node("Clip", (codes, *ends), torch.uint8, codes.shape)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ti_fx.numerics.onnx_nodes import Quantised
+from ti_fx.numerics.uniform import largest_code
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,20 @@ class Quantiser:
         opset: the first ONNX opset that can express it.
         per_token: whether the scale of ``codes`` has one entry per token.
         block: neighbours of a token that share a scale within MatMulNBits; 0 where another product reads it.
+        start: the first value, ``()``, of a step that is learned, from values as they are to be rounded. The step is a
+            Parameter that ``function``, ``step`` and ``codes`` take after the tensor; None: they take no more.
     """
 
-    function: Callable[[Tensor], Tensor]
+    function: Callable[..., Tensor]
     batch_invariant: bool
-    step: Callable[[Tensor], Tensor]
+    step: Callable[..., Tensor]
     codes: Callable[..., Quantised] | None
     value: Callable[..., Tensor] | None
     opset: int
     per_token: bool = False
     block: int = 0
     options: tuple[int, ...] = ()
+    start: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.codes is None and self.value is None:
@@ -56,12 +60,12 @@ class Quantiser:
 
 def step_of_tensor(value: Tensor, bits: int = 8) -> Tensor:
     """Return the step of a symmetric range over the whole tensor, ``()``; an asymmetric one's is smaller."""
-    return value.abs().max().double() / (2 ** (bits - 1) - 1)
+    return value.abs().max().double() / largest_code(bits)
 
 
 def step_of_token(value: Tensor, bits: int = 8) -> Tensor:
     """Return the step of a symmetric range over each vector of the last dimension, ``(..., 1)``."""
-    return value.abs().amax(-1, keepdim=True).double() / (2 ** (bits - 1) - 1)
+    return value.abs().amax(-1, keepdim=True).double() / largest_code(bits)
 
 
 def asymmetric_step_of_tensor(value: Tensor, bits: int) -> Tensor:
@@ -70,10 +74,10 @@ def asymmetric_step_of_tensor(value: Tensor, bits: int) -> Tensor:
     What was rounded may span one step less than the range, where both its ends lie beside the middle of two codes.
     """
     span = value.amax().clamp(min=0).double() - value.amin().clamp(max=0).double()
-    return span / (2**bits - 2)
+    return span / (2 * largest_code(bits))
 
 
 def asymmetric_step_of_token(value: Tensor, bits: int) -> Tensor:
     """Return the same of each vector of the last dimension, ``(..., 1)``."""
     low, high = value.amin(-1, keepdim=True).double(), value.amax(-1, keepdim=True).double()
-    return (high.clamp(min=0) - low.clamp(max=0)) / (2**bits - 2)
+    return (high.clamp(min=0) - low.clamp(max=0)) / (2 * largest_code(bits))

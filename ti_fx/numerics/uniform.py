@@ -15,12 +15,17 @@ def one_where_zero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
+def largest_code(bits: int) -> int:
+    """Return the largest code of a symmetric range, 2**(bits - 1) - 1."""
+    return (1 << (bits - 1)) - 1
+
+
 def symmetric_scale(largest: Tensor, bits: int) -> Tensor:
     """Return the step of a range around zero: max|x| / (2**(bits - 1) - 1), so ±max|x| are codes themselves.
 
     ``largest``: max|x| of each range, any shape. Of zeros it is 1.
     """
-    return one_where_zero(largest / (2 ** (bits - 1) - 1))
+    return one_where_zero(largest / largest_code(bits))
 
 
 def symmetric(value: Tensor, largest: Tensor, bits: int) -> Tensor:
@@ -33,7 +38,7 @@ def symmetric(value: Tensor, largest: Tensor, bits: int) -> Tensor:
         largest: max|x| of each range, of a shape that broadcasts.
         bits: 2 to 8.
     """
-    most, scale = 2 ** (bits - 1) - 1, symmetric_scale(largest, bits)
+    most, scale = largest_code(bits), symmetric_scale(largest, bits)
     return (value / scale).round_().clamp_(-most, most).mul_(scale)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from grids import each
+from grids import UNLEARNED, each
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -47,7 +47,7 @@ def quantisers(gm: GraphModule) -> list[str]:
     return [found.name for node in gm.graph.nodes if (found := quantiser_of(node))]
 
 
-@pytest.mark.parametrize("name", each())
+@pytest.mark.parametrize("name", each(UNLEARNED))
 @pytest.mark.parametrize("trained", ["int8-tensor", "nbits2", "float"])
 def test_it_is_the_student_that_was_trained_so_but_for_its_weights(trained: str, name: str) -> None:
     gm, wanted = packed(QuantizeActivations(trained)), packed(QuantizeActivations(name))

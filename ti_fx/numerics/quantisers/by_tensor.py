@@ -54,7 +54,7 @@ def quantise_tensor_asymmetric(value: Tensor, bits: int) -> onnx_nodes.Quantised
     scale, zero = asymmetric_scale(low, high, bits)
     zero_point = zero.to(torch.uint8)
     codes = onnx_nodes.node("QuantizeLinear", (value, scale, zero_point), torch.uint8, value.shape)
-    return onnx_nodes.at_most(codes, 2**bits - 1), scale, zero_point
+    return onnx_nodes.within(codes, 0, 2**bits - 1), scale, zero_point
 
 
 def _asymmetric_in(function: Callable[[Tensor], Tensor], bits: int) -> Quantiser:

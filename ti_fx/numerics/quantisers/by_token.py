@@ -61,7 +61,7 @@ def quantise_token_asymmetric(value: Tensor, bits: int) -> onnx_nodes.Quantised:
         axis=-1,
         block_size=int(value.shape[-1]),
     )
-    return codes if bits == 8 else onnx_nodes.at_most(codes, 2**bits - 1), scale, zero_point
+    return codes if bits == 8 else onnx_nodes.within(codes, 0, 2**bits - 1), scale, zero_point
 
 
 @since_opset(18)
