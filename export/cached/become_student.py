@@ -15,7 +15,6 @@ from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pass, Pipeline
 from ti_fx.ir.stages import CAPTURED, PACKED, PREPARED
-from ti_fx.numerics.encodings import get_encoding
 from ti_fx.passes import Pack, QuantizeActivations
 from ti_fx.passes.deploy.pack import half_name
 from ti_fx.passes.prepare.ternarize import quantise
@@ -137,11 +136,11 @@ def is_constant(name: str) -> bool:
 def _quantisers(student: GraphModule, weights: Collection[str]) -> QuantizeActivations:
     """Return the pass that gives a graph with these weights the student's activation quantisers."""
     encodings = {name: one.name for name, one in weight_encodings(student).items() if name in weights}
-    for name, one in encodings.items():
-        if (quantiser := get_encoding(one).quantiser) is not None and quantiser.start is not None:
+    for node in student.graph.nodes:
+        if (quantiser := quantiser_of(node)) is not None and quantiser.start is not None:
             raise ExportError(
-                f"{name} has activations of {one}, whose learned steps a graph with a cache can't take over; export it "
-                "without a cache, or train it with another encoding"
+                f"%{node.name} has a learned step, which a graph with a cache can't take over; export it without a "
+                "cache, or train it with an encoding whose ranges are not learned"
             )
     attention = any(
         aten_name(reader) in ("matmul", "bmm")

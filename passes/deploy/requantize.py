@@ -40,16 +40,18 @@ class Requantize(Pass):
     encoding: str
 
     def requires(self, gm: GraphModule) -> None:
-        """Packed weights: before ``Pack`` it is ``QuantizeActivations`` that sets the encoding."""
+        """Packed weights: before ``Pack`` it is ``QuantizeActivations`` that sets the encoding. Steps are learned."""
         wanted = get_encoding(self.encoding).quantiser
-        found = {
-            name: quantiser for name, quantiser in weight_quantisers(gm).items() if quantiser is not wanted
-        }
-        if wanted is not None and wanted.start is not None and found:
-            raise PreconditionError(
-                f"requantize can't learn the steps of {self.encoding}, and {next(iter(found))} has none; train with "
-                f"QuantizeActivations(encoding={self.encoding!r})"
-            )
+        if wanted is not None and wanted.start is not None:
+            lacking = [name for name, found in weight_quantisers(gm).items() if found is not wanted]
+            lacking += [
+                f"%{node.name}" for node in gm.graph.nodes if quantiser_of(node) not in (None, wanted)
+            ]
+            if lacking:
+                raise PreconditionError(
+                    f"requantize can't learn the steps of {self.encoding}, and {lacking[0]} has none; train with "
+                    f"QuantizeActivations(encoding={self.encoding!r})"
+                )
         if not any(packed_weights(gm)):
             raise PreconditionError("requantize needs packed weights", missing="pack")
 
