@@ -70,7 +70,8 @@ class ParityReport:
         tolerance: what was allowed, and why.
         tensors: how many stored tensors of the file were compared with the graph's, byte by byte.
         nodes: the comparison of single nodes.
-        skipped: cases that the model does not take, and why; the example itself was compared instead.
+        skipped: cases in which outputs were not compared, and why: the model does not take them, so the example itself
+            was compared instead, or a last bit moves an output by much of its range.
     """
 
     differences: tuple[OutputDifference, ...]

@@ -136,6 +136,12 @@ def is_constant(name: str) -> bool:
 def _quantisers(student: GraphModule, weights: Collection[str]) -> QuantizeActivations:
     """Return the pass that gives a graph with these weights the student's activation quantisers."""
     encodings = {name: one.name for name, one in weight_encodings(student).items() if name in weights}
+    for node in student.graph.nodes:
+        if (quantiser := quantiser_of(node)) is not None and quantiser.start is not None:
+            raise ExportError(
+                f"%{node.name} has a learned step, which a graph with a cache can't take over; export it without a "
+                "cache, or train it with an encoding whose ranges are not learned"
+            )
     attention = any(
         aten_name(reader) in ("matmul", "bmm")
         and all(quantiser_of(source) for source in reader.all_input_nodes)

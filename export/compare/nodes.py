@@ -288,7 +288,8 @@ def _product_step(gm: GraphModule, node: Node, values: Mapping[Node, Tensor]) ->
         quantiser = quantiser_of(argument)
         if quantiser is None:
             continue
-        step = quantiser.step(values[argument])
+        learned = [tensor(gm, str(one.target)) for one in argument.args[1:] if isinstance(one, Node)]
+        step = quantiser.step(values[argument], *learned)
         if step.shape[:-1] != values[node].shape[:-1]:
             step = step.max()  # its rows are not the product's
         weights = [as_packed(_untransposed(other)) for other in node.all_input_nodes]

@@ -87,6 +87,8 @@ def all_of(
     if outputs.failure is not None:
         compare_nodes(file, student, outputs.failure.inputs)  # names the node, if one differs at these sizes
         raise ParityError(outputs.failure.text) from outputs.failure.cause
+    for inputs in outputs.unsteady:
+        compare_nodes(file, student, inputs)
     return ParityReport(outputs.rows, tolerance_text(exact), count, single, outputs.skipped)
 
 

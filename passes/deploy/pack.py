@@ -13,6 +13,7 @@ from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.ir import roles
 from ti_fx.ir.edit import call, erase, erase_dead, get_attr, prune, register, supersede, tensor
 from ti_fx.ir.facts import facts
+from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.leaves import is_buffer_write
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import PACKED, PREPARED
@@ -122,6 +123,8 @@ def half_name(parameter: str) -> str:
 
 def _halve(gm: GraphModule, node: Node) -> None:
     value = tensor(gm, str(node.target)).detach()
+    if any(quantiser_of(reader) for reader in node.users):
+        return  # a step of activations, 4 bytes that every code is multiplied by
     if not isinstance(tensor(gm, str(node.target)), nn.Parameter) or value.dtype != torch.float32:
         return
     half = value.half()

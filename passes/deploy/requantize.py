@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from ti_fx.errors import PostconditionError, PreconditionError
-from ti_fx.find.packed import PRODUCTS, activation_of, packed_weights, ternary_factor
-from ti_fx.ir.edit import aten_name, call, erase
+from ti_fx.find.packed import PRODUCTS, activation_of, packed_weights, ternary_factor, weight_quantisers
+from ti_fx.ir.edit import aten_name, call, erase, prune, rename
 from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import PACKED
 from ti_fx.numerics.encodings import get_encoding
 from ti_fx.numerics.quantiser import Quantiser
+from ti_fx.passes.prepare.first_steps import erase_quantiser
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,18 @@ class Requantize(Pass):
     encoding: str
 
     def requires(self, gm: GraphModule) -> None:
-        """Packed weights: before ``Pack`` it is ``QuantizeActivations`` that sets the encoding."""
-        get_encoding(self.encoding)
+        """Packed weights: before ``Pack`` it is ``QuantizeActivations`` that sets the encoding. Steps are learned."""
+        wanted = get_encoding(self.encoding).quantiser
+        if wanted is not None and wanted.start is not None:
+            lacking = [name for name, found in weight_quantisers(gm).items() if found is not wanted]
+            lacking += [
+                f"%{node.name}" for node in gm.graph.nodes if quantiser_of(node) not in (None, wanted)
+            ]
+            if lacking:
+                raise PreconditionError(
+                    f"requantize can't learn the steps of {self.encoding}, and {lacking[0]} has none; train with "
+                    f"QuantizeActivations(encoding={self.encoding!r})"
+                )
         if not any(packed_weights(gm)):
             raise PreconditionError("requantize needs packed weights", missing="pack")
 
@@ -48,13 +59,15 @@ class Requantize(Pass):
         """Swap, remove or insert the quantisers, and record the encoding of each weight."""
         quantiser = get_encoding(self.encoding).quantiser
         present = [node for node in gm.graph.nodes if quantiser_of(node)]
-        recorded = facts(gm).encodings
+        recorded, learned = facts(gm).encodings, False
         for node in present:
             if quantiser is None:
                 node.replace_all_uses_with(node.all_input_nodes[0])
-                erase(node)
-            else:
-                node.target = quantiser.function
+                learned |= erase_quantiser(node)
+            elif quantiser_of(node) is not quantiser:
+                learned |= _swap(node, quantiser)
+        if learned:
+            prune(gm)
         if quantiser is not None and (recorded or not present):
             _quantise_products(gm, quantiser, recorded or _parameters(gm))
         record_facts(gm, encoding=self.encoding, encodings=dict.fromkeys(recorded, self.encoding))
@@ -65,6 +78,18 @@ class Requantize(Pass):
         for node in gm.graph.nodes:
             if quantiser_of(node) not in (None, wanted):
                 raise PostconditionError(f"requantize left %{node.name}")
+
+
+def _swap(node: Node, quantiser: Quantiser) -> bool:
+    """Let a fake-quantiser be another one, whose bits its name says; return whether a step is read no more."""
+    old, learned = quantiser_of(node), [one for one in node.args[1:] if isinstance(one, Node)]
+    node.target, node.args = quantiser.function, node.args[:1]
+    for one in learned:
+        if not one.users:
+            erase(one)
+    if old is not None and old.suffix != quantiser.suffix:
+        rename(node, f"{node.all_input_nodes[0].name}_{quantiser.suffix}")
+    return bool(learned)
 
 
 def _parameters(gm: GraphModule) -> set[str]:
@@ -80,6 +105,6 @@ def _quantise_products(gm: GraphModule, quantiser: Quantiser, names: Collection[
             continue
         source = activation_of(node)
         if source not in inserted:
-            name = f"{source.name}_int8"
+            name = f"{source.name}_{quantiser.suffix}"
             inserted[source] = call(node, quantiser.function, (source,), name, "student")
         node.update_arg(PRODUCTS[aten_name(node)], inserted[source])

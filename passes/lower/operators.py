@@ -158,14 +158,18 @@ def integer_linear(
     Args:
         codes: from the quantiser of the activation (``Quantiser.codes``), ``(..., inputs)``.
         scale: from the same quantiser.
-        zero_point: from the same quantiser.
+        zero_point: from the same quantiser: ``()``, or one a token, ``(..., 1)``. MatMulInteger of ONNX Runtime takes
+            one for all, so those of tokens are subtracted afterwards, times the sums of the weight's columns.
         weight: int8 ``(inputs, outputs)``.
         weight_scale: float32 ``()`` or ``(outputs,)``.
         bias: float32 ``(outputs,)`` or None.
         per_token: whether ``scale`` has one entry per token.
     """
     shape = [*codes.shape[:-1], weight.shape[1]]
-    total = node("MatMulInteger", (codes, weight, zero_point), torch.int32, shape)
+    of_tokens, zero = bool(zero_point.dim()), torch.zeros((), dtype=torch.uint8)
+    total = node("MatMulInteger", (codes, weight, zero if of_tokens else zero_point), torch.int32, shape)
+    if of_tokens:
+        total = total - zero_point.to(torch.int32) * weight.to(torch.int32).sum(0, dtype=torch.int32)
     result = total.to(torch.float32)
     # Per token in this order: with the scales multiplied first, ONNX Runtime 1.31 fuses MatMulIntegerToFloat and loses
     # the bias wherever the activation scale is per row.

@@ -47,6 +47,5 @@ class RoundActivations(Pass):
 def _rounded(node: Node, quantiser: Quantiser) -> Node:
     source: Any = node.args[0]
     if quantiser.value is not None:
-        options = (quantiser.block,) if quantiser.block else ()
-        return call(node, quantiser.value, (source, *options))
+        return call(node, quantiser.value, (source, *quantiser.options))
     return call(node, onnx_nodes.dequantise, tuple(quantised(source, quantiser, node)))

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ti_fx import numerics
@@ -14,13 +15,14 @@ from ti_fx.find.attention import find_attention
 from ti_fx.find.walk import MATMUL, projection_weight, reads_ternary
 from ti_fx.find.weights import projections, skipped
 from ti_fx.ir import roles
-from ti_fx.ir.edit import aten_name, call, erase
+from ti_fx.ir.edit import aten_name, call, prune
 from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.inserted import is_blend, is_ours, quantiser_of
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import CAPTURED, PREPARED
 from ti_fx.numerics.encodings import Encoding, get_encoding
 from ti_fx.numerics.quantiser import Quantiser
+from ti_fx.passes.prepare.first_steps import Rounded, erase_quantiser, first_steps, read_step
 
 Read = tuple[Node, int]  # a node, and which of its arguments is read
 
@@ -36,6 +38,7 @@ class QuantizeActivations(Pass):
     1. inputs of projections whose weight is ternary
     2. with ``attention``, the operands of both attention products: Q, K, map (after dropout) and V, as published
     3. an existing quantiser is replaced; encoding ``float`` removes it
+    4. one that learns its step reads a Parameter of its own, which starts from values on the example of the capture
 
     Attributes:
         encoding: a name from ``ti_fx.numerics.encodings.ENCODINGS``; recorded in the graph, where
@@ -85,14 +88,25 @@ class QuantizeActivations(Pass):
         wanted = self.select(gm)
         reads = self._reads(gm, wanted)
         # all that go, first: a quantiser that comes may then take the name of one that went
+        unlearned = False
         for reader, position, quantiser in reads:
             present = _present(reader, position)
             if present is not None and quantiser_of(present) is not quantiser:
-                _remove(reader, position, present)
+                unlearned |= _remove(reader, position, present)
+        if unlearned:
+            prune(gm)
+        new = [
+            (reader, position, quantiser)
+            for reader, position, quantiser in reads
+            if quantiser is not None and _present(reader, position) is None
+        ]
         twins = roles.twins(gm.graph)
-        for reader, position, quantiser in reads:
-            if quantiser is not None and _present(reader, position) is None:
-                _insert(twins, reader, position, quantiser)
+        steps = first_steps(
+            gm, [(_chain(reader, position)[-1], quantiser) for reader, position, quantiser in new]
+        )
+        for reader, position, quantiser in new:
+            if _present(reader, position) is None:  # readers of one detached input share what is before it
+                _insert(gm, twins, reader, position, quantiser, steps)
         recorded = {name: encoding.name for name, encoding in wanted.items()}
         record_facts(gm, encoding=self.encoding, encodings={**facts(gm).encodings, **recorded})
 
@@ -188,7 +202,7 @@ def _chain(reader: Node, position: int) -> list[Node]:
     assert isinstance(node, Node)
     chain = [node]
     while is_ours(node):
-        (node,) = node.all_input_nodes
+        node = node.all_input_nodes[0]
         chain.append(node)
     return chain
 
@@ -198,7 +212,14 @@ def _present(reader: Node, position: int) -> Node | None:
     return next((node for node in _chain(reader, position) if quantiser_of(node) is not None), None)
 
 
-def _insert(twins: dict[Node, Node], reader: Node, position: int, quantiser: Quantiser) -> None:
+def _insert(
+    gm: GraphModule,
+    twins: dict[Node, Node],
+    reader: Node,
+    position: int,
+    quantiser: Quantiser,
+    steps: Mapping[Rounded, Tensor],
+) -> None:
     """Let a read go through the source's quantiser of this kind, or through a new one."""
     *between, source = _chain(reader, position)
     node = next(
@@ -206,8 +227,10 @@ def _insert(twins: dict[Node, Node], reader: Node, position: int, quantiser: Qua
     )
     below = between[-1] if between else reader
     if node is None:
-        base = twins.get(source, source).name
-        node = call(below, quantiser.function, (source,), f"{base}_int8", "student")
+        name = f"{twins.get(source, source).name}_{quantiser.suffix}"
+        first = steps.get((source, quantiser))
+        learned = () if first is None else (read_step(gm, below, name, first),)
+        node = call(below, quantiser.function, (source, *learned), name, "student")
     below.replace_input_with(source, node) if between else _replace_argument(reader, position, node)
 
 
@@ -215,7 +238,8 @@ def _replace_argument(reader: Node, position: int, new: Node) -> None:
     reader.update_arg(position, new)
 
 
-def _remove(reader: Node, position: int, quantiser: Node) -> None:
+def _remove(reader: Node, position: int, quantiser: Node) -> bool:
+    """Let a read go past a quantiser, which is erased with its last one; return whether a step went with it."""
     chain = _chain(reader, position)
     index = chain.index(quantiser)
     source = chain[index + 1]
@@ -223,5 +247,4 @@ def _remove(reader: Node, position: int, quantiser: Node) -> None:
         chain[index - 1].replace_input_with(quantiser, source)
     else:
         _replace_argument(reader, position, source)
-    if not quantiser.users:
-        erase(quantiser)
+    return not quantiser.users and erase_quantiser(quantiser)

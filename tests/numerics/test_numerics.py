@@ -18,7 +18,7 @@ from ti_fx import numerics
 from ti_fx.numerics.quantisers import QUANTISERS
 
 GRANULARITIES: tuple[numerics.Granularity, ...] = ("tensor", "row")
-FAKE_QUANTS = [quantiser.function for quantiser in QUANTISERS.values()]
+FAKE_QUANTS = [quantiser.function for quantiser in QUANTISERS.values() if quantiser.start is None]
 Array = NDArray[numpy.float32]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from grids import FEW_BITS, LEARNED, QUICK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import PlainTransformer, Tiny, bert_model, gpt2_model, prepared, seeded, text_example, tokens
@@ -66,7 +67,8 @@ OPTIONS: tuple[Pass, ...] = (
     Ternarize(),
     Ternarize(weights="row", embeddings=None, clip=1.5),
     Ternarize(head=True, min_rows=8),
-    *(QuantizeActivations(encoding=name, attention=on) for name in ENCODINGS for on in (False, True)),
+    *(QuantizeActivations(encoding=name, attention=on) for name in QUICK for on in (False, True)),
+    *(QuantizeActivations(encoding=name, attention=True) for name in (FEW_BITS[0], LEARNED[0])),
     Distill(),
     Distill(logits=0.0, scores=0.5, variant="paper", task=0.25),
     Intervene(),

@@ -19,6 +19,7 @@ from ti_fx import Pass, Pipeline, Recipe
 from ti_fx.errors import CheckpointError
 from ti_fx.ir import roles
 from ti_fx.ir.edit import call, get_attr, register
+from ti_fx.passes import QuantizeActivations
 from ti_fx.train import TernaryTrainer
 
 aten = torch.ops.aten
@@ -76,6 +77,16 @@ def test_from_a_captured_graph(tmp_path: Path) -> None:
     saved, logits = trained(tmp_path, graph())
     same(ti_fx.load(saved, bert_model(layers=1)), logits)
     same(ti_fx.load(saved, graph()), logits)
+
+
+@pytest.mark.slow
+def test_with_steps_that_activations_learn(tmp_path: Path) -> None:
+    """Which the model lacks, and the passes make again."""
+    recipe = Recipe("learned", activations=QuantizeActivations("int4-learned"))
+    saved, logits = trained(tmp_path, bert_model(layers=1), recipe)
+    loaded = ti_fx.load(saved, bert_model(layers=1))
+    same(loaded, logits)
+    assert [name for name, _ in loaded.named_parameters() if name.startswith("activation_quant.")]
 
 
 @pytest.mark.slow

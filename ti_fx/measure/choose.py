@@ -32,6 +32,7 @@ from ti_fx.passes import DecomposeAttention, Pack, QuantizeActivations, Strip, T
 from ti_fx.recipe import Recipe
 
 CANDIDATES = ("int8-tensor", "int8-token", "nbits2")
+_WIDTH = 12  # of the column of names, at least
 AS_FAST = 1.05  # medians of a busy machine differ by so much from run to run
 
 
@@ -52,11 +53,13 @@ class Measured:
     on_disk: float
 
     def __str__(self) -> str:
+        return self.row(_WIDTH)
+
+    def row(self, width: int) -> str:
+        """Return a line of a table whose first column is so wide."""
         memory = "-" if self.megabytes is None else f"{self.megabytes:.0f} MB"
         alone = "no" if get_encoding(self.encoding).batch_invariant else "yes"
-        return (
-            f"  {self.encoding:12} {self.milliseconds:9.2f} ms  {memory:>8}  {self.on_disk:8.2f} MB  {alone}"
-        )
+        return f"  {self.encoding:{width}} {self.milliseconds:9.2f} ms  {memory:>8}  {self.on_disk:8.2f} MB  {alone}"
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,13 @@ class Choice:
     measured: tuple[Measured, ...]
 
     def __str__(self) -> str:
-        head = f"  {'encoding':12} {'one run':>12}  {'RAM':>8}  {'on disk':>11}  a row depends on its batch"
-        return "\n".join([f"{self.encoding}: {self.reason}", head, *map(str, self.measured)])
+        width = max(_WIDTH, *(len(one.encoding) for one in self.measured))
+        head = (
+            f"  {'encoding':{width}} {'one run':>12}  {'RAM':>8}  {'on disk':>11}  a row depends on its batch"
+        )
+        return "\n".join(
+            [f"{self.encoding}: {self.reason}", head, *(one.row(width) for one in self.measured)]
+        )
 
 
 def choose_encoding(

@@ -55,6 +55,17 @@ class Encoding:
         return self.quantiser is None or self.quantiser.batch_invariant
 
 
+_NEIGHBOURS = "32 neighbours of a token, which the file multiplies as floats"
+_FEW_BITS: tuple[tuple[str, str, str, tuple[int, ...]], ...] = (
+    ("tensor", "asymmetric", "tensor", (4, 2)),
+    ("tensor-symmetric", "symmetric", "tensor", (4, 2)),
+    ("token", "symmetric", "token", (4, 2)),
+    ("token-asymmetric", "asymmetric", "token", (8, 4, 2)),
+    ("learned", "symmetric", "tensor, which is learned and a constant of the file", (8, 4, 2)),
+    ("block-32", "symmetric", _NEIGHBOURS, (4, 2)),
+    ("block-32-asymmetric", "asymmetric", _NEIGHBOURS, (8, 4, 2)),
+)  # name, kind and range of encodings whose quantisers differ in bits alone, and which bits there are
+
 ENCODINGS: dict[str, Encoding] = {
     encoding.name: encoding
     for encoding in (
@@ -89,6 +100,15 @@ ENCODINGS: dict[str, Encoding] = {
             "computes as int8-tensor; five codes a byte on disk, 1.6 bits each, what is kept in half precision",
             storage="base3",
             kept="float16",
+        ),
+        *(
+            Encoding(
+                f"int{bits}-{ranges}",
+                f"int{bits}_{ranges}".replace("-", "_"),
+                f"{kind} activations of {bits} bits, one range per {whose}",
+            )
+            for ranges, kind, whose, every in _FEW_BITS
+            for bits in every
         ),
         Encoding("float", None, "activations stay in floating point"),
     )

@@ -60,3 +60,10 @@ def since_opset(opset: int) -> Callable[[_Function], _Function]:
 def dequantise(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Return ``(codes - zero point) * scale``: DequantizeLinear with one scale."""
     return node("DequantizeLinear", (codes, scale, zero_point), torch.float32, codes.shape)
+
+
+@since_opset(18)
+def within(codes: Tensor, least: int, most: int) -> Tensor:
+    """Return codes, uint8, moved into the range from ``least`` to ``most``: Clip."""
+    ends = (torch.full((), end, dtype=torch.uint8) for end in (least, most))
+    return node("Clip", (codes, *ends), torch.uint8, codes.shape)

@@ -56,6 +56,15 @@ def test_a_tensor_that_the_student_lacks_is_named() -> None:
         become(captured(1), gm)
 
 
+def test_learned_steps_are_refused() -> None:
+    gm = captured(0)
+    ti_fx.Pipeline(Ternarize(), QuantizeActivations("int4-learned"), Pack())(gm)
+    with pytest.raises(
+        ExportError, match=r"%values_int4 has a learned step, which a graph with a cache can't take"
+    ):
+        become(captured(1), gm)
+
+
 def test_the_passes_take_graphs_of_their_stage(student: GraphModule) -> None:
     with pytest.raises(PreconditionError, match="become-student takes a graph that is captured"):
         ti_fx.Pipeline(BecomeStudent(student))(ti_fx.fork(student))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grids import UNLEARNED, each
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -13,7 +14,7 @@ from ti_fx.find.packed import encoding_of, weight_quantisers
 from ti_fx.ir.facts import record_facts
 from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pass
-from ti_fx.numerics.encodings import ENCODINGS, WeightEncodings
+from ti_fx.numerics.encodings import WeightEncodings
 from ti_fx.passes import Pack, QuantizeActivations, Requantize, Ternarize
 
 INPUT = {"values": torch.ones(2, 64)}
@@ -46,7 +47,7 @@ def quantisers(gm: GraphModule) -> list[str]:
     return [found.name for node in gm.graph.nodes if (found := quantiser_of(node))]
 
 
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", each(UNLEARNED))
 @pytest.mark.parametrize("trained", ["int8-tensor", "nbits2", "float"])
 def test_it_is_the_student_that_was_trained_so_but_for_its_weights(trained: str, name: str) -> None:
     gm, wanted = packed(QuantizeActivations(trained)), packed(QuantizeActivations(name))

@@ -68,6 +68,7 @@ def _by_blocks(function: Callable[[Tensor], Tensor], block: int) -> Quantiser:
         value=fake_quant_block,
         opset=18,
         block=block,
+        options=(block,),
     )
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from ti_fx.numerics import onnx_nodes
 from ti_fx.numerics.gradients import straight_through
 from ti_fx.numerics.onnx_nodes import since_opset
-from ti_fx.numerics.quantiser import Quantiser, one_where_zero, step_of_tensor
+from ti_fx.numerics.quantiser import Quantiser, step_of_tensor
+from ti_fx.numerics.uniform import asymmetric
 
 
 def int8_tensor(value: Tensor) -> Tensor:
@@ -21,11 +22,7 @@ def int8_tensor(value: Tensor) -> Tensor:
 
 
 def _rounded(value: Tensor) -> Tensor:
-    low, high = value.amin().clamp(max=0), value.amax().clamp(min=0)
-    scale = one_where_zero((high - low) / 255)
-    zero_point = (-low / scale).clamp(0, 255).round()
-    codes = (value / scale).round_().add_(zero_point).clamp_(0, 255)
-    return codes.sub_(zero_point).mul_(scale)
+    return asymmetric(value, value.amin(), value.amax(), 8)
 
 
 @since_opset(18)

@@ -8,30 +8,22 @@ from torch import Tensor
 from ti_fx.numerics import onnx_nodes
 from ti_fx.numerics.gradients import straight_through
 from ti_fx.numerics.onnx_nodes import since_opset
-from ti_fx.numerics.quantiser import Quantiser, one_where_zero, step_of_token
+from ti_fx.numerics.quantiser import Quantiser, step_of_token
+from ti_fx.numerics.uniform import symmetric, symmetric_scale
 
 
 def int8_token(value: Tensor) -> Tensor:
     """Symmetric int8 with one scale per token (per vector along the last dimension): scale = max|x| / 127."""
-    return straight_through(value, _rounded)
-
-
-def _rounded(value: Tensor) -> Tensor:
-    scale = _scale(value)
-    return (value / scale).round_().clamp_(-127, 127).mul_(scale)
-
-
-def _scale(value: Tensor) -> Tensor:
-    return one_where_zero(value.abs().amax(dim=-1, keepdim=True) / 127)
+    return straight_through(value, fake_quant_token)
 
 
 @since_opset(21)
-def quantise_token(value: Tensor) -> onnx_nodes.Quantised:
+def quantise_token(value: Tensor, bits: int = 8) -> onnx_nodes.Quantised:
     """Return codes, scale and zero point in ONNX: QuantizeLinear with one block per token around zero point 128.
 
     The returned zero point is the scalar that MatMulInteger takes. The last dimension must be static.
     """
-    scale = _scale(value)
+    scale = symmetric_scale(value.abs().amax(dim=-1, keepdim=True), bits)
     zero_point = torch.full((), 128, dtype=torch.uint8)
     codes = onnx_nodes.node(
         "QuantizeLinear",
@@ -45,10 +37,9 @@ def quantise_token(value: Tensor) -> onnx_nodes.Quantised:
 
 
 @since_opset(18)
-def fake_quant_token(value: Tensor) -> Tensor:
-    """Return the fake-quantised value in ONNX: exact for any last dimension, a dynamic one too."""
-    scale = _scale(value)
-    return (value / scale).round().clamp(-127, 127) * scale
+def fake_quant_token(value: Tensor, bits: int = 8) -> Tensor:
+    """Return the fake-quantised value, in training and in ONNX: for any last dimension, a dynamic one too."""
+    return symmetric(value, value.abs().amax(dim=-1, keepdim=True), bits)
 
 
 INT8_TOKEN = Quantiser(

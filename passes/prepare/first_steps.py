@@ -1,0 +1,65 @@
+"""A learned step starts from the values that it will round, on the example of the capture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ti_fx.errors import PreconditionError
+from ti_fx.ir.edit import erase, get_attr, mode, register
+from ti_fx.ir.facts import facts
+from ti_fx.ir.run_by_need import RunByNeed
+from ti_fx.numerics.quantiser import Quantiser
+
+STEPS = "activation_quant"  # the submodule that holds them: activation_quant.<quantiser's node>.step
+Rounded = tuple[Node, Quantiser]  # a value, and a quantiser that rounds it
+
+
+def first_steps(gm: GraphModule, rounded: Iterable[Rounded]) -> dict[Rounded, Tensor]:
+    """Return the first step of each value whose quantiser learns one, ``()``.
+
+    Raises:
+        PreconditionError: the graph keeps no example, or its tensors have no values.
+    """
+    wanted = [one for one in dict.fromkeys(rounded) if one[1].start is not None]
+    if not wanted:
+        return {}
+    example, stored = facts(gm).example, next(gm.parameters())
+    if example is None or stored.is_meta:
+        lacks = "keeps no example" if example is None else "is on the meta device"
+        raise PreconditionError(
+            f"quantize-activations starts learned steps from values on the example, and the graph {lacks}; capture a "
+            "model that has values with ti_fx.capture"
+        )
+    found: dict[Rounded, Tensor] = {}
+
+    def see(values: Mapping[Node, Any]) -> None:
+        for source, quantiser in wanted:
+            assert quantiser.start is not None
+            found[source, quantiser] = quantiser.start(values[source])
+
+    sources = list(dict.fromkeys(source for source, _ in wanted))
+    batch = {name: value.to(stored.device) for name, value in example.items()}
+    with mode(gm, False):
+        RunByNeed(gm, [batch], sources).visit(sources, see)
+    return found
+
+
+def read_step(gm: GraphModule, before: Node, quantiser: str, first: Tensor) -> Node:
+    """Give a quantiser's node, called so, a Parameter of its own; return the node that reads it."""
+    target = f"{STEPS}.{quantiser}.step"
+    register(gm, target, nn.Parameter(first.clone()))
+    return get_attr(before, target, f"{quantiser}_step", "student")
+
+
+def erase_quantiser(node: Node) -> bool:
+    """Erase a fake-quantiser without readers and the step that it alone reads; return whether there was one."""
+    learned = [one for one in node.args[1:] if isinstance(one, Node)]
+    erase(node)
+    for one in learned:
+        if not one.users:
+            erase(one)
+    return bool(learned)
