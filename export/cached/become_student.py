@@ -15,6 +15,8 @@ from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pass, Pipeline
 from ti_fx.ir.stages import CAPTURED, PACKED, PREPARED
+from ti_fx.numerics.weight_codes import CLIP
+from ti_fx.numerics.weight_quantisers.twn import TWN
 from ti_fx.passes import Pack, QuantizeActivations
 from ti_fx.passes.deploy.pack import half_name
 from ti_fx.passes.prepare.ternarize import quantise
@@ -83,8 +85,8 @@ class BecomeStudent(Pass):
         for node in gm.graph.find_nodes(op="get_attr"):
             name, half = str(node.target), half_name(str(node.target))
             if name in weights:
-                by_row = tensor(self.student, weights[name].scale_name).dim()
-                quantise(node, "row" if by_row else "tensor")
+                # any method serves whose scale has the student's shape
+                quantise(node, TWN, {"granularity": _granularity(self.student, weights[name]), "clip": CLIP})
             elif is_constant(name):
                 continue
             elif name in kept:
@@ -126,6 +128,12 @@ def _stored(gm: GraphModule) -> set[str]:
 
 def _weights(student: GraphModule) -> dict[str, PackedWeight]:
     return {weight.parameter: weight for weight in packed_weights(student)}
+
+
+def _granularity(student: GraphModule, weight: PackedWeight) -> str:
+    if weight.group:
+        return f"group-{weight.group}"
+    return "row" if tensor(student, weight.scale_name).dim() else "tensor"
 
 
 def is_constant(name: str) -> bool:

@@ -35,7 +35,8 @@ class DequantiseWeights(Pass):
         known = known_codes(gm.graph)
         for weight in list(packed_weights(gm)):
             node = weight.node
-            parts = (int8_codes(gm, weight, False, known), marked_scale(gm, node, weight))
+            groups = (weight.group,) if weight.group else ()
+            parts = (int8_codes(gm, weight, False, known), marked_scale(gm, node, weight), *groups)
             supersede(node, call(node, operators.dequantised_weight, parts))
         gm.graph.eliminate_dead_code()
 

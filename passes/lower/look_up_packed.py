@@ -50,4 +50,5 @@ def _look_up(gm: GraphModule, node: Node, table: PackedWeight) -> None:
         supersede(node, call(node, operators.gather_ternary, (codes, scale, ids, columns)))
         return
     by_byte = code_table(gm, node, layout_of(table))
-    supersede(node, call(node, operators.look_up_by_table, (stored, scale, by_byte, ids, columns)))
+    groups = (table.group,) if table.group else ()
+    supersede(node, call(node, operators.look_up_by_table, (stored, scale, by_byte, ids, columns, *groups)))

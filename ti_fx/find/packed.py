@@ -25,13 +25,14 @@ PRODUCTS = {"linear": 0, "addmm": 1, "mm": 0, "matmul": 0}  # where a linear lay
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A call of ``unpack_ternary`` and what it reads."""
+    """A call of ``unpack_ternary`` and what it reads; ``group`` neighbours share a scale, 0: a row or all do."""
 
     node: Node
     codes: Node
     scale: Node
     shape: tuple[int, ...]
     dtype: torch.dtype
+    group: int = 0
 
     @property
     def codes_name(self) -> str:
@@ -55,7 +56,8 @@ def as_packed(argument: Any) -> PackedWeight | None:
         return None
     arguments: Any = argument.args
     codes, scale, shape, dtype = arguments
-    return PackedWeight(argument, codes, scale, tuple(shape), dtype)
+    group: Any = argument.kwargs.get("group", 0)
+    return PackedWeight(argument, codes, scale, tuple(shape), dtype, group)
 
 
 def looked_up(node: Node) -> PackedWeight | None:

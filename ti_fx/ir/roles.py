@@ -21,6 +21,8 @@ from ti_fx.errors import VerificationError
 KEY = "ti_fx"
 TEACHER = "teacher"  # the submodule that holds the teacher's frozen tensors
 TEACHER_PREFIX = f"{TEACHER}."  # of their names
+LEARNED = "weight_quant"  # the submodule that holds what quantisers of weights learn
+LEARNED_PREFIX = f"{LEARNED}."  # of their names: weight_quant.<parameter>.<name>
 Role = Literal["shared", "student", "teacher", "loss"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
