@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from ti_fx.errors import ExportError, PostconditionError
 from ti_fx.find.packed import PackedWeight, packed_weights, weight_encodings
-from ti_fx.ir.edit import aten_name, register, tensor
+from ti_fx.ir.edit import aten_name, get_attr, register, tensor
 from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pass, Pipeline
@@ -99,7 +99,7 @@ class BecomeStudent(Pass):
 
 @dataclass(frozen=True)
 class TakeCodes(Pass):
-    """The codes and the scale of each packed weight are the student's; the nodes stay.
+    """The codes and the scale of each packed weight are the student's; the nodes stay, and an offset is added.
 
     Attributes:
         student: a packed graph of the same model.
@@ -111,9 +111,13 @@ class TakeCodes(Pass):
 
     def apply(self, gm: GraphModule) -> None:
         """Replace the tensors."""
-        for weight in packed_weights(gm):
-            for target in (weight.codes_name, weight.scale_name):
+        own = _weights(self.student)
+        for weight in list(packed_weights(gm)):
+            for target in own[weight.parameter].names:
                 register(gm, target, tensor(self.student, target))
+            if (offset := own[weight.parameter].offset) is not None and weight.offset is None:
+                read = get_attr(weight.node, str(offset.target), offset.name, "student", like=weight.node)
+                weight.node.kwargs = {**weight.node.kwargs, "offset": read}
 
     def ensures(self, gm: GraphModule) -> None:
         """Both graphs hold the same tensors."""

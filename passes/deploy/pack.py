@@ -107,19 +107,19 @@ def pack_weight(gm: GraphModule, node: Node, weight: Tensor, learned: Sequence[T
     assert quantiser is not None
     assert isinstance(source, Node)
     with torch.no_grad():
-        codes, scale = quantiser.codes(weight, *learned, **options)
+        codes, *scales = quantiser.codes(weight, *learned, **options)
         packed = numerics.pack_codes(codes)
     sources = node.all_input_nodes
     name, reader = node.name, next(iter(node.users))
     parts = []
-    for suffix, value in (("codes", packed), ("scale", scale)):
+    for suffix, value in zip(("codes", "scale", "offset"), (packed, *scales), strict=False):
         target = f"packed.{source.target}_{suffix}"
         register(gm, target, value)
         parts.append(get_attr(node, target, f"{source.name}_{suffix}", "student", like=reader))
-    arguments = (*parts, list(weight.shape), weight.dtype)
+    arguments = (*parts[:2], list(weight.shape), weight.dtype)
     unpacked = call(node, numerics.unpack_ternary, arguments, f"{name}_unpacked", "student", like=reader)
-    if group := group_of(options["granularity"]):  # type: ignore[arg-type]
-        unpacked.kwargs = {"group": group}
+    group = group_of(options["granularity"])  # type: ignore[arg-type]
+    unpacked.kwargs = ({"group": group} if group else {}) | dict(zip(("offset",), parts[2:], strict=False))
     supersede(node, unpacked)
     for read in sources:
         if not read.users:

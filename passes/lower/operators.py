@@ -48,15 +48,25 @@ def codes_from_table(stored: Tensor, table: Tensor, shape: Sequence[int]) -> Ten
 
 
 @since_opset(18)
-def dequantised_weight(codes: Tensor, scale: Tensor, group: int = 0) -> Tensor:
+def dequantised_weight(codes: Tensor, scale: Tensor, group: int = 0, offset: Tensor | None = None) -> Tensor:
     """Return the float32 ternary weight of int8 codes. ONNX Runtime folds it into a constant when it loads the file.
 
-    ``group``: how many neighbours share a scale, ``(..., groups)``; 0: a row or the tensor has one.
+    ``group``: how many neighbours share a scale, ``(..., groups)``; 0: a row or the tensor has one. ``offset``, of the
+    scale's shape, is added.
 
     DequantizeLinear is avoided on purpose: DequantizeLinear(INT2) + MatMul is fused into MatMulNBits with 8-bit
     activations, which is another computation.
     """
-    return codes.to(torch.float32) * (_spread(scale, group, codes.shape[-1]) if group else scale)
+    return _scaled(codes, scale, group, offset)
+
+
+def _scaled(codes: Tensor, scale: Tensor, group: int, offset: Tensor | None) -> Tensor:
+    """Return codes times scale, and the offset added to it."""
+    size = codes.shape[-1]
+    value = codes.to(torch.float32) * (_spread(scale, group, size) if group else scale)
+    if offset is None:
+        return value
+    return value + (_spread(offset, group, size) if group else offset)
 
 
 def _spread(scale: Tensor, times: int, size: int) -> Tensor:
@@ -96,7 +106,13 @@ def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> T
 
 @since_opset(18)
 def look_up_by_table(
-    codes: Tensor, scale: Tensor, table: Tensor, ids: Tensor, columns: int, group: int = 0
+    codes: Tensor,
+    scale: Tensor,
+    table: Tensor,
+    ids: Tensor,
+    columns: int,
+    group: int = 0,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Look rows up in a table that stays packed in memory, with standard operators alone, as fast as the others do.
 
@@ -107,14 +123,17 @@ def look_up_by_table(
         ids: integers, any shape.
         columns: codes in a row.
         group: how many neighbours share a scale, 0: a row or the table has one.
+        offset: what is added, of the scale's shape.
     """
     stored = node("Gather", (codes, ids), torch.uint8, [*ids.shape, codes.shape[1]])
     found = torch.nn.functional.embedding(stored.to(torch.int32), table).flatten(-2)
     if found.shape[-1] != columns:
         found = found[..., :columns]
-    if scale.dim():
-        scale = torch.nn.functional.embedding(ids, scale)
-    return found.to(torch.float32) * (_spread(scale, group, columns) if group else scale)
+    scales = [
+        one if one is None or not one.dim() else torch.nn.functional.embedding(ids, one)
+        for one in (scale, offset)
+    ]
+    return _scaled(found, scales[0], group, scales[1])
 
 
 @since_opset(18)

@@ -45,6 +45,7 @@ def exported(
         ("int8-token", "row", "absmean", "MatMulInteger"),
         ("base3", "group-64", "sherry", "MatMul"),
         ("float", "group-32", "lsq", "MatMul"),
+        ("int8-tensor", "row", "dlt", "MatMul"),  # what is added is multiplied, too
     ],
 )
 def test_a_file_has_the_product_that_its_scales_allow(

@@ -19,7 +19,7 @@ from ti_fx.numerics.weight_quantisers import BY_FUNCTION, METHODS, get_method
 
 Array = NDArray[numpy.float64]
 FIXED = [method for method in METHODS.values() if not method.learned]
-LEARNED = [method for method in METHODS.values() if method.learned]
+STEPS = [get_method(name) for name in ("lsq", "seq")]
 CLIP = 1.5
 ROWS, SIZE = 6, 100  # of which no group is a divisor
 
@@ -127,15 +127,17 @@ def test_codes_times_scale_is_the_value_of_training_bit_for_bit(
     method: Any, granularity: Granularity
 ) -> None:
     weight = a_weight(torch.float32)
-    learned = [one.start(weight, granularity) for one in method.learned]
+    learned = [one.start(weight, granularity) + 0.01 for one in method.learned]
     value = method.function(weight, *learned, granularity=granularity)
-    codes, scale = method.codes(weight, *learned, granularity=granularity)
+    codes, scale, *shift = method.codes(weight, *learned, granularity=granularity)
     assert codes.dtype == torch.int8
     assert scale.shape == scale_shape(weight.shape, granularity)
-    assert torch.equal(codes * spread(scale, group_of(granularity), SIZE), value)
-    packed = numerics.pack_codes(codes)
-    group = group_of(granularity)
-    assert torch.equal(numerics.unpack_ternary(packed, scale, weight.shape, weight.dtype, group), value)
+    packed, group = numerics.pack_codes(codes), group_of(granularity)
+    unpacked = numerics.unpack_ternary(packed, scale, weight.shape, weight.dtype, group, *shift)
+    assert torch.equal(unpacked, value)
+    assert len(shift) == method.shifts
+    if not method.shifts:
+        assert torch.equal(codes * spread(scale, group, SIZE), value)
     assert set(codes.unique().tolist()) == ({-1, 0, 1} if method.values == "ternary" else {-1, 1})
     assert (
         value.to(torch.bfloat16).dtype
@@ -153,7 +155,7 @@ def test_the_gradient_is_straight_through_within_the_clip(method: Any, granulari
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("method", LEARNED, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", STEPS, ids=lambda method: method.name)
 def test_a_learned_step_has_its_formula_and_both_gradients(method: Any, granularity: Granularity) -> None:
     weight = a_weight().requires_grad_()
     step = method.learned[0].start(weight, granularity).requires_grad_()
@@ -174,6 +176,54 @@ def test_a_learned_step_has_its_formula_and_both_gradients(method: Any, granular
         numpy.testing.assert_array_equal(weight.grad.numpy()[part], inside * gradient.numpy()[part])
         summed = float((by_step * gradient.numpy()[part]).sum())
         assert float(of_step[index]) == pytest.approx(summed, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_dual_ternarisation_has_its_formula_and_three_gradients(granularity: Granularity) -> None:
+    weight, method = a_weight().requires_grad_(), get_method("dlt")
+    scale, shift = (one.start(weight, granularity).requires_grad_() for one in method.learned)
+    assert torch.equal(method.function(weight, scale, shift, granularity), get_twn(weight, granularity))
+    with torch.no_grad():
+        scale.mul_(-1.5)
+        shift.add_(0.1)
+    gradient = torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    value = method.function(weight, scale, shift, granularity)
+    value.backward(gradient)
+    assert torch.equal(weight.grad, gradient)
+    for index, part in enumerate(parts(granularity)):
+        own, up = weight.detach().numpy()[part], gradient.numpy()[part]
+        codes = numpy.sign(own) * (numpy.abs(own) > 0.7 * numpy.abs(own).mean())
+        expected = codes * float(scale.detach().reshape(-1)[index]) + 0.1
+        numpy.testing.assert_allclose(value.detach().numpy()[part], expected, rtol=1e-12)
+        assert float(scale.grad.reshape(-1)[index]) == pytest.approx((codes * up).sum(), rel=1e-9)
+        assert float(shift.grad.reshape(-1)[index]) == pytest.approx(up.sum(), rel=1e-9)
+
+
+def get_twn(weight: Tensor, granularity: Granularity) -> Tensor:
+    return numerics.ternary(weight, granularity, float("inf"))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_a_compiled_method_is_one_graph_with_the_same_bits(method: Any) -> None:
+    def loss(weight: Tensor, *learned: Tensor) -> Tensor:
+        quantised: Tensor = method.function(weight, *learned, granularity="group-32")
+        return quantised.square().sum()
+
+    results = []
+    for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=False)):
+        weight = a_weight(torch.float32).requires_grad_()
+        given = [weight, *(one.start(weight, "group-32").requires_grad_() for one in method.learned)]
+        results.append(torch.autograd.grad(run(*given), given))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_the_scale_of_a_weight_with_nan_is_nan(method: Any) -> None:
+    weight = a_weight()
+    learned = [one.start(weight, "row") for one in method.learned]
+    weight[1, 5] = float("nan")
+    _, scale, *_ = method.codes(weight, *learned, granularity="row")
+    assert scale[1].isnan()
 
 
 def test_sherry_zeroes_exactly_one_of_four_neighbours() -> None:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from ti_fx.ir.edit import tensor
 from ti_fx.numerics import codes
 from ti_fx.numerics.weight_codes import Granularity, scale_shape
-from ti_fx.numerics.weight_quantisers import get_method
+from ti_fx.numerics.weight_quantiser import WeightQuantiser
 from ti_fx.passes import Ternarize
 
 SCALE_BYTES = 4  # a scale is stored in float32
@@ -54,6 +54,7 @@ def stored_weights(gm: GraphModule, ternarize: Ternarize | None = None) -> list[
         SelectionError: one of the pass's skip globs matches nothing.
     """
     ternarize = ternarize or Ternarize()
+    quantiser = ternarize.quantiser
     rows: dict[str, StoredWeight] = {}
     for node, fate in ternarize.fates(gm).items():
         name = str(node.target)
@@ -61,14 +62,15 @@ def stored_weights(gm: GraphModule, ternarize: Ternarize | None = None) -> list[
         if name in rows or not isinstance(value, nn.Parameter):
             continue
         size = value.numel() * value.element_size()
-        values = get_method(ternarize.method).values
-        encoding = "kept" if fate.granularity is None else f"{values}, a scale per {fate.granularity}"
-        after = size if fate.granularity is None else _packed_bytes(value, fate.granularity)
+        encoding = (
+            "kept" if fate.granularity is None else f"{quantiser.values}, a scale per {fate.granularity}"
+        )
+        after = size if fate.granularity is None else _packed_bytes(value, fate.granularity, quantiser)
         dtype = str(value.dtype).removeprefix("torch.")
         rows[name] = StoredWeight(name, tuple(value.shape), dtype, encoding, fate.reason, size, after)
     return list(rows.values())
 
 
-def _packed_bytes(value: Tensor, granularity: Granularity) -> int:
-    scales = math.prod(scale_shape(value.shape, granularity))
+def _packed_bytes(value: Tensor, granularity: Granularity, quantiser: WeightQuantiser) -> int:
+    scales = math.prod(scale_shape(value.shape, granularity)) * (2 if quantiser.shifts else 1)
     return -(-value.numel() // codes.CODES_PER_BYTE) + SCALE_BYTES * scales

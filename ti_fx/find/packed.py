@@ -25,7 +25,10 @@ PRODUCTS = {"linear": 0, "addmm": 1, "mm": 0, "matmul": 0}  # where a linear lay
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A call of ``unpack_ternary`` and what it reads; ``group`` neighbours share a scale, 0: a row or all do."""
+    """A call of ``unpack_ternary`` and what it reads.
+
+    ``group`` neighbours share a scale, 0: a row or all do; ``offset`` is added, None: nothing is.
+    """
 
     node: Node
     codes: Node
@@ -33,6 +36,7 @@ class PackedWeight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     group: int = 0
+    offset: Node | None = None
 
     @property
     def codes_name(self) -> str:
@@ -43,6 +47,11 @@ class PackedWeight:
     def scale_name(self) -> str:
         """Name of the buffer with the scale."""
         return str(self.scale.target)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the buffers: codes, scale, and the offset of a weight that has one."""
+        return self.codes_name, self.scale_name, *(() if self.offset is None else (str(self.offset.target),))
 
     @property
     def parameter(self) -> str:
@@ -56,8 +65,8 @@ def as_packed(argument: Any) -> PackedWeight | None:
         return None
     arguments: Any = argument.args
     codes, scale, shape, dtype = arguments
-    group: Any = argument.kwargs.get("group", 0)
-    return PackedWeight(argument, codes, scale, tuple(shape), dtype, group)
+    more: Any = argument.kwargs
+    return PackedWeight(argument, codes, scale, tuple(shape), dtype, more.get("group", 0), more.get("offset"))
 
 
 def looked_up(node: Node) -> PackedWeight | None:

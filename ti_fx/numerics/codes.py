@@ -44,7 +44,12 @@ def spread(scale: Tensor, group: int, size: int) -> Tensor:
 
 
 def unpack_ternary(
-    packed: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype, group: int = 0
+    packed: Tensor,
+    scale: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    group: int = 0,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Return the ternary weight from packed codes, ``(codes * scale).to(dtype)``: the training value bit for bit.
 
@@ -54,6 +59,7 @@ def unpack_ternary(
         shape: the weight's shape.
         dtype: the weight's dtype.
         group: neighbours of the last dimension that share a scale, 0 without groups.
+        offset: what is added, of the scale's shape; None: nothing.
     """
-    codes = unpack_codes(packed, shape).to(scale.dtype)
-    return codes.mul_(spread(scale, group, shape[-1])).to(dtype)
+    value = unpack_codes(packed, shape).to(scale.dtype).mul_(spread(scale, group, shape[-1]))
+    return (value if offset is None else value.add_(spread(offset, group, shape[-1]))).to(dtype)

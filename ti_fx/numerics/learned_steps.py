@@ -54,9 +54,12 @@ def stretched(weight: Tensor, step: Tensor, granularity: Granularity, stretch: S
 def stretched_codes(
     weight: Tensor, step: Tensor, granularity: Granularity, stretch: Stretch
 ) -> tuple[Tensor, Tensor]:
-    """Return int8 codes in {-1, 0, 1} and the scale ``step / levels``, of the step's shape; arguments as above."""
-    codes, _, step = _codes(weight.detach(), step.detach(), granularity, stretch)
-    return codes.to(torch.int8), step / stretch.levels
+    """Return int8 codes in {-1, 0, 1} and the scale ``step / levels``, of the step's shape; arguments as above.
+
+    Of a weight with a NaN, which has no code, every scale is NaN.
+    """
+    codes, over, step = _codes(weight.detach(), step.detach(), granularity, stretch)
+    return codes.to(torch.int8), (step / stretch.levels).masked_fill(over.isnan().any(), float("nan"))
 
 
 def _codes(
@@ -86,15 +89,15 @@ class _Stretched(torch.autograd.Function):
         size = over.abs()
         inside = size <= stretch.edge if stretch.edge_is_inside else size < stretch.edge
         along = torch.where(inside, codes / stretch.levels - over, over.sign()) * gradient
-        of_step = _summed(along, step, ctx.granularity)
+        of_step = summed(along, step, ctx.granularity)
         if stretch.shared:
-            of_step = of_step / _summed(torch.ones_like(along), step, ctx.granularity).sqrt()
+            of_step = of_step / summed(torch.ones_like(along), step, ctx.granularity).sqrt()
         else:
             of_step = of_step / math.sqrt(weight.numel())
         return gradient * inside, of_step.to(step.dtype), None, None
 
 
-def _summed(value: Tensor, step: Tensor, granularity: Granularity) -> Tensor:
+def summed(value: Tensor, step: Tensor, granularity: Granularity) -> Tensor:
     """Return the sum over what shares a step."""
     if group := group_of(granularity):
         padded = torch.nn.functional.pad(value, (0, -value.shape[-1] % group))

@@ -35,7 +35,7 @@ def ternary_codes(
     return _codes(weight, granularity, clip)
 
 
-def _signs_and_scale(weight: Tensor, rows: bool, clip: float) -> tuple[Tensor, Tensor]:
+def signs_and_scale_of_row(weight: Tensor, rows: bool, clip: float) -> tuple[Tensor, Tensor]:
     """Return the codes as floats of their own storage, and the scale.
 
     Two buffers, edited in place: a fresh buffer the size of a word embedding costs ten times an edit of an old one.
@@ -51,7 +51,7 @@ def _signs_and_scale(weight: Tensor, rows: bool, clip: float) -> tuple[Tensor, T
     return signs.copysign_(weight).sign_(), scale  # sign_ turns -0.0 into 0.0
 
 
-_codes = codes_by(_signs_and_scale)
+_codes = codes_by(signs_and_scale_of_row)
 
 
 def ternary(weight: Tensor, granularity: Granularity = "tensor", clip: float = CLIP) -> Tensor:
@@ -59,7 +59,7 @@ def ternary(weight: Tensor, granularity: Granularity = "tensor", clip: float = C
 
     Gradient: straight-through where |weight| < clip, zero elsewhere.
     """
-    return rounded(weight, granularity, clip, _signs_and_scale)
+    return rounded(weight, granularity, clip, signs_and_scale_of_row)
 
 
 def ternary_embedding(weight: Tensor, indices: Tensor, *options: Any, clip: float = CLIP) -> Tensor:
