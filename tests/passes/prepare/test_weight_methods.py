@@ -72,7 +72,7 @@ def test_what_is_learned_is_a_parameter_beside_the_weight(captured: GraphModule)
     weight, step = tensor(gm, "up.weight"), tensor(gm, STEP)
     assert isinstance(step, nn.Parameter)
     assert step.requires_grad
-    assert float(step) == pytest.approx(2 * float(weight.abs().mean()))
+    assert float(step.detach()) == pytest.approx(2 * float(weight.detach().abs().mean()))
     assert [name for name in gm.state_dict() if name == STEP] == [STEP]
     assert STEP not in captured.state_dict()
     gm(**example()).square().sum().backward()
@@ -94,7 +94,7 @@ def test_options_that_do_not_fit_are_refused_in_one_line(captured: GraphModule) 
         Ternarize(weights="group-48")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="lsq learns the range of weights, so clip=1 says nothing"):
         Ternarize(method="lsq", clip=1.0)
-    odd = ti_fx.capture(nn.Sequential(nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 2)), torch.ones(2, 30))
+    odd = ti_fx.capture(nn.Sequential(nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.ones(2, 30),))
     with pytest.raises(
         SelectionError, match=r"sherry needs .* multiple of 4, and 0\.weight has 30; leave it out"
     ):

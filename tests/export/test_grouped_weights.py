@@ -7,11 +7,13 @@ from pathlib import Path
 
 import onnx
 import pytest
-from small_attention import example, small_attention
+import torch
+from small_attention import WIDER, WIDTH, SmallAttention, example, small_attention
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ti_fx
-from ti_fx.export import to_onnx
+from ti_fx.export import pack_from, to_onnx
 from ti_fx.export.report import ExportReport
 from ti_fx.ir.edit import fork
 from ti_fx.numerics.encodings import ENCODINGS
@@ -39,13 +41,13 @@ def exported(
 @pytest.mark.parametrize(
     ("encoding", "granularity", "method", "products"),
     [
-        ("nbits2-32", "group-64", "twn", "MatMulNBits"),  # two blocks to a scale
-        ("nbits2", "group-128", "seq", "MatMulNBits"),
-        ("nbits2", "group-32", "binary", "MatMul"),  # fewer neighbours to a scale than a block has
-        ("int8-token", "row", "absmean", "MatMulInteger"),
-        ("base3", "group-64", "sherry", "MatMul"),
-        ("float", "group-32", "lsq", "MatMul"),
+        ("nbits2-32", "group-64", "seq", "MatMulNBits"),  # two blocks to a scale
         ("int8-tensor", "row", "dlt", "MatMul"),  # what is added is multiplied, too
+        pytest.param("nbits2", "group-128", "binary", "MatMulNBits", marks=pytest.mark.slow),
+        pytest.param(
+            "nbits2", "group-32", "twn", "MatMul", marks=pytest.mark.slow
+        ),  # less than a block to a scale
+        pytest.param("int8-token", "row", "absmean", "MatMulInteger", marks=pytest.mark.slow),
     ],
 )
 def test_a_file_has_the_product_that_its_scales_allow(
@@ -62,6 +64,47 @@ def test_a_table_with_a_scale_per_group_is_looked_up(captured: GraphModule, tmp_
     scales = {one.name: one.shape for one in report.tensors if one.kind == "scale"}
     assert scales["packed.words.weight_scale"] == (64, 3)
     assert operators["Gather"] >= 2
+
+
+@pytest.mark.parametrize("method", ["sherry", "dlt"])
+def test_weights_that_are_read_one_by_one_are_packed_by_their_method(
+    captured: GraphModule, method: str
+) -> None:
+    passes = (Ternarize(weights="group-64", method=method, min_rows=32), Strip())
+    expected, hollow = fork(captured), ti_fx.capture(SmallAttention().to("meta"), example())
+    ti_fx.Pipeline(*passes, Pack())(expected)
+    ti_fx.Pipeline(*passes)(hollow)
+    pack_from(hollow, captured.state_dict())
+    assert all(torch.equal(value, hollow.state_dict()[name]) for name, value in expected.state_dict().items())
+    assert ti_fx.dump(hollow) == ti_fx.dump(expected)
+
+
+class InputsFirst(nn.Module):
+    """Two products of weights that are stored as (inputs, outputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Parameter(torch.randn(WIDTH, WIDER) / 10)
+        self.down = nn.Parameter(torch.randn(WIDER, WIDTH) / 10)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        scored: Tensor = self.head((hidden @ self.up).relu() @ self.down)
+        return scored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["nbits2", "int8-token"])
+@pytest.mark.parametrize("method", ["twn", "sherry", "dlt"])
+def test_weights_with_their_inputs_first_have_groups_of_outputs(
+    tmp_path: Path, method: str, encoding: str
+) -> None:
+    values = {"hidden": torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0))}
+    gm = ti_fx.capture(InputsFirst(), values).eval()
+    passes = (Ternarize(weights="group-128", method=method), QuantizeActivations(encoding=encoding), Pack())
+    ti_fx.Pipeline(*passes)(gm)
+    assert to_onnx(gm, tmp_path / "student.onnx", values).ternary_weights == 2 * WIDTH * WIDER
 
 
 @pytest.mark.slow
