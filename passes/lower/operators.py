@@ -129,11 +129,10 @@ def look_up_by_table(
     found = torch.nn.functional.embedding(stored.to(torch.int32), table).flatten(-2)
     if found.shape[-1] != columns:
         found = found[..., :columns]
-    scales = [
-        one if one is None or not one.dim() else torch.nn.functional.embedding(ids, one)
-        for one in (scale, offset)
-    ]
-    return _scaled(found, scales[0], group, scales[1])
+    if scale.dim():
+        scale = torch.nn.functional.embedding(ids, scale)
+        offset = None if offset is None else torch.nn.functional.embedding(ids, offset)
+    return _scaled(found, scale, group, offset)
 
 
 @since_opset(18)

@@ -209,7 +209,7 @@ def _learn(
             register(gm, target, nn.Parameter(start, requires_grad=value.requires_grad))
         read = old.pop(target, None)
         if read is None:
-            read = get_attr(quantiser, target, f"{weight.name}_{one.name}", "student", like=quantiser)
+            read = get_attr(quantiser, target, f"{weight.name}_learned_{one.name}", "student", like=quantiser)
         reads.append(read)
     quantiser.args = (weight, *reads)
     for node in old.values():

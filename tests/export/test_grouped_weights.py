@@ -114,7 +114,7 @@ def test_every_granularity_passes_in_every_encoding(
     captured: GraphModule, tmp_path: Path, granularity: str, encoding: str
 ) -> None:
     methods = list(METHODS)  # a file has codes and scales, whatever made them
-    place = GRANULARITIES.index(granularity) + list(ENCODINGS).index(encoding)  # type: ignore[arg-type]
+    place = GRANULARITIES.index(granularity) + list(ENCODINGS).index(encoding)
     method = methods[place % len(methods)]
     ternarize = Ternarize(weights=granularity, method=method, min_rows=32)  # type: ignore[arg-type]
     exported(captured, tmp_path, ternarize, encoding)

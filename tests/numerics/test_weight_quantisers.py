@@ -17,7 +17,7 @@ from ti_fx.numerics.codes import spread
 from ti_fx.numerics.weight_codes import GRANULARITIES, Granularity, group_of, scale_shape
 from ti_fx.numerics.weight_quantisers import BY_FUNCTION, METHODS, get_method
 
-Array = NDArray[numpy.float64]
+Array = NDArray[Any]
 FIXED = [method for method in METHODS.values() if not method.learned]
 STEPS = [get_method(name) for name in ("lsq", "seq")]
 CLIP = 1.5
@@ -27,23 +27,27 @@ ROWS, SIZE = 6, 100  # of which no group is a divisor
 def numpy_twn(w: Array) -> Array:
     """arXiv 1605.04711, equations 5 and 6."""
     beyond = numpy.abs(w) > 0.7 * numpy.abs(w).mean()
-    return numpy.sign(w) * beyond * (numpy.abs(w)[beyond].mean() if beyond.any() else 0.0)
+    result: Array = numpy.sign(w) * beyond * (numpy.abs(w)[beyond].mean() if beyond.any() else 0.0)
+    return result
 
 
 def numpy_absmean(w: Array) -> Array:
     """arXiv 2402.17764, equations 1 to 3; its epsilon only keeps zeros from being divided by zero."""
     gamma = numpy.abs(w).mean()
-    return numpy.clip(numpy.round(w / (gamma or 1.0)), -1, 1) * gamma
+    result: Array = numpy.clip(numpy.round(w / (gamma or 1.0)), -1, 1) * gamma
+    return result
 
 
 def numpy_binary(w: Array) -> Array:
     """arXiv 1603.05279, equation 4."""
-    return numpy.where(w >= 0, 1.0, -1.0) * numpy.abs(w).mean()
+    result: Array = numpy.where(w >= 0, 1.0, -1.0) * numpy.abs(w).mean()
+    return result
 
 
 def numpy_binary_centred(w: Array) -> Array:
     """The sign of what is left of the weight without its mean, times the mean magnitude."""
-    return numpy.where(w >= w.mean(), 1.0, -1.0) * numpy.abs(w).mean()
+    result: Array = numpy.where(w >= w.mean(), 1.0, -1.0) * numpy.abs(w).mean()
+    return result
 
 
 def numpy_sherry(w: Array) -> Array:
@@ -52,7 +56,8 @@ def numpy_sherry(w: Array) -> Array:
     for block, four in zip(codes, numpy.abs(w).reshape(-1, 4), strict=True):
         block[four.argmin()] = 0
     flat = codes.reshape(-1)
-    return flat * (flat @ w) / (flat @ flat)
+    result: Array = flat * (flat @ w) / (flat @ flat)
+    return result
 
 
 STATEMENTS: dict[str, Callable[[Array], Array]] = {
@@ -97,6 +102,11 @@ def a_weight(dtype: torch.dtype = torch.float64) -> Tensor:
     weight[3] = 0
     weight[4, :40] *= 3
     return weight.to(dtype)
+
+
+def grad(value: Tensor) -> Tensor:
+    assert value.grad is not None
+    return value.grad
 
 
 def parts(granularity: Granularity) -> Iterator[tuple[Any, ...]]:
@@ -151,7 +161,7 @@ def test_the_gradient_is_straight_through_within_the_clip(method: Any, granulari
     weight = a_weight().requires_grad_()
     gradient = torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     method.function(weight, granularity=granularity, clip=CLIP).backward(gradient)
-    assert torch.equal(weight.grad, gradient * (weight.abs() < CLIP))
+    assert torch.equal(grad(weight), gradient * (weight.abs() < CLIP))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -164,16 +174,14 @@ def test_a_learned_step_has_its_formula_and_both_gradients(method: Any, granular
         step.mul_(0.6)  # so that some weights lie beyond its range
     gradient = torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     value = method.function(weight, step, granularity=granularity)
-    value.backward(gradient)
-    assert step.grad is not None
-    assert weight.grad is not None
-    of_step = step.grad.reshape(-1)
+    torch.autograd.backward(value, gradient)
+    of_step = grad(step).reshape(-1)
     for index, part in enumerate(parts(granularity)):
         own, size = weight.detach().numpy()[part], float(step.detach().reshape(-1)[index])
         assert starts[index] == pytest.approx(STARTS[method.name](own), rel=1e-12)
         expected, inside, by_step = LEARNED_STATEMENTS[method.name](own, max(size, 1e-5))
         numpy.testing.assert_allclose(value.detach().numpy()[part], expected, rtol=1e-12)
-        numpy.testing.assert_array_equal(weight.grad.numpy()[part], inside * gradient.numpy()[part])
+        numpy.testing.assert_array_equal(grad(weight).numpy()[part], inside * gradient.numpy()[part])
         summed = float((by_step * gradient.numpy()[part]).sum())
         assert float(of_step[index]) == pytest.approx(summed, rel=1e-9, abs=1e-15)
 
@@ -187,16 +195,16 @@ def test_dual_ternarisation_has_its_formula_and_three_gradients(granularity: Gra
         scale.mul_(-1.5)
         shift.add_(0.1)
     gradient = torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    value = method.function(weight, scale, shift, granularity)
-    value.backward(gradient)
-    assert torch.equal(weight.grad, gradient)
+    value: Tensor = method.function(weight, scale, shift, granularity)
+    torch.autograd.backward(value, gradient)
+    assert torch.equal(grad(weight), gradient)
     for index, part in enumerate(parts(granularity)):
         own, up = weight.detach().numpy()[part], gradient.numpy()[part]
         codes = numpy.sign(own) * (numpy.abs(own) > 0.7 * numpy.abs(own).mean())
         expected = codes * float(scale.detach().reshape(-1)[index]) + 0.1
         numpy.testing.assert_allclose(value.detach().numpy()[part], expected, rtol=1e-12)
-        assert float(scale.grad.reshape(-1)[index]) == pytest.approx((codes * up).sum(), rel=1e-9)
-        assert float(shift.grad.reshape(-1)[index]) == pytest.approx(up.sum(), rel=1e-9)
+        assert float(grad(scale).reshape(-1)[index]) == pytest.approx((codes * up).sum(), rel=1e-9)
+        assert float(grad(shift).reshape(-1)[index]) == pytest.approx(up.sum(), rel=1e-9)
 
 
 def get_twn(weight: Tensor, granularity: Granularity) -> Tensor:
@@ -244,8 +252,8 @@ def test_rows_that_are_looked_up_first_have_the_same_bits_and_gradients(method: 
             rows = numerics.quantised_embedding(weight, ids, method=method.name, clip=CLIP)
         else:
             rows = torch.nn.functional.embedding(ids, method.function(weight, granularity="row", clip=CLIP))
-        rows.backward(torch.arange(rows.numel(), dtype=torch.float32).view_as(rows))
-        results.append((rows.detach(), weight.grad))
+        torch.autograd.backward(rows, torch.arange(rows.numel(), dtype=torch.float32).view_as(rows))
+        results.append((rows.detach(), grad(weight)))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ti_fx.numerics.blends import blend, detach_by, route
     from ti_fx.numerics.codes import pack_codes, unpack_codes, unpack_ternary
     from ti_fx.numerics.gradients import detach
-    from ti_fx.numerics.quantised_embedding import quantised_embedding
+    from ti_fx.numerics.look_ups import quantised_embedding
     from ti_fx.numerics.quantisers.int8_block import int8_block_32, int8_block_64, int8_block_128
     from ti_fx.numerics.quantisers.int8_reference import int8_reference
     from ti_fx.numerics.quantisers.int8_tensor import int8_tensor
@@ -55,7 +55,7 @@ _HOMES = {
     "int8_tensor": "quantisers.int8_tensor",
     "int8_token": "quantisers.int8_token",
     "pack_codes": "codes",
-    "quantised_embedding": "quantised_embedding",
+    "quantised_embedding": "look_ups",
     "route": "blends",
     "ternary": "ternary_weights",
     "ternary_codes": "ternary_weights",

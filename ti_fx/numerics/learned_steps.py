@@ -101,5 +101,5 @@ def summed(value: Tensor, step: Tensor, granularity: Granularity) -> Tensor:
     """Return the sum over what shares a step."""
     if group := group_of(granularity):
         padded = torch.nn.functional.pad(value, (0, -value.shape[-1] % group))
-        return padded.unflatten(-1, (-1, group)).sum(dim=-1)
+        return padded.view(*padded.shape[:-1], -1, group).sum(dim=-1)
     return value.sum_to_size(step.shape)
