@@ -16,13 +16,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ti_fx import numerics
 from ti_fx.errors import InputError, did_you_mean
 from ti_fx.ir.edit import fork, is_persistent, parameter_nodes, prune, register, tensor
+from ti_fx.ir.inserted import weight_quantiser_of
 from ti_fx.ir.pipeline import Pipeline, Report
+from ti_fx.ir.roles import LEARNED_PREFIXES
 from ti_fx.ir.shapes import move_to_cpu
 from ti_fx.ir.stages import PACKED
 from ti_fx.numerics.encodings import Kept
@@ -55,7 +56,8 @@ def pack_from(gm: GraphModule, *weights: WeightSource, kept: Kept | None = None)
     """
     require_ternary(gm)
     sources = [_source(one) for one in weights]
-    needed = [name for name in parameter_nodes(gm.graph) if tensor(gm, name).is_meta]
+    every = [name for name in parameter_nodes(gm.graph) if tensor(gm, name).is_meta]
+    needed = [name for name in every if not name.startswith(LEARNED_PREFIXES)]
     for name in needed:
         if not any(source.may_have(name) for source in sources):
             raise _missing(name, sources)
@@ -86,13 +88,29 @@ class _Fill(PassBase):
         value = self._read(name, expected)
         readers = [user for node in parameter_nodes(gm.graph)[name] for user in node.users]
         for reader in readers:
-            if reader.target is numerics.ternary:
-                pack_weight(gm, reader, value)
-        if not all(reader.target is numerics.ternary for reader in readers):
+            if weight_quantiser_of(reader) is not None:
+                pack_weight(gm, reader, value, self._learned(gm, reader, value))
+        if not all(weight_quantiser_of(reader) is not None for reader in readers):
             is_parameter = isinstance(expected, nn.Parameter)
             value = value.clone()  # what was read may be the caller's own, or mapped from a file
             stored = nn.Parameter(value, requires_grad=expected.requires_grad) if is_parameter else value
             register(gm, name, stored, persistent=is_persistent(gm, name))
+
+    def _learned(self, gm: GraphModule, quantiser: Node, weight: Tensor) -> list[Tensor]:
+        """Return what a quantiser has learned: from the sources, or as the weight starts it where none has it."""
+        method = weight_quantiser_of(quantiser)
+        assert method is not None
+        found = []
+        for read, one in zip(quantiser.all_input_nodes[1:], method.learned, strict=True):
+            name, expected = str(read.target), tensor(gm, str(read.target))
+            if not expected.is_meta:
+                found.append(expected)
+            elif any(source.may_have(name) for source in self.sources):
+                found.append(self._read(name, expected))
+            else:
+                granularity: Any = quantiser.kwargs["granularity"]
+                found.append(one.start(weight, granularity))
+        return found
 
     def _read(self, name: str, expected: Tensor) -> Tensor:
         for source in self.sources:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
-from ti_fx import numerics
 from ti_fx.errors import EncodingMismatch, PreconditionError
 from ti_fx.find.packed import encoding_of, packed_weights, weight_quantisers
 from ti_fx.ir import roles
 from ti_fx.ir.edit import fork
+from ti_fx.ir.inserted import weight_quantiser_of
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.numerics.encodings import WeightEncodings, get_encoding
 from ti_fx.passes.deploy.requantize import Requantize
@@ -25,7 +25,7 @@ def require_packed(gm: GraphModule) -> None:
             raise PreconditionError(
                 f"export needs the student alone, and %{node.name} is {roles.role(node)}; run Strip() and Pack() first"
             )
-        if node.target is numerics.ternary:
+        if weight_quantiser_of(node) is not None:
             raise PreconditionError(f"export needs packed weights, and %{node.name} is not; run Pack() first")
     if not any(packed_weights(gm)):
         raise PreconditionError("export finds no packed ternary weight; run Ternarize() and Pack() first")

@@ -237,7 +237,7 @@ def _require_cpu(gm: GraphModule) -> None:
 def _require_finite(gm: GraphModule, inputs: Mapping[str, Tensor]) -> None:
     """Refuse what nothing can be compared with: NaN, and a ternary weight without a finite scale."""
     for weight in packed_weights(gm):
-        if not bool(tensor(gm, weight.scale_name).isfinite().all()):
+        if not all(bool(tensor(gm, name).isfinite().all()) for name in weight.names[1:]):
             raise InputError(
                 f"weight {weight.parameter} held NaN or infinity when it was packed; mend it before Pack()"
             )

@@ -10,11 +10,13 @@ from torch.fx import GraphModule
 
 from ti_fx.errors import ExportError, PostconditionError
 from ti_fx.find.packed import PackedWeight, packed_weights, weight_encodings
-from ti_fx.ir.edit import aten_name, register, tensor
+from ti_fx.ir.edit import aten_name, get_attr, register, tensor
 from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pass, Pipeline
 from ti_fx.ir.stages import CAPTURED, PACKED, PREPARED
+from ti_fx.numerics.weight_codes import CLIP
+from ti_fx.numerics.weight_quantisers.twn import TWN
 from ti_fx.passes import Pack, QuantizeActivations
 from ti_fx.passes.deploy.pack import half_name
 from ti_fx.passes.prepare.ternarize import quantise
@@ -83,8 +85,8 @@ class BecomeStudent(Pass):
         for node in gm.graph.find_nodes(op="get_attr"):
             name, half = str(node.target), half_name(str(node.target))
             if name in weights:
-                by_row = tensor(self.student, weights[name].scale_name).dim()
-                quantise(node, "row" if by_row else "tensor")
+                # any method serves whose scale has the student's shape
+                quantise(node, TWN, {"granularity": _granularity(self.student, weights[name]), "clip": CLIP})
             elif is_constant(name):
                 continue
             elif name in kept:
@@ -97,7 +99,7 @@ class BecomeStudent(Pass):
 
 @dataclass(frozen=True)
 class TakeCodes(Pass):
-    """The codes and the scale of each packed weight are the student's; the nodes stay.
+    """The codes and the scale of each packed weight are the student's; the nodes stay, and an offset is added.
 
     Attributes:
         student: a packed graph of the same model.
@@ -109,9 +111,13 @@ class TakeCodes(Pass):
 
     def apply(self, gm: GraphModule) -> None:
         """Replace the tensors."""
-        for weight in packed_weights(gm):
-            for target in (weight.codes_name, weight.scale_name):
+        own = _weights(self.student)
+        for weight in list(packed_weights(gm)):
+            for target in own[weight.parameter].names:
                 register(gm, target, tensor(self.student, target))
+            if (offset := own[weight.parameter].offset) is not None and weight.offset is None:
+                read = get_attr(weight.node, str(offset.target), offset.name, "student", like=weight.node)
+                weight.node.kwargs = {**weight.node.kwargs, "offset": read}
 
     def ensures(self, gm: GraphModule) -> None:
         """Both graphs hold the same tensors."""
@@ -126,6 +132,12 @@ def _stored(gm: GraphModule) -> set[str]:
 
 def _weights(student: GraphModule) -> dict[str, PackedWeight]:
     return {weight.parameter: weight for weight in packed_weights(student)}
+
+
+def _granularity(student: GraphModule, weight: PackedWeight) -> str:
+    if weight.group:
+        return f"group-{weight.group}"
+    return "row" if tensor(student, weight.scale_name).dim() else "tensor"
 
 
 def is_constant(name: str) -> bool:

@@ -293,8 +293,12 @@ def _product_step(gm: GraphModule, node: Node, values: Mapping[Node, Tensor]) ->
         if step.shape[:-1] != values[node].shape[:-1]:
             step = step.max()  # its rows are not the product's
         weights = [as_packed(_untransposed(other)) for other in node.all_input_nodes]
-        scales = [tensor(gm, weight.scale_name) for weight in weights if weight is not None]
-        return step * max((float(scale.abs().max()) for scale in scales), default=1.0)
+        largest = [
+            sum(float(tensor(gm, name).abs().max()) for name in weight.names[1:])
+            for weight in weights
+            if weight is not None
+        ]
+        return step * max(largest, default=1.0)
     return None
 
 

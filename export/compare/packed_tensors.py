@@ -27,7 +27,7 @@ def compare_tensors(file: FileContent, gm: GraphModule) -> int:
     stored = {item.target: item for item in file.tensors}
     shapes: dict[str, tuple[int, ...] | None] = {}
     for weight in packed_weights(gm):
-        shapes |= {weight.codes_name: weight.shape, weight.scale_name: None}
+        shapes |= dict.fromkeys(weight.names) | {weight.codes_name: weight.shape}
     for target, shape in sorted(shapes.items()):
         item = stored.get(target)
         if item is None or item.initializer not in file.stored:
@@ -69,7 +69,7 @@ def _compare_table(table: StoredArray, gm: GraphModule, item: PackedTensor) -> N
 def _reader(gm: GraphModule, target: str) -> str:
     """Return the first node that computes with a packed weight."""
     for weight in packed_weights(gm):
-        if target in (weight.codes_name, weight.scale_name):
+        if target in weight.names:
             return where(next(iter(weight.node.users), weight.node))
     raise AssertionError(target)
 

@@ -29,7 +29,7 @@ class PackedTensor:
     Attributes:
         target: the buffer's name in the packed graph.
         initializer: its name in the file, most often the same.
-        kind: a layout of ``ti_fx.numerics.layouts``, or ``scale``.
+        kind: a layout of ``ti_fx.numerics.layouts``, or ``scale``, which an offset is, too.
     """
 
     target: str

@@ -132,7 +132,7 @@ def tensors_hash(gm: GraphModule) -> str:
 
 def kept_types(gm: GraphModule) -> dict[str, int]:
     """Return how many tensors of each floating type a packed graph reads beside its codes and their scales."""
-    weights = {name for weight in packed_weights(gm) for name in (weight.codes_name, weight.scale_name)}
+    weights = {name for weight in packed_weights(gm) for name in weight.names}
     names = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")} - weights
     values = (tensor(gm, name) for name in sorted(names))
     return dict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,12 @@ from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.ir import roles
 from ti_fx.ir.edit import call, erase, erase_dead, get_attr, prune, register, supersede, tensor
 from ti_fx.ir.facts import facts
-from ti_fx.ir.inserted import quantiser_of
+from ti_fx.ir.inserted import quantiser_of, reads_weight, weight_quantiser_of
 from ti_fx.ir.leaves import is_buffer_write
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import PACKED, PREPARED
 from ti_fx.numerics import encodings
+from ti_fx.numerics.weight_codes import group_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Pack(Pass):
     """A ternary weight is stored as two-bit codes and a scale; the graph still runs in PyTorch, with equal values.
 
     before:  %w = w                              after:  %w_codes = w_codes          u8[elements / 4]
-             %w_q = ternary(%w)                          %w_scale = w_scale          f32[] or f32[rows, 1]
+             %w_q = ternary(%w)                          %w_scale = w_scale          f32[], [rows, 1] or [rows, groups]
                                                          %w_q = unpack_ternary(%w_codes, %w_scale, shape, dtype)
     with ``kept=float16``:
              %bias = bias                                %bias_half = packed.bias_half  f16
@@ -62,8 +64,9 @@ class Pack(Pass):
             for node in writes:
                 erase(node)
             erase_dead(gm.graph.nodes)
-        for node in [node for node in gm.graph.nodes if node.target is numerics.ternary]:
-            pack_weight(gm, node, tensor(gm, str(node.all_input_nodes[0].target)))
+        for node in [node for node in gm.graph.nodes if weight_quantiser_of(node) is not None]:
+            weight, *learned = (tensor(gm, str(source.target)) for source in node.all_input_nodes)
+            pack_weight(gm, node, weight, learned)
         if (self.kept or _kept(gm)) == "float16":
             for node in gm.graph.find_nodes(op="get_attr"):
                 _halve(gm, node)
@@ -72,7 +75,7 @@ class Pack(Pass):
     def ensures(self, gm: GraphModule) -> None:
         """No quantiser is left."""
         for node in gm.graph.nodes:
-            if node.target is numerics.ternary:
+            if weight_quantiser_of(node) is not None:
                 raise PostconditionError(f"pack left %{node.name}")
 
 
@@ -87,28 +90,40 @@ def require_ternary(gm: GraphModule) -> None:
             raise PreconditionError(
                 f"pack needs the student alone, and %{node.name} is {roles.role(node)}", missing="strip"
             )
-    if not any(node.target in (numerics.ternary, numerics.unpack_ternary) for node in gm.graph.nodes):
+    if not any(map(reads_weight, gm.graph.nodes)):
         raise PreconditionError("pack finds no ternary weight", missing="ternarize")
 
 
-def pack_weight(gm: GraphModule, node: Node, weight: Tensor) -> None:
-    """Replace a call of ``numerics.ternary`` by the codes and the scale of ``weight``, the values of what it reads."""
-    source = node.args[0]
+def pack_weight(gm: GraphModule, node: Node, weight: Tensor, learned: Sequence[Tensor] = ()) -> None:
+    """Replace a call of a weight quantiser by the codes and the scale of ``weight``, the values of what it reads.
+
+    Args:
+        gm: the graph.
+        node: the call.
+        weight: the values of its weight.
+        learned: those of what else it reads.
+    """
+    quantiser, source, options = weight_quantiser_of(node), node.args[0], node.kwargs
+    assert quantiser is not None
     assert isinstance(source, Node)
     with torch.no_grad():
-        codes, scale = numerics.ternary_codes(weight, **node.kwargs)  # type: ignore[arg-type]
+        codes, *scales = quantiser.codes(weight, *learned, **options)
         packed = numerics.pack_codes(codes)
+    sources = node.all_input_nodes
     name, reader = node.name, next(iter(node.users))
     parts = []
-    for suffix, value in (("codes", packed), ("scale", scale)):
+    for suffix, value in zip(("codes", "scale", "offset"), (packed, *scales), strict=False):
         target = f"packed.{source.target}_{suffix}"
         register(gm, target, value)
         parts.append(get_attr(node, target, f"{source.name}_{suffix}", "student", like=reader))
-    arguments = (*parts, list(weight.shape), weight.dtype)
+    arguments = (*parts[:2], list(weight.shape), weight.dtype)
     unpacked = call(node, numerics.unpack_ternary, arguments, f"{name}_unpacked", "student", like=reader)
+    group = group_of(options["granularity"])  # type: ignore[arg-type]
+    unpacked.kwargs = ({"group": group} if group else {}) | dict(zip(("offset",), parts[2:], strict=False))
     supersede(node, unpacked)
-    if not source.users:
-        erase(source)
+    for read in sources:
+        if not read.users:
+            erase(read)
 
 
 def _kept(gm: GraphModule) -> encodings.Kept:

@@ -93,7 +93,9 @@ class _Readers:
         if name in self.tables:
             if name not in self.tied or storage == "base3" or shape[1] % CODES_PER_BYTE:
                 return BASE3_ROWS
-            return UINT2 if storage == "two-bit" else BYTES_ROWS
+            # GatherBlockQuantized has one block a row here, and adds nothing
+            plain = not weight.group and weight.offset is None
+            return UINT2 if storage == "two-bit" and plain else BYTES_ROWS
         if storage != "two-bit":
             return BASE3 if storage == "base3" else BYTES
         if name in self.blocks and not shape[int(self.blocks[name])] % CODES_PER_BYTE:

@@ -12,7 +12,13 @@ from ti_fx.ir.edit import call, supersede
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import PACKED
 from ti_fx.passes.lower import operators
-from ti_fx.passes.lower.stored import int8_codes, known_codes, marked_scale, require_layouts
+from ti_fx.passes.lower.stored import (
+    int8_codes,
+    known_codes,
+    marked_groups,
+    marked_scale,
+    require_layouts,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class DequantiseWeights(Pass):
         known = known_codes(gm.graph)
         for weight in list(packed_weights(gm)):
             node = weight.node
-            parts = (int8_codes(gm, weight, False, known), marked_scale(gm, node, weight))
+            codes, scale = int8_codes(gm, weight, False, known), marked_scale(gm, node, weight)
+            parts = (codes, scale, *marked_groups(gm, node, weight))
             supersede(node, call(node, operators.dequantised_weight, parts))
         gm.graph.eliminate_dead_code()
 

@@ -13,7 +13,14 @@ from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import PACKED
 from ti_fx.numerics.layouts import UINT2
 from ti_fx.passes.lower import operators
-from ti_fx.passes.lower.stored import code_table, layout_of, marked_bytes, marked_scale, require_layouts
+from ti_fx.passes.lower.stored import (
+    code_table,
+    layout_of,
+    marked_bytes,
+    marked_groups,
+    marked_scale,
+    require_layouts,
+)
 
 
 @dataclass(frozen=True)
@@ -50,4 +57,5 @@ def _look_up(gm: GraphModule, node: Node, table: PackedWeight) -> None:
         supersede(node, call(node, operators.gather_ternary, (codes, scale, ids, columns)))
         return
     by_byte = code_table(gm, node, layout_of(table))
-    supersede(node, call(node, operators.look_up_by_table, (stored, scale, by_byte, ids, columns)))
+    groups = marked_groups(gm, node, table)
+    supersede(node, call(node, operators.look_up_by_table, (stored, scale, by_byte, ids, columns, *groups)))

@@ -25,7 +25,7 @@ class MultiplyBlocks(Pass):
              %h = linear(%x_q, %w, %bias)                    %h = block_linear(%x, %c, %s, %bias, [n, k], 128)
 
     A weight that is stored otherwise, as its inputs are no multiple of 4 or something else reads it, stays for
-    round-activations and dequantise-weights.
+    round-activations and dequantise-weights; so does one with fewer neighbours to a scale than the block has.
     """
 
     takes = (PACKED,)
@@ -48,5 +48,6 @@ def _replace(gm: GraphModule, product: Product) -> None:
     outputs, inputs = product.shape
     whole = None if inputs % block else (outputs, inputs // block, block // CODES_PER_BYTE)
     codes, scale = marked_bytes(gm, node, weight, whole), marked_scale(gm, node, weight)
-    arguments = (product.activation, codes, scale, product.bias, product.shape, block)
+    groups = (weight.group // block,) if weight.group else ()
+    arguments = (product.activation, codes, scale, product.bias, product.shape, block, *groups)
     supersede(node, call(node, operators.block_linear, arguments))

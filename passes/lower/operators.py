@@ -48,13 +48,33 @@ def codes_from_table(stored: Tensor, table: Tensor, shape: Sequence[int]) -> Ten
 
 
 @since_opset(18)
-def dequantised_weight(codes: Tensor, scale: Tensor) -> Tensor:
+def dequantised_weight(codes: Tensor, scale: Tensor, group: int = 0, offset: Tensor | None = None) -> Tensor:
     """Return the float32 ternary weight of int8 codes. ONNX Runtime folds it into a constant when it loads the file.
+
+    ``group``: how many neighbours share a scale, ``(..., groups)``; 0: a row or the tensor has one. ``offset``, of the
+    scale's shape, is added.
 
     DequantizeLinear is avoided on purpose: DequantizeLinear(INT2) + MatMul is fused into MatMulNBits with 8-bit
     activations, which is another computation.
     """
-    return codes.to(torch.float32) * scale
+    return _scaled(codes, scale, group, offset)
+
+
+def _scaled(codes: Tensor, scale: Tensor, group: int, offset: Tensor | None) -> Tensor:
+    """Return codes times scale, and the offset added to it."""
+    size = codes.shape[-1]
+    value = codes.to(torch.float32) * (_spread(scale, group, size) if group else scale)
+    if offset is None:
+        return value
+    return value + (_spread(offset, group, size) if group else offset)
+
+
+def _spread(scale: Tensor, times: int, size: int) -> Tensor:
+    """Return a scale with each entry of the last dimension so many times beside itself, cut to ``size``."""
+    if times == 1 and scale.shape[-1] == size:
+        return scale
+    repeated = scale.unsqueeze(-1).expand(*scale.shape, times).flatten(-2)
+    return repeated if repeated.shape[-1] == size else repeated[..., :size]
 
 
 @since_opset(18)
@@ -85,26 +105,45 @@ def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> T
 
 
 @since_opset(18)
-def look_up_by_table(codes: Tensor, scale: Tensor, table: Tensor, ids: Tensor, columns: int) -> Tensor:
+def look_up_by_table(
+    codes: Tensor,
+    scale: Tensor,
+    table: Tensor,
+    ids: Tensor,
+    columns: int,
+    group: int = 0,
+    offset: Tensor | None = None,
+) -> Tensor:
     """Look rows up in a table that stays packed in memory, with standard operators alone, as fast as the others do.
 
     Args:
         codes: uint8 ``(rows, bytes)``.
-        scale: float32 ``(rows, 1)`` or ``()``.
+        scale: float32 ``(rows, 1)``, ``(rows, groups)`` or ``()``.
         table: int8 ``(256, codes in a byte)``.
         ids: integers, any shape.
         columns: codes in a row.
+        group: how many neighbours share a scale, 0: a row or the table has one.
+        offset: what is added, of the scale's shape.
     """
     stored = node("Gather", (codes, ids), torch.uint8, [*ids.shape, codes.shape[1]])
     found = torch.nn.functional.embedding(stored.to(torch.int32), table).flatten(-2)
     if found.shape[-1] != columns:
         found = found[..., :columns]
-    return found.to(torch.float32) * (torch.nn.functional.embedding(ids, scale) if scale.dim() else scale)
+    if scale.dim():
+        scale = torch.nn.functional.embedding(ids, scale)
+        offset = None if offset is None else torch.nn.functional.embedding(ids, offset)
+    return _scaled(found, scale, group, offset)
 
 
 @since_opset(18)
 def block_linear(
-    value: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, shape: Sequence[int], block: int
+    value: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    block: int,
+    per_scale: int = 0,
 ) -> Tensor:
     """Return the linear layer of an activation, quantised by block within the operator, and a ternary weight.
 
@@ -115,10 +154,12 @@ def block_linear(
         value: float32 ``(..., inputs)``.
         codes: uint8 with ``outputs * inputs / 4`` elements, each code stored as code + 2, a row after the other; flat,
             or ``(outputs, blocks, block / 4)``.
-        scale: float32 ``()`` or ``(outputs, 1)``; expanded in the graph, so the file holds it once.
+        scale: float32 ``()``, ``(outputs, 1)`` or ``(outputs, groups)``; expanded in the graph, so the file holds it
+            once.
         bias: float32 ``(outputs,)`` or None.
         shape: ``(outputs, inputs)``; inputs a multiple of 4.
         block: 32, 64 or 128.
+        per_scale: blocks in a group, 0: a row or the tensor has one scale.
     """
     outputs, inputs = shape
     blocks = -(-inputs // block)
@@ -127,7 +168,7 @@ def block_linear(
         if inputs % block:
             codes = torch.nn.functional.pad(codes, (0, (blocks * block - inputs) // 4), value=ZERO_CODES)
         codes = codes.reshape(outputs, blocks, block // 4)
-    scale = scale.reshape(-1, 1).expand(outputs, blocks)
+    scale = _spread(scale, per_scale, blocks) if per_scale else scale.reshape(-1, 1).expand(outputs, blocks)
     given = [value, codes, scale]
     return node(
         "com.microsoft::MatMulNBits",

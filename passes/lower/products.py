@@ -77,6 +77,10 @@ def match_product(node: Node) -> Product | None:
         return None
     if not transposed and weight.scale.meta["val"].dim():
         return None  # one scale per input can't leave the sum
+    if weight.offset is not None:
+        return None  # what is added is multiplied, too
+    if weight.group and (not quantiser.block or weight.group % quantiser.block):
+        return None  # one scale per group leaves the sum in a product by blocks alone, of which a group holds some
     if quantiser.codes is None and not quantiser.block:
         return None  # no operator of ONNX multiplies what it gives but as floats
     if quantiser.per_token and constant_size(activation.meta["val"].shape[-1]) is None:

@@ -67,8 +67,22 @@ def marked_bytes(
 
 def marked_scale(gm: GraphModule, before: Node, weight: PackedWeight) -> Node:
     """Insert the marked scale of a weight."""
-    shape = tensor(gm, weight.scale_name).shape
-    return call(before, operators.packed, (weight.scale, weight.scale_name, "scale", shape, torch.float32))
+    return _marked(gm, before, weight.scale)
+
+
+def marked_groups(gm: GraphModule, before: Node, weight: PackedWeight) -> list[int | Node]:
+    """Return how many neighbours share a scale and the marked offset, as far as a weight has them.
+
+    They are the last arguments of what computes with such a weight in floating point.
+    """
+    offset = [] if weight.offset is None else [_marked(gm, before, weight.offset)]
+    return [weight.group, *offset] if weight.group or offset else []
+
+
+def _marked(gm: GraphModule, before: Node, read: Node) -> Node:
+    name = str(read.target)
+    arguments = (read, name, "scale", tensor(gm, name).shape, torch.float32)
+    return call(before, operators.packed, arguments)
 
 
 def code_table(gm: GraphModule, before: Node, layout: Layout) -> Node:

@@ -15,6 +15,7 @@ from ti_fx.errors import DataError, PostconditionError, PreconditionError
 from ti_fx.find.products import Product, TernaryWeight, ternary_weights
 from ti_fx.ir import roles
 from ti_fx.ir.edit import mode, tensor
+from ti_fx.ir.inserted import quantised_weights, weight_quantiser_of
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.ir.rows import as_batches
@@ -22,7 +23,7 @@ from ti_fx.ir.run_by_need import RunByNeed
 from ti_fx.ir.stages import PREPARED
 from ti_fx.numerics import error_feedback, moments
 from ti_fx.numerics.moments import Moments
-from ti_fx.numerics.ternary_weights import ternary_codes
+from ti_fx.numerics.ternary_weights import ternary, ternary_codes
 from ti_fx.passes.prepare.product_sums import ProductSums, mask_of, nodes_of, padding_masks
 from ti_fx.passes.prepare.tune_scales import tune_scales
 
@@ -133,6 +134,15 @@ class Calibrate(Pass):
             raise PreconditionError("calibrate needs a teacher", missing="duplicate-teacher")
         if not any(one.quantiser for one in ternary_weights(gm)):
             raise PreconditionError("calibrate needs ternary weights", missing="ternarize")
+        for node in quantised_weights(gm):
+            granularity = node.kwargs["granularity"]
+            if node.target is not ternary or granularity not in ("tensor", "row"):
+                method = weight_quantiser_of(node)
+                raise PreconditionError(
+                    "calibrate places latent weights for the method twn with a scale per tensor or row, and "
+                    f"{node.all_input_nodes[0].target} is {method and method.name} per {granularity}; run "
+                    "Ternarize() without method= and groups first, or train without it"
+                )
         if any(roles.fact(node, "intervened") for node in nodes):
             raise PreconditionError(
                 "calibrate needs the student without an intervention; run intervene first"

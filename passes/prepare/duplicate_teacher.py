@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ti_fx import numerics
 from ti_fx.errors import InputError, PostconditionError, PreconditionError
 from ti_fx.ir import leaves, roles
 from ti_fx.ir.edit import insert, register, tensor
-from ti_fx.ir.inserted import is_ours
+from ti_fx.ir.inserted import is_ours, reads_weight
 from ti_fx.ir.leaves import is_dropout
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.roles import TEACHER, TEACHER_PREFIX
@@ -48,7 +47,7 @@ class DuplicateTeacher(Pass):
         if any(roles.is_teacher(node) for node in gm.graph.nodes):
             return
         for node in gm.graph.nodes:
-            quantised = node.target in (numerics.ternary, numerics.unpack_ternary) or is_ours(node)
+            quantised = reads_weight(node) or is_ours(node)
             if node.op == "call_function" and quantised:
                 raise PreconditionError(
                     f"duplicate-teacher needs the full-precision graph, and %{node.name} quantises; run it first"
@@ -100,6 +99,8 @@ def _copy_values(gm: GraphModule, values: dict[str, Tensor] | None) -> None:
         if roles.fact(node, "intervention"):
             continue  # the share of a blend
         target = str(node.target)
+        if target.startswith(roles.LEARNED_PREFIXES):
+            continue  # what a quantiser learns has no part in the teacher
         own = tensor(gm, target)
         value = own if values is None else values.get(target)
         if value is None:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ti_fx.errors import PreconditionError
+from ti_fx.ir import roles
 from ti_fx.ir.edit import erase, get_attr, mode, register
 from ti_fx.ir.facts import facts
 from ti_fx.ir.run_by_need import RunByNeed
 from ti_fx.numerics.quantiser import Quantiser
 
-STEPS = "activation_quant"  # the submodule that holds them: activation_quant.<quantiser's node>.step
 Rounded = tuple[Node, Quantiser]  # a value, and a quantiser that rounds it
 
 
@@ -50,7 +50,7 @@ def first_steps(gm: GraphModule, rounded: Iterable[Rounded]) -> dict[Rounded, Te
 
 def read_step(gm: GraphModule, before: Node, quantiser: str, first: Tensor) -> Node:
     """Give a quantiser's node, called so, a Parameter of its own; return the node that reads it."""
-    target = f"{STEPS}.{quantiser}.step"
+    target = f"{roles.ACTIVATION_QUANT}.{quantiser}.step"
     register(gm, target, nn.Parameter(first.clone()))
     return get_attr(before, target, f"{quantiser}_step", "student")
 

@@ -17,7 +17,7 @@ from ti_fx.find.weights import projections, skipped
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, call, prune
 from ti_fx.ir.facts import facts, record_facts
-from ti_fx.ir.inserted import is_blend, is_ours, quantiser_of
+from ti_fx.ir.inserted import is_blend, is_ours, quantised_weights, quantiser_of
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import CAPTURED, PREPARED
 from ti_fx.numerics.encodings import Encoding, get_encoding
@@ -64,7 +64,7 @@ class QuantizeActivations(Pass):
         """
         for name in (self.encoding, *self.encodings.values()):
             get_encoding(name)
-        if not any(node.target is numerics.ternary for node in gm.graph.nodes):
+        if not quantised_weights(gm):
             raise PreconditionError("quantize-activations needs ternary weights", missing="ternarize")
         several = self.encodings or len(set(facts(gm).encodings.values())) > 1
         if several and any(node.target is numerics.detach for node in gm.graph.nodes):
@@ -122,11 +122,7 @@ class QuantizeActivations(Pass):
         Raises:
             SelectionError: a glob matches nothing.
         """
-        names = [
-            str(node.all_input_nodes[0].target)
-            for node in gm.graph.nodes
-            if node.target is numerics.ternary and roles.is_student(node)
-        ]
+        names = [str(node.all_input_nodes[0].target) for node in quantised_weights(gm)]
         left = skipped(_projections(gm).values(), self.skip, "ternary projection")
         found = dict.fromkeys((name for name in names if name not in left), get_encoding(self.encoding))
         for glob, encoding in self.encodings.items():

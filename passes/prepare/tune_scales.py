@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ti_fx import numerics
 from ti_fx.find.outputs import logits
 from ti_fx.find.walk import is_float
 from ti_fx.ir import roles
 from ti_fx.ir.edit import erase_dead_writes, fork, tensor
+from ti_fx.ir.inserted import quantised_weights
 from ti_fx.ir.outputs import model_outputs, named_leaves
 from ti_fx.passes.prepare.product_sums import EVERY, mask_of, padding_masks
 
@@ -132,11 +132,7 @@ class _Tuned:
     """What is tuned: Parameters of one dimension as they are, ternary weights by the logarithms of their scales."""
 
     def __init__(self, gm: GraphModule) -> None:
-        quantisers = [
-            node
-            for node in gm.graph.find_nodes(op="call_function", target=numerics.ternary)
-            if roles.is_student(node)
-        ]
+        quantisers = quantised_weights(gm)
         self.weights = [tensor(gm, str(node.all_input_nodes[0].target)) for node in quantisers]
         self.weights, quantisers = _trained(self.weights, quantisers)
         self.base = [value.detach().clone() for value in self.weights]

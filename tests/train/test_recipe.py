@@ -31,6 +31,7 @@ FULL = Recipe(
         min_rows=2000,
         clip=2.0,
         skip=("bert.encoder.layer.0.*",),
+        method="absmean",
     ),
     activations=QuantizeActivations(
         encoding="int8-token",

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ti_fx import numerics
 from ti_fx.analysis.recorded import Recorder, run, with_teacher
 from ti_fx.errors import InputError
-from ti_fx.ir.inserted import quantiser_of
+from ti_fx.ir.inserted import quantised_weights, quantiser_of, weight_quantiser_of
 from ti_fx.numerics import losses
 from ti_fx.passes.prepare.tune_scales import Compared, compared
 
@@ -49,11 +48,7 @@ def sensitivity(
         InputError: no weight is ternary, a group names another, or there is no teacher or no batch.
     """
     gm = with_teacher(gm)
-    ternary = {
-        str(node.all_input_nodes[0].target): node
-        for node in gm.graph.nodes
-        if node.target is numerics.ternary
-    }
+    ternary = {str(node.all_input_nodes[0].target): node for node in quantised_weights(gm)}
     if not ternary:
         raise InputError("the graph has no ternary weight; run ternarize")
     chosen = [(name,) for name in ternary] if groups is None else [tuple(group) for group in groups]
@@ -84,7 +79,7 @@ class _Only(Recorder):
 
     def run_node(self, n: Node) -> Any:
         """Run one node, or pass on what a quantiser reads."""
-        left = n.target is numerics.ternary and n not in self.ternary
+        left = weight_quantiser_of(n) is not None and n not in self.ternary
         if left or quantiser_of(n) is not None:
             result = self.env[n.all_input_nodes[0]]
             if n in self.wanted:

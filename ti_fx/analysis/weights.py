@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch.fx import GraphModule
 
 from ti_fx.ir.edit import tensor
 from ti_fx.numerics import codes
+from ti_fx.numerics.weight_codes import Granularity, scale_shape
+from ti_fx.numerics.weight_quantiser import WeightQuantiser
 from ti_fx.passes import Ternarize
 
 SCALE_BYTES = 4  # a scale is stored in float32
@@ -21,7 +24,7 @@ class StoredWeight:
     Attributes:
         name: in the source model's own names.
         shape: numbers. dtype: ``float32``.
-        encoding: ``ternary, a scale per tensor``, ``ternary, a scale per row``, or ``kept``.
+        encoding: ``ternary, a scale per tensor`` (``binary``; ``row``, ``group-64``), or ``kept``.
         reason: what it is, or why it is kept.
         bytes_before: as it is now. bytes_after: packed at two bits a code, scales included.
     """
@@ -51,6 +54,7 @@ def stored_weights(gm: GraphModule, ternarize: Ternarize | None = None) -> list[
         SelectionError: one of the pass's skip globs matches nothing.
     """
     ternarize = ternarize or Ternarize()
+    quantiser = ternarize.quantiser
     rows: dict[str, StoredWeight] = {}
     for node, fate in ternarize.fates(gm).items():
         name = str(node.target)
@@ -58,13 +62,15 @@ def stored_weights(gm: GraphModule, ternarize: Ternarize | None = None) -> list[
         if name in rows or not isinstance(value, nn.Parameter):
             continue
         size = value.numel() * value.element_size()
-        encoding = "kept" if fate.granularity is None else f"ternary, a scale per {fate.granularity}"
-        after = size if fate.granularity is None else _packed_bytes(value, fate.granularity)
+        encoding = (
+            "kept" if fate.granularity is None else f"{quantiser.values}, a scale per {fate.granularity}"
+        )
+        after = size if fate.granularity is None else _packed_bytes(value, fate.granularity, quantiser)
         dtype = str(value.dtype).removeprefix("torch.")
         rows[name] = StoredWeight(name, tuple(value.shape), dtype, encoding, fate.reason, size, after)
     return list(rows.values())
 
 
-def _packed_bytes(value: Tensor, granularity: str) -> int:
-    scales = value.shape[0] if granularity == "row" else 1
+def _packed_bytes(value: Tensor, granularity: Granularity, quantiser: WeightQuantiser) -> int:
+    scales = math.prod(scale_shape(value.shape, granularity)) * (2 if quantiser.shifts else 1)
     return -(-value.numel() // codes.CODES_PER_BYTE) + SCALE_BYTES * scales

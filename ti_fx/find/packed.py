@@ -25,13 +25,18 @@ PRODUCTS = {"linear": 0, "addmm": 1, "mm": 0, "matmul": 0}  # where a linear lay
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A call of ``unpack_ternary`` and what it reads."""
+    """A call of ``unpack_ternary`` and what it reads.
+
+    ``group`` neighbours share a scale, 0: a row or all do; ``offset`` is added, None: nothing is.
+    """
 
     node: Node
     codes: Node
     scale: Node
     shape: tuple[int, ...]
     dtype: torch.dtype
+    group: int = 0
+    offset: Node | None = None
 
     @property
     def codes_name(self) -> str:
@@ -42,6 +47,11 @@ class PackedWeight:
     def scale_name(self) -> str:
         """Name of the buffer with the scale."""
         return str(self.scale.target)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the buffers: codes, scale, and the offset of a weight that has one."""
+        return self.codes_name, self.scale_name, *(() if self.offset is None else (str(self.offset.target),))
 
     @property
     def parameter(self) -> str:
@@ -55,7 +65,8 @@ def as_packed(argument: Any) -> PackedWeight | None:
         return None
     arguments: Any = argument.args
     codes, scale, shape, dtype = arguments
-    return PackedWeight(argument, codes, scale, tuple(shape), dtype)
+    more: Any = argument.kwargs
+    return PackedWeight(argument, codes, scale, tuple(shape), dtype, more.get("group", 0), more.get("offset"))
 
 
 def looked_up(node: Node) -> PackedWeight | None:

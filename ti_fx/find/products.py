@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ti_fx import numerics
 from ti_fx.find.walk import CAST, SHAPE, projection_weight
 from ti_fx.find.weights import projections
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, tensor
+from ti_fx.ir.inserted import quantised_weights
 from ti_fx.ir.leaves import is_dropout
 
 
@@ -63,9 +63,7 @@ def ternary_weights(gm: GraphModule) -> list[TernaryWeight]:
             multiplied.setdefault(weight, []).append(node)
     position = {node: index for index, node in enumerate(gm.graph.nodes)}
     found = []
-    for quantiser in gm.graph.find_nodes(op="call_function", target=numerics.ternary):
-        if not roles.is_student(quantiser):
-            continue
+    for quantiser in quantised_weights(gm):
         weight = quantiser.all_input_nodes[0]
         nodes = multiplied.get(weight, [])
         reason = _reason(gm, quantiser, nodes, teachers)

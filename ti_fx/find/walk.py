@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ti_fx import numerics
 from ti_fx.ir import leaves, roles
 from ti_fx.ir.edit import aten_name
-from ti_fx.ir.inserted import is_blend, is_ours
+from ti_fx.ir.inserted import is_blend, is_ours, reads_weight, weight_quantiser_of
 
 
 def _names(text: str) -> frozenset[str]:
@@ -48,8 +47,6 @@ PROJECTION = _names("linear addmm") | MATMUL | CONVOLUTION
 SOFTMAX = _names("softmax _softmax _safe_softmax")
 # What a walk towards a projection must not follow: rotary tables, look-ups, another attention's map.
 _ENDS = _names("cos sin embedding arange cumsum topk argmax sort polar outer") | SOFTMAX
-# How a quantised or packed weight is read: the value is the weight's.
-_READS = (numerics.ternary, numerics.unpack_ternary)
 
 
 def projection_weight(node: Node) -> Node | None:
@@ -60,7 +57,7 @@ def projection_weight(node: Node) -> Node | None:
 
 def reads_ternary(node: Node) -> bool:
     """Whether a projection reads its weight through a ternary quantiser."""
-    return any(part.target is numerics.ternary for part in _weight_chain(node))
+    return any(weight_quantiser_of(part) is not None for part in _weight_chain(node))
 
 
 def _weight_chain(node: Node) -> list[Node]:
@@ -74,7 +71,7 @@ def _weight_chain(node: Node) -> list[Node]:
     chain: list[Node] = []
     while isinstance(argument, Node):
         chain.append(argument)
-        passed = argument.target in _READS or aten_name(argument) in WEIGHT_VIEWS
+        passed = reads_weight(argument) or aten_name(argument) in WEIGHT_VIEWS
         argument = argument.args[0] if passed else None
     return chain
 
@@ -156,7 +153,7 @@ class Walk:
 
     def is_view(self, node: Node) -> bool:
         """Whether the node moves or casts values and computes none."""
-        return aten_name(node) in SHAPE | CAST or node.target is operator.getitem or node.target in _READS
+        return aten_name(node) in SHAPE | CAST or node.target is operator.getitem or reads_weight(node)
 
     def is_transparent(self, node: Node) -> bool:
         """Whether the node only moves or casts values, drops some out, or was inserted by a pass."""

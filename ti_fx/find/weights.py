@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ti_fx import numerics
 from ti_fx.errors import SelectionError, did_you_mean
 from ti_fx.find.low_rank import low_rank_adapters, makes_weight
 from ti_fx.find.walk import CAST, CONVOLUTION, MATMUL, SHAPE, WEIGHT_VIEWS, projection_weight
 from ti_fx.find.word_tables import LookUp, other_tables
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, tensor
+from ti_fx.ir.inserted import reads_weight, weight_quantiser_of
 from ti_fx.ir.outputs import model_outputs, named_leaves
-from ti_fx.numerics.ternary_weights import Granularity
+from ti_fx.numerics.weight_codes import Granularity
 
 _INDEX_OPS = frozenset(
     [
@@ -39,7 +39,6 @@ _INDEX_OPS = frozenset(
 )
 _LINEAR = frozenset(["linear", "addmm", "mm", "matmul"])
 _NORMS = frozenset(["layer_norm", "rms_norm", "group_norm"])
-_QUANTISED = (numerics.ternary, numerics.unpack_ternary)
 
 
 def projections(gm: GraphModule) -> list[Node]:
@@ -91,7 +90,7 @@ def _is_parametric(gm: GraphModule, node: Node) -> bool:
     """Whether the node computes with a stored tensor; adding a bias or multiplying by one number does not count."""
     if not roles.is_student(node) or aten_name(node) == "add":
         return False
-    if node.target in _QUANTISED:
+    if reads_weight(node):
         return False
     sources = [source for source in node.all_input_nodes if _stored(source)]
     if aten_name(node) == "mul":
@@ -100,7 +99,7 @@ def _is_parametric(gm: GraphModule, node: Node) -> bool:
 
 
 def _stored(node: Node) -> bool:
-    while node.target in _QUANTISED or aten_name(node) in WEIGHT_VIEWS:
+    while reads_weight(node) or aten_name(node) in WEIGHT_VIEWS:
         node = node.all_input_nodes[0]
     return node.op == "get_attr"
 
@@ -137,7 +136,7 @@ def _lookups(gm: GraphModule) -> list[LookUp]:
 
 def _table(node: Node) -> Node | None:
     source = node.args[0]
-    while isinstance(source, Node) and source.target is numerics.ternary:
+    while isinstance(source, Node) and weight_quantiser_of(source) is not None:
         source = source.args[0]
     return source if isinstance(source, Node) and source.op == "get_attr" else None
 
@@ -255,7 +254,12 @@ def fates(
     constant = _constant(gm)
     found: dict[Node, Fate] = {}
     for node in constant:
-        if node.op != "get_attr" or not tensor(gm, str(node.target)).is_floating_point():
+        name = str(node.target)
+        if (
+            node.op != "get_attr"
+            or name.startswith(roles.LEARNED_PREFIXES)
+            or not tensor(gm, name).is_floating_point()
+        ):
             continue
         own = [product for product in products.get(node, ()) if not makes_weight(product, constant)]
         granularity: Granularity | None = None
@@ -338,7 +342,7 @@ def _reads(node: Node) -> list[tuple[Node, Node]]:
     while queue:
         source = queue.pop()
         for user in source.users:
-            moves = user.target in _QUANTISED or aten_name(user) in SHAPE | CAST
+            moves = reads_weight(user) or aten_name(user) in SHAPE | CAST
             if moves and user.all_input_nodes[0] is source:
                 queue += [] if user in seen else [user]
                 seen.add(user)

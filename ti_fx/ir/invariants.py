@@ -16,7 +16,7 @@ from ti_fx.ir.blends import is_drawn_from, is_share_of, share_name
 from ti_fx.ir.checks import is_assertion
 from ti_fx.ir.edit import aten_name, stored
 from ti_fx.ir.facts import facts
-from ti_fx.ir.inserted import DETACHES, is_blend, is_ours
+from ti_fx.ir.inserted import DETACHES, is_blend, is_ours, reads_weight, weight_quantiser_of
 from ti_fx.ir.leaves import is_dropout
 from ti_fx.ir.outputs import is_container, prepared_result
 from ti_fx.ir.roles import TEACHER_PREFIX
@@ -169,7 +169,7 @@ def _same_twins(gm: GraphModule) -> Iterator[str]:
             if clone_of := roles.fact(source, "clone_of"):
                 source = by_name[clone_of]
                 continue
-            transparent = is_ours(source) or source.target is numerics.ternary or is_dropout(gm, source)
+            transparent = is_ours(source) or weight_quantiser_of(source) is not None or is_dropout(gm, source)
             if not transparent and not roles.fact(source, "intervention"):
                 break
             source = source.all_input_nodes[0]
@@ -227,13 +227,14 @@ def _quantised_reads(gm: GraphModule) -> Iterator[str]:
     quantised = {
         node.args[0].target
         for node in gm.graph.nodes
-        if node.op == "call_function" and node.target is numerics.ternary and isinstance(node.args[0], Node)
+        if weight_quantiser_of(node) is not None and isinstance(node.args[0], Node)
     }
     for node in gm.graph.nodes:
         if node.op != "get_attr" or node.target not in quantised:
             continue
         for user in node.users:
-            if user.target is not numerics.ternary and node.target not in (roles.fact(user, "exempt") or ()):
+            exempt = node.target in (roles.fact(user, "exempt") or ())
+            if weight_quantiser_of(user) is None and not exempt:
                 yield f"%{user.name} reads the latent {node.target} beside its quantiser"
 
 
@@ -300,7 +301,7 @@ def _alone(gm: GraphModule) -> Iterator[str]:
 
 def _packed(gm: GraphModule) -> Iterator[str]:
     for node in gm.graph.nodes:
-        if node.target is numerics.ternary:
+        if weight_quantiser_of(node) is not None:
             yield f"%{node.name} quantises a latent weight; pack stores its codes"
 
 
@@ -314,17 +315,11 @@ def _nothing_for_training(gm: GraphModule) -> Iterator[str]:
     for node in gm.graph.nodes:
         if is_dropout(gm, node):
             yield f"%{node.name} is dropout, which does nothing in evaluation"
-        elif (
-            is_ours(node)
-            or is_blend(node)
-            or node.target
-            in (
-                numerics.ternary,
-                numerics.ternary_embedding,
-                numerics.unpack_ternary,
-            )
-        ):
+        elif is_ours(node) or is_blend(node) or reads_weight(node) or node.target in _LOOK_UPS:
             yield f"%{node.name} calls {_called(node)}, the numerics of training, which ONNX has no operator for"
+
+
+_LOOK_UPS = (numerics.ternary_embedding, numerics.quantised_embedding)
 
 
 def _called(node: Node) -> str:

@@ -21,6 +21,9 @@ from ti_fx.errors import VerificationError
 KEY = "ti_fx"
 TEACHER = "teacher"  # the submodule that holds the teacher's frozen tensors
 TEACHER_PREFIX = f"{TEACHER}."  # of their names
+# the submodules that hold what quantisers learn: weight_quant.<parameter>.<name>, activation_quant.<node>.<name>
+WEIGHT_QUANT, ACTIVATION_QUANT = "weight_quant", "activation_quant"
+LEARNED_PREFIXES = (f"{WEIGHT_QUANT}.", f"{ACTIVATION_QUANT}.")  # of their names
 Role = Literal["shared", "student", "teacher", "loss"]
 ROLES: tuple[Role, ...] = get_args(Role)
 

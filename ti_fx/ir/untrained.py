@@ -15,6 +15,7 @@ from ti_fx.errors import PreconditionError
 from ti_fx.ir import roles
 from ti_fx.ir.edit import aten_name, origin, stored, written_arguments
 from ti_fx.ir.facts import facts
+from ti_fx.ir.inserted import weight_quantiser_of
 from ti_fx.ir.outputs import model_outputs, named_leaves, prepared_result
 from ti_fx.ir.shapes import OF_SHAPES
 from ti_fx.ir.text import where
@@ -111,9 +112,10 @@ def untrained(gm: GraphModule) -> tuple[Untrained, ...]:
 
 
 def _row(node: Node, cause: Cause, reason: str) -> Untrained:
-    quantiser = next((user for user in node.users if user.target is numerics.ternary), None)
+    quantiser = next((user for user in node.users if weight_quantiser_of(user) is not None), None)
     reader = next(iter((quantiser or node).users), node)
-    return Untrained(str(node.target), quantiser is not None, cause, reason, where(reader))
+    is_ternary = quantiser is not None and quantiser.args[0] is node  # what a quantiser learns is no weight
+    return Untrained(str(node.target), is_ternary, cause, reason, where(reader))
 
 
 def _ends(gm: GraphModule) -> Iterator[Node]:

@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 from torch.fx import GraphModule
 
-from ti_fx import numerics
 from ti_fx.errors import ExportError, InputError
 from ti_fx.export import arguments
 from ti_fx.export import inputs as io
 from ti_fx.export.run.session import Runtime
 from ti_fx.export.writer import to_onnx
+from ti_fx.find.packed import packed_weights
 from ti_fx.ir.edit import fork
 from ti_fx.ir.facts import facts
+from ti_fx.ir.inserted import quantised_weights
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.measure.footprint import footprint
 from ti_fx.measure.stopwatch import medians
@@ -181,10 +182,9 @@ def _students(
 
 def _packed(gm: GraphModule) -> GraphModule:
     copy = fork(gm)
-    targets = {node.target for node in copy.graph.nodes}
-    if numerics.unpack_ternary in targets:
+    if any(packed_weights(copy)):
         return copy
-    if numerics.ternary not in targets:
+    if not quantised_weights(copy):
         Pipeline(Ternarize())(copy)
         Pipeline(QuantizeActivations(encoding="float"))(copy)
     Pipeline(Strip(), Pack())(copy)

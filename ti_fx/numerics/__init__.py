@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from ti_fx.numerics.blends import blend, detach_by, route
     from ti_fx.numerics.codes import pack_codes, unpack_codes, unpack_ternary
     from ti_fx.numerics.gradients import detach
+    from ti_fx.numerics.look_ups import quantised_embedding
     from ti_fx.numerics.quantisers.int8_block import int8_block_32, int8_block_64, int8_block_128
     from ti_fx.numerics.quantisers.int8_reference import int8_reference
     from ti_fx.numerics.quantisers.int8_tensor import int8_tensor
     from ti_fx.numerics.quantisers.int8_token import int8_token
-    from ti_fx.numerics.ternary_weights import CLIP, Granularity, ternary, ternary_codes, ternary_embedding
+    from ti_fx.numerics.ternary_weights import ternary, ternary_codes, ternary_embedding
+    from ti_fx.numerics.weight_codes import CLIP, Granularity
 
 __all__ = [
     "CLIP",
@@ -30,6 +32,7 @@ __all__ = [
     "int8_tensor",
     "int8_token",
     "pack_codes",
+    "quantised_embedding",
     "route",
     "ternary",
     "ternary_codes",
@@ -40,8 +43,8 @@ __all__ = [
 
 # Where each name is defined.
 _HOMES = {
-    "CLIP": "ternary_weights",
-    "Granularity": "ternary_weights",
+    "CLIP": "weight_codes",
+    "Granularity": "weight_codes",
     "blend": "blends",
     "detach": "gradients",
     "detach_by": "blends",
@@ -52,6 +55,7 @@ _HOMES = {
     "int8_tensor": "quantisers.int8_tensor",
     "int8_token": "quantisers.int8_token",
     "pack_codes": "codes",
+    "quantised_embedding": "look_ups",
     "route": "blends",
     "ternary": "ternary_weights",
     "ternary_codes": "ternary_weights",

@@ -32,13 +32,34 @@ def unpack_codes(packed: Tensor, shape: Sequence[int]) -> Tensor:
     return codes[: int(torch.Size(shape).numel())].view(tuple(shape))
 
 
-def unpack_ternary(packed: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def spread(scale: Tensor, group: int, size: int) -> Tensor:
+    """Return a scale as it is multiplied: one a group, ``(..., groups)``, is repeated to ``(..., size)``.
+
+    Args:
+        scale: as the codes' granularity gives it.
+        group: neighbours that share one; 0: a row or the tensor has one, and it is returned as it is.
+        size: of the weight's last dimension; the last group may be shorter.
+    """
+    return scale.repeat_interleave(group, dim=-1)[..., :size] if group else scale
+
+
+def unpack_ternary(
+    packed: Tensor,
+    scale: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    group: int = 0,
+    offset: Tensor | None = None,
+) -> Tensor:
     """Return the ternary weight from packed codes, ``(codes * scale).to(dtype)``: the training value bit for bit.
 
     Args:
         packed: uint8 from :func:`pack_codes`.
-        scale: float32 or float64, shape ``()`` or ``(rows, 1, ...)``.
+        scale: float32 or float64, shape ``()`` or ``(rows, 1, ...)``; with groups ``(..., groups)``.
         shape: the weight's shape.
         dtype: the weight's dtype.
+        group: neighbours of the last dimension that share a scale, 0 without groups.
+        offset: what is added, of the scale's shape; None: nothing.
     """
-    return unpack_codes(packed, shape).to(scale.dtype).mul_(scale).to(dtype)
+    value = unpack_codes(packed, shape).to(scale.dtype).mul_(spread(scale, group, shape[-1]))
+    return (value if offset is None else value.add_(spread(offset, group, shape[-1]))).to(dtype)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ti_fx.numerics.precision import at_least_float32
-from ti_fx.numerics.ternary_weights import CLIP, ternary_codes
+from ti_fx.numerics.ternary_weights import ternary_codes
+from ti_fx.numerics.weight_codes import CLIP
 
 BLOCK = 128  # inputs between two updates of all that follow
 FACTORS = (0.85, 1.0, 1.2, 1.45, 1.75)  # of the scale that TWN would give: those that rounding is tried with

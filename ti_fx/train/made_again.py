@@ -18,7 +18,7 @@ from ti_fx.frontend.wrappers import unwrapped
 from ti_fx.ir.edit import fork
 from ti_fx.ir.facts import PREPARE, facts, record_facts
 from ti_fx.ir.pipeline import Pass, Pipeline
-from ti_fx.passes.prepare.first_steps import STEPS
+from ti_fx.ir.roles import LEARNED_PREFIXES
 from ti_fx.recipe import Recipe
 
 _JSON = (bool, int, float, str, type(None))
@@ -57,8 +57,8 @@ def require_fit(
     with unwrapped(source):
         own = dict(source.named_parameters()) | dict(source.named_buffers())
     for name, value in weights.items():
-        if name not in own and (not is_whole or name.startswith(f"{STEPS}.")):
-            continue  # a pass may have made it
+        if name not in own and (not is_whole or name.startswith(LEARNED_PREFIXES)):
+            continue  # a pass may have made it, or did
         if name not in own or own[name].shape != value.shape:
             found = tuple(own[name].shape) if name in own else "missing"
             raise CheckpointError(

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from torch import nn
 from torch.fx import GraphModule
 
-from ti_fx import numerics
 from ti_fx.errors import InputError
 from ti_fx.frontend.wrappers import unwrapped
-from ti_fx.ir import roles
+from ti_fx.ir.inserted import quantised_weights
 from ti_fx.ir.undo import Undo
 from ti_fx.ir.untrained import Cause, Untrained
 from ti_fx.recipe import Recipe
@@ -63,11 +62,7 @@ def require_trained(gm: GraphModule, recipe: Recipe) -> None:
             f"{first.name}{_more(others)} would become ternary and never train: {first.reason} (read by "
             f"{first.reader}); {_WAYS[first.cause].format(skip=skip)}"
         )
-    weights = {
-        node.all_input_nodes[0].target
-        for node in gm.graph.nodes
-        if node.target is numerics.ternary and roles.is_student(node)
-    }
+    weights = {node.all_input_nodes[0].target for node in quantised_weights(gm)}
     if frozen and len(frozen) == len(weights):
         raise InputError(
             f"all {len(weights)} ternary weights are frozen, {frozen[0].name} for one, so none of them would train; "

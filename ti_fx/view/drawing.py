@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from ti_fx.errors import InputError, MissingExtra
 from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.ir.text import lines
+from ti_fx.numerics.weight_quantisers import METHODS
 from ti_fx.view.network import to_networkx
 
 Change = Literal["added", "removed", "rewired"]
@@ -46,6 +47,7 @@ _REARRANGING = frozenset(
         "sym_size",
     ]
 )
+_QUANTISERS = {one.function.__name__ for one in METHODS.values()}  # of weights
 _MARKS: dict[Change, str] = {"added": "+ ", "removed": "− ", "rewired": "~ "}
 _COLOURS = {  # fill and line on a light page, fill and line on a dark one
     "student": ("#dbeafe", "#2563eb", "#1e3a5f", "#7db2ff"),
@@ -261,8 +263,8 @@ def _label(name: str, attributes: dict[str, Any], prefix: str) -> list[str]:
         operation = f"{operation} (tap of {tap})"
     if attributes.get("part"):
         first = f"{attributes['part']} = {operation}"
-    elif attributes["op"] == "ternary" and attributes.get("reads"):
-        first = f"ternary {_short(attributes['reads'][0], prefix)}"
+    elif operation in _QUANTISERS and attributes.get("reads"):
+        first = f"{operation} {_short(attributes['reads'][0], prefix)}"
     elif attributes.get("reads") and operation in ("linear", "addmm", "matmul"):
         first = f"{operation} {_short(attributes.get('module', ''), prefix)}"
     elif attributes["role"] == "loss":

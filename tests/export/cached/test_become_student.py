@@ -47,6 +47,17 @@ def test_another_capture_becomes_the_student(student: GraphModule) -> None:
     assert torch.equal(gm(**EXAMPLE)["logits"], student(**EXAMPLE)["logits"])
 
 
+@pytest.mark.parametrize("method", ["binary", "seq", "dlt"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group-32"])
+def test_it_becomes_a_student_by_any_method(method: str, granularity: str) -> None:
+    student = captured(0)
+    ti_fx.Pipeline(Ternarize(weights=granularity, method=method), Pack())(student)  # type: ignore[arg-type]
+    gm = captured(1)
+    assert become(gm, student) == []
+    assert ti_fx.dump(gm) == ti_fx.dump(student)
+    assert torch.equal(gm(**EXAMPLE)["logits"], student(**EXAMPLE)["logits"])
+
+
 def test_a_tensor_that_the_student_lacks_is_named() -> None:
     gm = captured(0, bias=False)
     ti_fx.Pipeline(Ternarize(), Pack())(gm)
