@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ti_fx.numerics.quantiser import one_where_zero
+from ti_fx.numerics.uniform import one_where_zero
 from ti_fx.numerics.weight_codes import CLIP, Granularity, codes_by, rounded, rows_dims
 from ti_fx.numerics.weight_quantiser import WeightQuantiser
 
