@@ -1,16 +1,11 @@
-"""A Recipe holds everything needed to rebuild the same training graphs from the same model, as JSON or YAML.
-
-Schedules of the presets are the published ones (arXiv 2302.11812, section 4 and its code): with s = 60 intervention
-steps, TI-G intervenes at the output until s/6, at the context until s/3 and at the map to the end; then plain
-quantisation-aware training with a fresh optimiser and learning-rate schedule.
-"""
+"""A Recipe holds everything needed to rebuild the same training graphs from the same model, as JSON or YAML."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,18 +25,17 @@ from ti_fx.passes import (
     DecomposeAttention,
     Distill,
     DuplicateTeacher,
-    Intervene,
     QuantizeActivations,
     Ternarize,
 )
 from ti_fx.passes.prepare.distill import TERMS
 from ti_fx.phases import Curve, Phase, check_phases, constructed, is_length, plain, read_name, read_phases
+from ti_fx.presets import DEFAULT, PRESETS
 
-__all__ = ["PRESETS", "Curve", "Phase", "Recipe", "chosen_recipe"]
+__all__ = ["DEFAULT", "PRESETS", "Curve", "Phase", "Recipe", "chosen_recipe"]
 
 FORMAT = 1
-INTERVENTION_STEPS = 60  # as published
-INTERVENED: dict[str, float] = {"layer-blend": 0.5}  # of what is not published
+FEWEST = 6  # steps that a preset's interventions fit into
 
 
 @dataclass(frozen=True)
@@ -87,29 +81,26 @@ class Recipe:
 
     @staticmethod
     def preset(name: str, *, intervention_steps: float | None = None) -> Recipe:
-        """Return a method by its name: ``ternarybert``, ``ti-o``, ``ti-c``, ``ti-m`` or ``ti-g``, as published.
-
-        Or ``layer-blend``: every layer reads the teacher's residual stream, blended into the student's own.
+        """Return a method by its name: ``ternarybert``, ``ti-o``, ``ti-c``, ``ti-m``, ``ti-g`` or another of PRESETS.
 
         Args:
-            name: the method.
+            name: the method; what it does and where it is from is in ``ti_fx.recipe.PRESETS``.
             intervention_steps: s, the length of the intervened part of training: a whole number of at least 6 optimiser
-                steps, or a fraction of all of training, between 0 and 1. None: 60 steps as published, and half of
-                training for ``layer-blend``.
+                steps, or a fraction of all of training, between 0 and 1. None: the preset's own (60 steps as
+                published). Where nothing intervenes it is not used.
 
         Raises:
             RecipeError: no such preset (near names are listed), or too few steps.
         """
         if name not in PRESETS:
             raise RecipeError(f"no recipe is called {name!r}{did_you_mean(name, PRESETS)}")
-        if intervention_steps is None:
-            intervention_steps = INTERVENED.get(name, INTERVENTION_STEPS)
-        if not is_length(intervention_steps) or 1 <= intervention_steps < 6:
+        preset = PRESETS[name]
+        steps = intervention_steps if intervention_steps is not None else preset.length or FEWEST
+        if not is_length(steps) or 1 <= steps < FEWEST:
             raise RecipeError(
-                f"intervention_steps is {intervention_steps}; give at least 6, or a fraction of training "
-                "between 0 and 1"
+                f"intervention_steps is {steps}; give at least {FEWEST}, or a fraction of training between 0 and 1"
             )
-        return Recipe(name, schedule=PRESETS[name](intervention_steps))
+        return Recipe(name, schedule=preset.schedule(steps), **preset.options)
 
     def phases(self) -> tuple[Phase, ...]:
         """Return the phases, in order."""
@@ -264,38 +255,6 @@ def chosen_recipe(written: Recipe | str | Path) -> Recipe:
     if isinstance(written, Path) or Path(written).suffix or "/" in written:
         return Recipe.load(written)
     return Recipe.preset(written)
-
-
-def _one_point(point: str) -> Callable[[float], tuple[Phase, ...]]:
-    def schedule(steps: float) -> tuple[Phase, ...]:
-        return (Phase(point, Intervene(point), steps), Phase("quantise", restart=True))
-
-    return schedule
-
-
-def _gradual(steps: float) -> tuple[Phase, ...]:
-    sixth, third = (steps / 6, steps / 3) if isinstance(steps, float) else (steps // 6, steps // 3)
-    return (
-        Phase("output", Intervene("output"), sixth),
-        Phase("context", Intervene("context"), third - sixth),
-        Phase("map", Intervene("map"), steps - third),
-        Phase("quantise", restart=True),
-    )
-
-
-def _layer_blend(steps: float) -> tuple[Phase, ...]:
-    blended = Intervene("layer", blend=True)
-    return (Phase("blend", blended, steps, curves=(Curve("linear", 1.0, 0.0),)), Phase("quantise"))
-
-
-PRESETS: dict[str, Callable[[float], tuple[Phase, ...]]] = {
-    "ternarybert": lambda steps: (Phase("quantise"),),
-    "ti-o": _one_point("output"),
-    "ti-c": _one_point("context"),
-    "ti-m": _one_point("map"),
-    "ti-g": _gradual,
-    "layer-blend": _layer_blend,
-}
 
 
 def _passes(values: Any, where: str) -> tuple[Pass, ...]:

@@ -70,6 +70,7 @@ class Distill(Pass):
             whole ``layer``.
         logits_loss: soft ``cross-entropy``; ``kl`` divergence, of the same gradients, 0 where both agree; or
             ``token-scaled`` cross-entropy of a decoder, in which tokens that the teacher finds hard count for more.
+            ``token-scaled-or-kl``: of logits that are not one for each of a decoder's tokens, their divergence.
         temperature: of the logits; of ``token-scaled``, of the tokens' scales, where None is 10 as published.
         embeddings_loss: ``squared`` error, or the ``cosine`` distance.
     """
@@ -88,7 +89,7 @@ class Distill(Pass):
     maps: float = 0.0
     relations: float = 0.0
     errors: Literal["absolute", "token", "layer"] = "absolute"
-    logits_loss: Literal["cross-entropy", "kl", "token-scaled"] = "cross-entropy"
+    logits_loss: Literal["cross-entropy", "kl", "token-scaled", "token-scaled-or-kl"] = "cross-entropy"
     temperature: float | None = None
     embeddings_loss: Literal["squared", "cosine"] = "squared"
 
@@ -160,18 +161,31 @@ class Distill(Pass):
         return 0.0 if self.is_task_alone or logits(gm) else 1.0
 
     def explain(self, gm: GraphModule) -> str:
-        """Say which output is taken for logits where none is called so."""
-        found = logits(gm)
-        if (
-            not found
-            or self.logits == 0
-            or any(name_is_logits(name) for name in named_leaves(model_outputs(gm)))
-        ):
-            return ""
-        return (
-            f"%{found[0].name} is taken for logits, as a linear layer computes it and no output has a name; of an "
-            "embedding, set logits=0 and embeddings=1"
-        )
+        """Say which output is taken for logits where none is called so, and which have no tokens to be scaled by."""
+        found = logits(gm) if self.logits != 0 else []
+        said = []
+        if found and not any(name_is_logits(name) for name in named_leaves(model_outputs(gm))):
+            said.append(
+                f"%{found[0].name} is taken for logits, as a linear layer computes it and no output has a name; of an "
+                "embedding, set logits=0 and embeddings=1"
+            )
+        if self.logits_loss == "token-scaled-or-kl":
+            said += [
+                f"%{node.name} is compared by kl, as it has no logits for each of a decoder's tokens"
+                for node in found
+                if self._logits_by(gm, node) == "kl"
+            ]
+        return "\n".join(said)
+
+    def _logits_by(self, gm: GraphModule, node: Node) -> str:
+        """Return which loss compares a node of logits."""
+        if self.logits_loss != "token-scaled-or-kl":
+            return self.logits_loss
+        try:
+            token_ids(gm, node)
+        except PreconditionError:
+            return "kl"
+        return "token-scaled"
 
     def apply(self, gm: GraphModule) -> None:
         """Remove the losses there are and insert these before the output."""
@@ -211,9 +225,10 @@ class Distill(Pass):
     ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Return what compares a node of a term with its twin, and its arguments beside these and the mask."""
         if term == "logits":
-            if self.logits_loss == "token-scaled":
+            chosen = self._logits_by(gm, node)
+            if chosen == "token-scaled":
                 return losses.token_scaled_cross_entropy, (token_ids(gm, node), self.temperature or 10.0)
-            function = losses.kl_divergence if self.logits_loss == "kl" else losses.soft_cross_entropy
+            function = losses.kl_divergence if chosen == "kl" else losses.soft_cross_entropy
             return function, () if self.temperature is None else (float(self.temperature),)
         if term == "maps":
             return losses.map_divergence, ()

@@ -83,6 +83,18 @@ FULL = Recipe(
                 ("quantise", None, 60, 300, True),
             ],
         ),
+        (
+            "ti-g-inverted",
+            [
+                ("map", "map", 0, 10, False),
+                ("context", "context", 10, 20, False),
+                ("output", "output", 20, 60, False),
+                ("quantise", None, 60, 300, True),
+            ],
+        ),
+        ("ti-stochastic", [("draw", "layer", 0, 150, False), ("quantise", None, 150, 300, False)]),
+        ("layer-blend", [("blend", "layer", 0, 150, False), ("quantise", None, 150, 300, False)]),
+        ("tsld", [("quantise", None, 0, 300, False)]),
     ],
 )
 def test_a_preset_has_the_published_schedule(name: str, expected: list[tuple[Any, ...]]) -> None:
@@ -91,7 +103,7 @@ def test_a_preset_has_the_published_schedule(name: str, expected: list[tuple[Any
     assert found == expected
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "tsld"])  # its losses are others
 def test_a_preset_has_the_published_numerics(name: str) -> None:
     recipe = Recipe.preset(name)
     assert (recipe.ternarize.weights, recipe.ternarize.embeddings, recipe.ternarize.clip) == (

@@ -66,11 +66,12 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, recipe and results.", metavar="DIR")],
     recipe: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="A preset's name (ti-g, ternarybert, ti-m, ...) or a recipe file.", metavar="NAME|FILE"
+            help="A preset's name (ti-fx recipes lists them) or a recipe file; left out: the default preset.",
+            metavar="NAME|FILE",
         ),
-    ] = "ti-g",
+    ] = None,
     encoding: Annotated[
         list[str] | None,
         typer.Option(
@@ -139,8 +140,10 @@ def train(
         raise InputError(f"--learning-rate is {learning_rate}; give a positive number, such as 2e-5")
     from ti_fx.cli._recipe import fitted, intervened, with_encodings
     from ti_fx.cli._start import require_start, require_teacher
+    from ti_fx.recipe import DEFAULT
     from ti_fx.train.data import read_texts
 
+    recipe = recipe or DEFAULT
     chosen = with_passes(intervened(recipe, intervention_steps), passes or ())
     chosen = with_encodings(chosen, chosen_encodings(encoding, measured=True))
     if resume and chosen.activations.encoding == AUTO:
@@ -220,17 +223,15 @@ class _Run:
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
         from ti_fx.cli._progress import TrainingProgress
+        from ti_fx.cli._recipe import say_decisions
         from ti_fx.files import atomic_write
         from ti_fx.train import TernaryTrainer
         from ti_fx.train.data import TokenisedTexts
         from ti_fx.train.scores import scores_of
 
-        output.say(str(self.recipe))
-        output.say(f"{len(self.training):,} training rows, {self.steps:,} steps")
+        output.say(f"{self.recipe}\n{len(self.training):,} training rows, {self.steps:,} steps")
         set_seed(self.seed)
-        held_out = (
-            None if self.held_out is None else TokenisedTexts(self.held_out, tokenizer, self.max_length)
-        )
+        held_out = self.held_out and TokenisedTexts(self.held_out, tokenizer, self.max_length)
         trainer = TernaryTrainer(
             student,
             self.recipe,
@@ -242,8 +243,7 @@ class _Run:
             compute_metrics=scores_of,
             compile=self.compile,
         )
-        if trainer.choice is not None:
-            output.say(str(trainer.choice))
+        say_decisions(trainer)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(TrainingProgress(output.console()))

@@ -16,6 +16,7 @@ from ti_fx.errors import InputError
 from ti_fx.frontend.capture import capture
 from ti_fx.frontend.dynamic_sizes import Dynamic
 from ti_fx.ir.facts import facts
+from ti_fx.ir.pipeline import Report
 from ti_fx.measure.choose import Choice, resolve
 from ti_fx.recipe import Recipe, chosen_recipe
 from ti_fx.train import rows, schedule
@@ -79,6 +80,9 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
         model = ready_source(model)
         require_arguments(args, self.recipe, model)
         self.choice: Choice | None = None  # what was measured for the encoding "auto"
+        self.report: Report | None = (
+            None  # of the passes that prepared the graph, unless that was done before
+        )
         self.source = model
         label_names = (
             list(args.label_names) if args.label_names is not None else rows.label_names(model, options)
@@ -128,7 +132,7 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
             gm = capture(model, example, dynamic=dynamic)
         if facts(gm).recipe is None:
             self.recipe, self.choice = resolve(self.recipe, gm)
-            prepare_to_train(gm, self.recipe, teacher)
+            self.report = prepare_to_train(gm, self.recipe, teacher)
         elif facts(gm).recipe == self.recipe.to_dict():
             require_trained(gm, self.recipe)
         else:
