@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ti_fx.passes import Distill, Intervene
+from ti_fx.passes import Distill, Intervene, KeepLayers, QuantizeActivations, SubNorms, Ternarize
 from ti_fx.phases import Curve, Phase
 
 DEFAULT = "ti-g"  # what `ti-fx train` and `make demo` train by
@@ -32,6 +32,7 @@ class Preset:
         schedule: returns the phases for an intervened part of so many steps, or of such a fraction of training.
         length: of the intervened part, where none is asked for; None: nothing intervenes, and none can be asked for.
         options: of the recipe beside its name and phases: its passes, by the recipe's own names.
+        teachers: the same of the recipes before it in a chain, with their names.
     """
 
     what: str
@@ -39,6 +40,7 @@ class Preset:
     schedule: Schedule
     length: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    teachers: tuple[Mapping[str, Any], ...] = ()
 
 
 def _plain(steps: float) -> tuple[Phase, ...]:
@@ -73,6 +75,10 @@ def _blended(name: str, blend: Any, curve: Curve) -> Schedule:
         return (Phase(name, Intervene("layer", blend=blend), steps, curves=(curve,)), Phase("quantise"))
 
     return schedule
+
+
+def _phased_in(steps: float) -> tuple[Phase, ...]:
+    return (Phase("phase-in", steps=steps, phase_in=Curve("linear", 0.0, 1.0)), Phase("quantise"))
 
 
 PRESETS: dict[str, Preset] = {
@@ -125,6 +131,13 @@ PRESETS: dict[str, Preset] = {
         _blended("blend", True, Curve("linear", 1.0, 0.0)),
         0.5,
     ),
+    "phase-in": Preset(
+        "No intervention: weights are read as W + λ (Q(W) - W), λ from 0 to 1 over half of training (or s); then plain "
+        "training, without a restart.",
+        "a control of the blends, not published",
+        _phased_in,
+        0.5,
+    ),
     "tsld": Preset(
         "Logits alone, those of tokens that the teacher finds hard for more; where a model has no logits a token, by "
         "their KL divergence.",
@@ -135,5 +148,38 @@ PRESETS: dict[str, Preset] = {
                 layer_outputs=0, scores=0, attention_outputs=0, logits_loss="token-scaled-or-kl"
             )
         },
+    ),
+    "bitdistill": Preset(
+        "Norms of the student's own before attention's and the feed-forward's last projection; logits by KL at "
+        "temperature 5, and the relations of the last block. The source's third loss, on labels, is distill: task.",
+        "BitNet Distillation (arXiv 2510.13998), without its continued pre-training",
+        _plain,
+        options={
+            "distill": Distill(
+                layer_outputs=0, scores=0, attention_outputs=0, relations=1, logits_loss="kl", temperature=5.0
+            ),
+            "extra_passes": (SubNorms(),),
+        },
+    ),
+    "bit": Preset(
+        "A chain of three students, each the next one's teacher and start, in a third of the steps each: scales a row "
+        "and activations in full precision, activations of 8 bits, then scales a tensor.",
+        "BiT, NeurIPS 2022 (arXiv 2205.13016), whose chain goes by bits of weights and activations",
+        _plain,
+        teachers=(
+            {
+                "name": "bit-1",
+                "ternarize": Ternarize(weights="row"),
+                "activations": QuantizeActivations("float"),
+            },
+            {"name": "bit-2", "ternarize": Ternarize(weights="row")},
+        ),
+    ),
+    "xtc": Preset(
+        "Half of the teacher's layers, evenly spread, initialised from these and compared with them; one stage. "
+        "Published for ternary and binary weights, and for far longer training than others.",
+        "XTC, NeurIPS 2022 (arXiv 2206.01859)",
+        _plain,
+        options={"keep_layers": KeepLayers(share=0.5)},
     ),
 }

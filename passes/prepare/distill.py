@@ -14,7 +14,7 @@ from ti_fx.find.attention import AttentionSite, block_outputs, find_attention, s
 from ti_fx.find.heads import HeadVectors, head_vectors
 from ti_fx.find.outputs import embeddings, logits, name_is_logits
 from ti_fx.find.walk import before_moves
-from ti_fx.ir import roles
+from ti_fx.ir import moved, roles
 from ti_fx.ir.edit import ancestors, aten_name, call, erase
 from ti_fx.ir.facts import record_facts
 from ti_fx.ir.memory import overwritten
@@ -73,6 +73,8 @@ class Distill(Pass):
             ``token-scaled-or-kl``: of logits that are not one for each of a decoder's tokens, their divergence.
         temperature: of the logits; of ``token-scaled``, of the tokens' scales, where None is 10 as published.
         embeddings_loss: ``squared`` error, or the ``cosine`` distance.
+        learned: the terms, ``task`` excepted, whose weights are learned: such a loss L counts as its weight times
+            ``exp(-s) L + s``, with s a Parameter of training alone, 0 at first (Kendall et al., CVPR 2018).
     """
 
     takes = (CAPTURED, PREPARED)
@@ -92,6 +94,7 @@ class Distill(Pass):
     logits_loss: Literal["cross-entropy", "kl", "token-scaled", "token-scaled-or-kl"] = "cross-entropy"
     temperature: float | None = None
     embeddings_loss: Literal["squared", "cosine"] = "squared"
+    learned: tuple[str, ...] = ()
 
     def requires(self, gm: GraphModule) -> None:
         """A teacher, and what the chosen terms compare."""
@@ -116,6 +119,12 @@ class Distill(Pass):
         if self.mask_padding and not any(_masks(gm, sites).values()):
             raise PreconditionError("distill{mask_padding=true} finds no attention mask among the inputs")
         self._require_values(gm)
+        there = {name for name, pairs, _ in self._terms(gm) if pairs}
+        if missing := [term for term in self.learned if term not in there]:
+            raise PreconditionError(
+                f"distill{{learned}} can't weigh {missing[0]!r}, which is none of its terms here: "
+                f"{', '.join(sorted(there)) or 'none'}"
+            )
         if not self.task and not any(pairs for _, pairs, _ in self._terms(gm)):
             raise PreconditionError("distill has no term left: give at least one weight above 0")
 
@@ -189,6 +198,8 @@ class Distill(Pass):
 
     def apply(self, gm: GraphModule) -> None:
         """Remove the losses there are and insert these before the output."""
+        for term in moved.log_variances(gm).keys() - set(self.learned):
+            moved.forget(gm, term)
         remove(gm)
         output = gm.graph.output_node()
         outputs = output.args[0]
@@ -196,6 +207,7 @@ class Distill(Pass):
         masks = _masks(gm, find_attention(gm)) if self.mask_padding else {}
         flat: dict[Node, Node] = {}
         each: dict[str, Node] = {}
+        added: list[Node] = []
         weights: list[float] = []
         for name, nodes, weight in self._terms(gm):
             if not nodes:
@@ -211,9 +223,12 @@ class Distill(Pass):
                 arguments = (node, teacher[node], mask, *further)
                 parts.append(call(output, function, arguments, f"loss_{name}_{index}", "loss"))
             each[name] = call(output, losses.total, (parts,), f"loss_{name}", "loss")
-            weights.append(weight)
+            weights.append(float(weight))  # as a recipe's file has it
+            added.append(each[name])
+            if name in self.learned:
+                added[-1] = moved.learn(gm, name, each[name], output, nodes[0][0].meta["val"])
         if each:
-            total = call(output, losses.weighted, (list(each.values()), weights), "loss", "loss")
+            total = call(output, losses.weighted, (added, weights), "loss", "loss")
         else:
             first = next(iter(named_leaves(outputs).values()))
             total = call(output, losses.nothing, (first,), "loss", "loss")
@@ -227,7 +242,7 @@ class Distill(Pass):
         if term == "logits":
             chosen = self._logits_by(gm, node)
             if chosen == "token-scaled":
-                return losses.token_scaled_cross_entropy, (token_ids(gm, node), self.temperature or 10.0)
+                return losses.token_scaled_cross_entropy, (token_ids(gm, node), float(self.temperature or 10))
             function = losses.kl_divergence if chosen == "kl" else losses.soft_cross_entropy
             return function, () if self.temperature is None else (float(self.temperature),)
         if term == "maps":

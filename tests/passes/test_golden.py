@@ -20,10 +20,12 @@ from ti_fx.passes import (
     DuplicateTeacher,
     Intervene,
     Pack,
+    PhaseIn,
     QuantizeActivations,
     Requantize,
     Strip,
     Ternarize,
+    WeighLosses,
 )
 from ti_fx.passes.prepare.look_up_first import LookUpFirst
 from ti_fx.passes.prepare.return_parts import ReturnParts
@@ -79,6 +81,9 @@ GOLDEN: dict[str, tuple[tuple[Pass, ...], Pass]] = {
     "quantize_activations": ((Ternarize(),), QuantizeActivations()),
     "quantize_activations_attention": ((Ternarize(),), QuantizeActivations(attention=True)),
     "distill": ((DuplicateTeacher(),), Distill()),
+    "distill_learned": ((DuplicateTeacher(), Distill()), Distill(learned=("scores",))),
+    "phase_in": ((DuplicateTeacher(), Ternarize()), PhaseIn()),
+    "weigh_losses": ((DuplicateTeacher(), Distill(scores=2.0)), WeighLosses(("logits", "scores"))),
     "intervene_map": ((DuplicateTeacher(),), Intervene(at="map")),
     "intervene_context": ((DuplicateTeacher(),), Intervene(at="context")),
     "intervene_output": ((DuplicateTeacher(),), Intervene(at="output")),

@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ti_fx.numerics.blends import blend, detach_by, route
+    from ti_fx.numerics.blends import blend, detach_by, phase_in, route
     from ti_fx.numerics.codes import pack_codes, unpack_codes, unpack_ternary
     from ti_fx.numerics.gradients import detach
     from ti_fx.numerics.quantisers.int8_block import int8_block_32, int8_block_64, int8_block_128
@@ -30,6 +30,7 @@ __all__ = [
     "int8_tensor",
     "int8_token",
     "pack_codes",
+    "phase_in",
     "route",
     "ternary",
     "ternary_codes",
@@ -52,6 +53,7 @@ _HOMES = {
     "int8_tensor": "quantisers.int8_tensor",
     "int8_token": "quantisers.int8_token",
     "pack_codes": "codes",
+    "phase_in": "blends",
     "route": "blends",
     "ternary": "ternary_weights",
     "ternary_codes": "ternary_weights",
