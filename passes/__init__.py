@@ -12,8 +12,12 @@ from ti_fx.passes.prepare.decompose_attention import DecomposeAttention
 from ti_fx.passes.prepare.distill import Distill
 from ti_fx.passes.prepare.duplicate_teacher import DuplicateTeacher
 from ti_fx.passes.prepare.intervene import Intervene
+from ti_fx.passes.prepare.keep_layers import KeepLayers
+from ti_fx.passes.prepare.phase_in import PhaseIn
 from ti_fx.passes.prepare.quantize_activations import QuantizeActivations
+from ti_fx.passes.prepare.sub_norms import SubNorms
 from ti_fx.passes.prepare.ternarize import Ternarize
+from ti_fx.passes.prepare.weigh_losses import WeighLosses
 
 __all__ = [
     "Calibrate",
@@ -22,9 +26,13 @@ __all__ = [
     "Distill",
     "DuplicateTeacher",
     "Intervene",
+    "KeepLayers",
     "Pack",
+    "PhaseIn",
     "QuantizeActivations",
     "Requantize",
     "Strip",
+    "SubNorms",
     "Ternarize",
+    "WeighLosses",
 ]

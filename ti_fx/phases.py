@@ -1,4 +1,4 @@
-"""A Phase is a span of training with one set of interventions; curves move the share of its blends over its steps."""
+"""A Phase is a span of training with one set of interventions; curves move its blends and losses over its steps."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Any, Literal, get_args
 from ti_fx.errors import RecipeError, did_you_mean
 from ti_fx.find import points
 from ti_fx.ir import options
-from ti_fx.passes import Intervene
+from ti_fx.ir.pipeline import Pass
+from ti_fx.passes import Intervene, PhaseIn, WeighLosses
+from ti_fx.passes.prepare.distill import TERMS
 
+TASK = "task"  # the model's own loss, which is no node of the graph
 Shape = Literal["constant", "step", "linear", "cosine"]
 Order = Literal["at-once", "front-to-back", "back-to-front"]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """How the share λ of blended points moves over the steps of a phase.
+    """How the share λ of blended points, or of a loss's own weight, moves over the steps of a phase.
 
     With u from 0 at ``begin`` to 1 at ``until``, and 0 before, 1 after:
 
@@ -35,7 +38,7 @@ class Curve:
         order: all layers at once; or one after the other, each in a part of equal length of the time from ``begin`` to
             ``until``: the layers that are blended, as the graph runs them, or the other way round.
         at: the point that it moves, ``layer+ffn`` for several; None: every one.
-        layers, stack: the layers that it moves; None: all.
+        layers, stack: the layers that it moves; None: all. A loss has none, nor ``order`` and ``at``.
     """
 
     shape: Shape = "linear"
@@ -130,6 +133,9 @@ class Phase:
         restart: begin with a cleared optimiser state and a new learning-rate schedule.
         curves: how the shares of blended points move, of each the first curve that moves it. They need
             ``Intervene(blend=...)``, which needs them.
+        weights: how the weights of losses move, by Distill's names of them: each is the recipe's own weight times the
+            curve. A loss without a curve keeps its weight.
+        phase_in: how the share of their quantised values moves that weights are read by; None: they are quantised.
     """
 
     name: str
@@ -137,6 +143,24 @@ class Phase:
     steps: float | None = None
     restart: bool = False
     curves: tuple[Curve, ...] = ()
+    weights: Mapping[str, Curve] = field(default_factory=dict)
+    phase_in: Curve | None = None
+
+    def passes(self) -> tuple[Pass, ...]:
+        """Return what makes this phase's graph of a prepared one."""
+        weighed = tuple(term for term in self.weights if term != TASK)
+        further = (*((PhaseIn(),) if self.phase_in else ()), *((WeighLosses(weighed),) if weighed else ()))
+        return (self.intervene, *further)
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything follows a curve."""
+        return bool(self.curves or self.weights or self.phase_in)
+
+    def single_curves(self) -> list[tuple[str, Curve]]:
+        """Return the curves of what has no layers, each with what that is."""
+        found = [(f"weight of {term}", curve) for term, curve in self.weights.items()]
+        return found if self.phase_in is None else [*found, ("share of quantised weights", self.phase_in)]
 
     def trained_by(self) -> Intervene:
         """Return what gradients see of the interventions: of shares that are 1, or 0, all along, no blend."""
@@ -152,14 +176,27 @@ class Phase:
         intervene = plain(self.intervene)
         if not self.intervene.blend:
             del intervene["blend"]  # as it was written before there were blends
-        written = {"name": self.name, "intervene": intervene, "steps": self.steps, "restart": self.restart}
-        return {**written, "curves": [plain(curve) for curve in self.curves]} if self.curves else written
+        written: dict[str, Any] = {
+            "name": self.name,
+            "intervene": intervene,
+            "steps": self.steps,
+            "restart": self.restart,
+        }
+        if self.curves:
+            written["curves"] = [plain(curve) for curve in self.curves]
+        if self.weights:
+            written["weights"] = {term: plain(curve) for term, curve in self.weights.items()}
+        if self.phase_in is not None:
+            written["phase_in"] = plain(self.phase_in)
+        return written
 
     def __str__(self) -> str:
         length = "to the end" if self.steps is None else f"{self.steps} steps"
         if isinstance(self.steps, float):
             length = f"{100 * self.steps:.3g}% of training"
         curves = "".join(f", {curve}" for curve in self.curves)
+        for what, curve in self.single_curves():
+            curves += f", {what} {str(curve).removeprefix('share ')}"
         return f"{self.name}: {self.intervene}, {length}{', restart' if self.restart else ''}{curves}"
 
 
@@ -183,7 +220,7 @@ def check_phases(phases: Sequence[Phase], recipe: str) -> None:
     known: dict[str, Phase] = {}
     for phase in phases:
         _check_phase(phase, f"phase {phase.name!r} of recipe {recipe!r}")
-        if known.setdefault(phase.name, phase).intervene != phase.intervene:
+        if known.setdefault(phase.name, phase).passes() != phase.passes():
             raise RecipeError(
                 f"recipe {recipe!r} has two phases of other interventions called {phase.name!r}; rename one"
             )
@@ -208,6 +245,12 @@ def _check_phase(phase: Phase, where: str) -> None:
         raise RecipeError(f"{where} blends, and no curve moves its shares; give curves: [{{shape: linear}}]")
     if phase.curves and not phase.intervene.blend:
         raise RecipeError(f"{where} has curves and blends nothing; give intervene: blend: true")
+    for term in phase.weights:
+        if term not in (*TERMS, TASK):
+            raise RecipeError(f"{where} weighs no loss called {term!r}{did_you_mean(term, (*TERMS, TASK))}")
+    for what, curve in phase.single_curves():
+        if curve != Curve(curve.shape, curve.start, curve.end, curve.begin, curve.until):
+            raise RecipeError(f"{where}: the {what} has no layers; leave out order, at, layers and stack")
     named = points.names(phase.intervene.at)
     for curve in phase.curves:
         for point in points.names(curve.at):
@@ -274,21 +317,34 @@ def _read_phase(entry: Any, where: str) -> Phase:
         raise RecipeError(f"{where}.restart is {fields['restart']!r}; it must be true or false")
     if "curves" in fields:
         fields["curves"] = _read_curves(fields["curves"], f"{where}.curves")
+    if "weights" in fields:
+        fields["weights"] = _read_weights(fields["weights"], f"{where}.weights")
+    if fields.get("phase_in") is not None:
+        fields["phase_in"] = _read_curve(fields["phase_in"], f"{where}.phase_in")
     return Phase(**fields)
 
 
 def _read_curves(values: Any, where: str) -> tuple[Curve, ...]:
     if not isinstance(values, list):
         raise RecipeError(f"{where} holds {values!r}; it must be a list of curves")
-    found = []
-    for index, entry in enumerate(values):
-        here = f"{where}[{index}]"
-        try:
-            found.append(constructed(Curve, entry, here))
-        except RecipeError as error:
-            said = str(error)
-            raise RecipeError(said if said.startswith(here) else f"{here}: {said}") from None
-    return tuple(found)
+    return tuple(_read_curve(entry, f"{where}[{index}]") for index, entry in enumerate(values))
+
+
+def _read_weights(values: Any, where: str) -> dict[str, Curve]:
+    if not isinstance(values, Mapping):
+        raise RecipeError(
+            f"{where} holds {values!r}; it must hold a curve for each loss: {{logits: {{shape: linear}}}}"
+        )
+    return {str(term): _read_curve(entry, f"{where}.{term}") for term, entry in values.items()}
+
+
+def _read_curve(entry: Any, where: str) -> Curve:
+    try:
+        made: Curve = constructed(Curve, entry, where)
+    except RecipeError as error:
+        said = str(error)
+        raise RecipeError(said if said.startswith(where) else f"{where}: {said}") from None
+    return made
 
 
 def read_name(value: Any, where: str) -> str:

@@ -1,16 +1,11 @@
-"""A Recipe holds everything needed to rebuild the same training graphs from the same model, as JSON or YAML.
-
-Schedules of the presets are the published ones (arXiv 2302.11812, section 4 and its code): with s = 60 intervention
-steps, TI-G intervenes at the output until s/6, at the context until s/3 and at the map to the end; then plain
-quantisation-aware training with a fresh optimiser and learning-rate schedule.
-"""
+"""A Recipe holds everything needed to rebuild the same training graphs from the same model, as JSON or YAML."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,18 +25,28 @@ from ti_fx.passes import (
     DecomposeAttention,
     Distill,
     DuplicateTeacher,
-    Intervene,
+    KeepLayers,
     QuantizeActivations,
     Ternarize,
 )
 from ti_fx.passes.prepare.distill import TERMS
-from ti_fx.phases import Curve, Phase, check_phases, constructed, is_length, plain, read_name, read_phases
+from ti_fx.phases import (
+    TASK,
+    Curve,
+    Phase,
+    check_phases,
+    constructed,
+    is_length,
+    plain,
+    read_name,
+    read_phases,
+)
+from ti_fx.presets import DEFAULT, PRESETS
 
-__all__ = ["PRESETS", "Curve", "Phase", "Recipe", "chosen_recipe"]
+__all__ = ["DEFAULT", "PRESETS", "Curve", "Phase", "Recipe", "chosen_recipe"]
 
 FORMAT = 1
-INTERVENTION_STEPS = 60  # as published
-INTERVENED: dict[str, float] = {"layer-blend": 0.5}  # of what is not published
+FEWEST = 6  # steps that a preset's interventions fit into
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ class Recipe:
     Attributes:
         name: of the method.
         ternarize, activations, distill: options of the prepare passes.
+        keep_layers: which layers the student has; None: all of its teacher's.
+        teachers: of a chain, the recipes whose students come before: each is the next one's teacher, and what that
+            one's student begins with (``ti_fx.train.trainers``).
         schedule: the phases, in order.
         steps: optimiser steps in all; None: as TrainingArguments say.
         extra_passes: run after the prepare passes, in order: those of other distributions, for example. A recipe's file
@@ -64,6 +72,8 @@ class Recipe:
     schedule: tuple[Phase, ...] = (Phase("quantise"),)
     steps: int | None = None
     extra_passes: tuple[Pass, ...] = ()
+    keep_layers: KeepLayers | None = None
+    teachers: tuple[Recipe, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no model can be trained by.
@@ -78,38 +88,63 @@ class Recipe:
                 raise RecipeError(
                     f"recipe {self.name!r} has an unknown encoding {encoding!r}{did_you_mean(encoding, ENCODINGS)}"
                 )
-        for term in (*TERMS, "task"):
+        self._check_losses()
+        for one in self.teachers:
+            if one.teachers or one.keep_layers is not None:
+                raise RecipeError(
+                    f"recipe {self.name!r}: {one.name!r} among its teachers must be of one stage, and have all layers"
+                )
+
+    def _check_losses(self) -> None:
+        for term in (*TERMS, TASK):
             weight = getattr(self.distill, term)
             if weight is not None and not (math.isfinite(weight) and weight >= 0):
                 raise RecipeError(
                     f"recipe {self.name!r}: distill's weight of {term} is {weight}; give 0 or more"
                 )
+            learned = term in self.distill.learned
+            moved = [phase.name for phase in self.schedule if term in phase.weights]
+            if moved and learned:
+                raise RecipeError(
+                    f"recipe {self.name!r}: the weight of {term} is learned, and phase {moved[0]!r} moves it; leave "
+                    "one of both out"
+                )
+            if (moved or learned) and weight == 0:
+                raise RecipeError(
+                    f"recipe {self.name!r}: the weight of {term} can't move, as it is 0; give distill: {term}"
+                )
+        for term in self.distill.learned:
+            if term not in TERMS:
+                hint = "" if term == TASK else did_you_mean(term, TERMS)
+                raise RecipeError(f"recipe {self.name!r}: distill can't learn the weight of {term!r}{hint}")
 
     @staticmethod
     def preset(name: str, *, intervention_steps: float | None = None) -> Recipe:
-        """Return a method by its name: ``ternarybert``, ``ti-o``, ``ti-c``, ``ti-m`` or ``ti-g``, as published.
-
-        Or ``layer-blend``: every layer reads the teacher's residual stream, blended into the student's own.
+        """Return a method by its name: ``ternarybert``, ``ti-o``, ``ti-c``, ``ti-m``, ``ti-g`` or another of PRESETS.
 
         Args:
-            name: the method.
+            name: the method; what it does and where it is from is in ``ti_fx.recipe.PRESETS``.
             intervention_steps: s, the length of the intervened part of training: a whole number of at least 6 optimiser
-                steps, or a fraction of all of training, between 0 and 1. None: 60 steps as published, and half of
-                training for ``layer-blend``.
+                steps, or a fraction of all of training, between 0 and 1. None: the preset's own (60 steps as
+                published). Where nothing intervenes it is not used.
 
         Raises:
             RecipeError: no such preset (near names are listed), or too few steps.
         """
         if name not in PRESETS:
             raise RecipeError(f"no recipe is called {name!r}{did_you_mean(name, PRESETS)}")
-        if intervention_steps is None:
-            intervention_steps = INTERVENED.get(name, INTERVENTION_STEPS)
-        if not is_length(intervention_steps) or 1 <= intervention_steps < 6:
+        preset = PRESETS[name]
+        steps = intervention_steps if intervention_steps is not None else preset.length or FEWEST
+        if not is_length(steps) or 1 <= steps < FEWEST:
             raise RecipeError(
-                f"intervention_steps is {intervention_steps}; give at least 6, or a fraction of training "
-                "between 0 and 1"
+                f"intervention_steps is {steps}; give at least {FEWEST}, or a fraction of training between 0 and 1"
             )
-        return Recipe(name, schedule=PRESETS[name](intervention_steps))
+        teachers = tuple(Recipe(**one) for one in preset.teachers)
+        return Recipe(name, schedule=preset.schedule(steps), teachers=teachers, **preset.options)
+
+    def chain(self) -> tuple[Recipe, ...]:
+        """Return the recipes that are trained in turn: those of the teachers, and this one's own last stage."""
+        return (*self.teachers, dataclasses.replace(self, teachers=()))
 
     def phases(self) -> tuple[Phase, ...]:
         """Return the phases, in order."""
@@ -125,6 +160,7 @@ class Recipe:
         return (
             DecomposeAttention(),
             *((DuplicateTeacher(teacher),) if teaches else ()),
+            *((self.keep_layers,) if self.keep_layers is not None else ()),
             self.ternarize,
             self.activations,
             self.distill,
@@ -164,13 +200,20 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON values."""
-        extra = {"extra_passes": [str(one) for one in self.extra_passes]} if self.extra_passes else {}
+        extra: dict[str, Any] = {} if self.keep_layers is None else {"keep_layers": plain(self.keep_layers)}
+        if self.teachers:
+            extra["teachers"] = [one.to_dict() for one in self.teachers]
+        if self.extra_passes:
+            extra["extra_passes"] = [str(one) for one in self.extra_passes]
+        distill = plain(self.distill)
+        if not self.distill.learned:
+            del distill["learned"]  # as it was written before weights were learned
         return {
             "format": FORMAT,
             "name": self.name,
             "ternarize": plain(self.ternarize),
             "activations": plain(self.activations),
-            "distill": plain(self.distill),
+            "distill": distill,
             "schedule": [phase.to_dict() for phase in self.schedule],
             "steps": self.steps,
             **extra,
@@ -200,11 +243,14 @@ class Recipe:
             ("ternarize", Ternarize),
             ("activations", QuantizeActivations),
             ("distill", Distill),
+            ("keep_layers", KeepLayers),
         ):
-            if key in values:
+            if key in values and not (key == "keep_layers" and values[key] is None):
                 made[key] = constructed(kind, values[key], f"{where}.{key}")
         if "schedule" in values:
             made["schedule"] = read_phases(values["schedule"], f"{where}.schedule")
+        if "teachers" in values:
+            made["teachers"] = _teachers(values["teachers"], f"{where}.teachers")
         if "extra_passes" in values:
             made["extra_passes"] = _passes(values["extra_passes"], f"{where}.extra_passes")
         return Recipe(**made)
@@ -246,11 +292,17 @@ class Recipe:
     def __str__(self) -> str:
         rows = [
             f"recipe {self.name}",
-            *(f"  {one}" for one in (self.ternarize, self.activations, self.distill, *self.extra_passes)),
+            *(
+                f"  {one}"
+                for one in (self.keep_layers, self.ternarize, self.activations, self.distill)
+                if one
+            ),
+            *(f"  {one}" for one in self.extra_passes),
         ]
         for phase in self.schedule:
             rows.append(f"  {phase}")
-        return "\n".join(rows)
+        before = [f"teacher {number}, {one}" for number, one in enumerate(self.teachers, 1)]
+        return "\n".join([*before, *rows])
 
 
 def chosen_recipe(written: Recipe | str | Path) -> Recipe:
@@ -266,36 +318,10 @@ def chosen_recipe(written: Recipe | str | Path) -> Recipe:
     return Recipe.preset(written)
 
 
-def _one_point(point: str) -> Callable[[float], tuple[Phase, ...]]:
-    def schedule(steps: float) -> tuple[Phase, ...]:
-        return (Phase(point, Intervene(point), steps), Phase("quantise", restart=True))
-
-    return schedule
-
-
-def _gradual(steps: float) -> tuple[Phase, ...]:
-    sixth, third = (steps / 6, steps / 3) if isinstance(steps, float) else (steps // 6, steps // 3)
-    return (
-        Phase("output", Intervene("output"), sixth),
-        Phase("context", Intervene("context"), third - sixth),
-        Phase("map", Intervene("map"), steps - third),
-        Phase("quantise", restart=True),
-    )
-
-
-def _layer_blend(steps: float) -> tuple[Phase, ...]:
-    blended = Intervene("layer", blend=True)
-    return (Phase("blend", blended, steps, curves=(Curve("linear", 1.0, 0.0),)), Phase("quantise"))
-
-
-PRESETS: dict[str, Callable[[float], tuple[Phase, ...]]] = {
-    "ternarybert": lambda steps: (Phase("quantise"),),
-    "ti-o": _one_point("output"),
-    "ti-c": _one_point("context"),
-    "ti-m": _one_point("map"),
-    "ti-g": _gradual,
-    "layer-blend": _layer_blend,
-}
+def _teachers(values: Any, where: str) -> tuple[Recipe, ...]:
+    if not isinstance(values, list):
+        raise RecipeError(f"{where} holds {values!r}; it must be a list of recipes")
+    return tuple(Recipe.from_dict(one, f"{where}[{index}]") for index, one in enumerate(values))
 
 
 def _passes(values: Any, where: str) -> tuple[Pass, ...]:

@@ -19,6 +19,7 @@ from ti_fx.numerics.weight_codes import CLIP
 from ti_fx.numerics.weight_quantisers.twn import TWN
 from ti_fx.passes import Pack, QuantizeActivations
 from ti_fx.passes.deploy.pack import half_name
+from ti_fx.passes.prepare.sub_norms import SUB_NORMS
 from ti_fx.passes.prepare.ternarize import quantise
 
 
@@ -63,9 +64,16 @@ class BecomeStudent(Pass):
         """The student's own model, each tensor of which is either ternary or not.
 
         Raises:
-            ExportError: a weight is read both ways, or the student lacks one that the graph reads.
+            ExportError: a weight is read both ways, the student lacks one that the graph reads, or it has other layers.
         """
         kept, weights = _stored(self.student), _weights(self.student)
+        own = next((name for name in sorted(kept) if name.startswith(SUB_NORMS)), None)
+        other = facts(self.student).kept_layers or (own and "sub-norms")
+        if other:
+            raise ExportError(
+                f"the student was made with {other}, so its graph is not the model's, of which a cached one is made; "
+                "export it without a cache"
+            )
         both = sorted(weights.keys() & kept & _stored(gm))
         if both:
             raise ExportError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from ti_fx.errors import PostconditionError
-from ti_fx.ir import roles
+from ti_fx.ir import phased, roles
 from ti_fx.ir.edit import erase, erase_dead, prune
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import CAPTURED, PACKED, PREPARED
@@ -23,7 +23,8 @@ class Strip(Pass):
              %h = linear(%x, %w_q)  #student
              return {loss: %loss, losses: {...}, outputs: %outputs}
 
-    1. losses   2. interventions and detaches   3. teacher nodes   4. nodes nobody reads any more   5. unread tensors
+    1. losses   2. what is phased in   3. interventions and detaches   4. teacher nodes   5. nodes nobody reads any more
+    6. unread tensors
 
     Attributes:
         keep_tensors: tensors and modules stay, for a fork that shares their containers with graphs in training.
@@ -36,6 +37,7 @@ class Strip(Pass):
     def apply(self, gm: GraphModule) -> None:
         """Remove what only training needs."""
         distill.remove(gm)
+        phased.undo(gm)
         if any(roles.is_teacher(node) for node in gm.graph.nodes):
             intervene.undo(gm)
         for node in reversed(list(gm.graph.nodes)):

@@ -14,7 +14,7 @@ from ti_fx.find.attention import AttentionSite, block_outputs, find_attention, s
 from ti_fx.find.heads import HeadVectors, head_vectors
 from ti_fx.find.outputs import embeddings, logits, name_is_logits
 from ti_fx.find.walk import before_moves
-from ti_fx.ir import roles
+from ti_fx.ir import moved, roles
 from ti_fx.ir.edit import ancestors, aten_name, call, erase
 from ti_fx.ir.facts import record_facts
 from ti_fx.ir.memory import overwritten
@@ -70,8 +70,11 @@ class Distill(Pass):
             whole ``layer``.
         logits_loss: soft ``cross-entropy``; ``kl`` divergence, of the same gradients, 0 where both agree; or
             ``token-scaled`` cross-entropy of a decoder, in which tokens that the teacher finds hard count for more.
+            ``token-scaled-or-kl``: of logits that are not one for each of a decoder's tokens, their divergence.
         temperature: of the logits; of ``token-scaled``, of the tokens' scales, where None is 10 as published.
         embeddings_loss: ``squared`` error, or the ``cosine`` distance.
+        learned: the terms, ``task`` excepted, whose weights are learned: such a loss L counts as its weight times
+            ``exp(-s) L + s``, with s a Parameter of training alone, 0 at first (Kendall et al., CVPR 2018).
     """
 
     takes = (CAPTURED, PREPARED)
@@ -88,9 +91,10 @@ class Distill(Pass):
     maps: float = 0.0
     relations: float = 0.0
     errors: Literal["absolute", "token", "layer"] = "absolute"
-    logits_loss: Literal["cross-entropy", "kl", "token-scaled"] = "cross-entropy"
+    logits_loss: Literal["cross-entropy", "kl", "token-scaled", "token-scaled-or-kl"] = "cross-entropy"
     temperature: float | None = None
     embeddings_loss: Literal["squared", "cosine"] = "squared"
+    learned: tuple[str, ...] = ()
 
     def requires(self, gm: GraphModule) -> None:
         """A teacher, and what the chosen terms compare."""
@@ -115,6 +119,12 @@ class Distill(Pass):
         if self.mask_padding and not any(_masks(gm, sites).values()):
             raise PreconditionError("distill{mask_padding=true} finds no attention mask among the inputs")
         self._require_values(gm)
+        there = {name for name, pairs, _ in self._terms(gm) if pairs}
+        if missing := [term for term in self.learned if term not in there]:
+            raise PreconditionError(
+                f"distill{{learned}} can't weigh {missing[0]!r}, which is none of its terms here: "
+                f"{', '.join(sorted(there)) or 'none'}"
+            )
         if not self.task and not any(pairs for _, pairs, _ in self._terms(gm)):
             raise PreconditionError("distill has no term left: give at least one weight above 0")
 
@@ -160,21 +170,36 @@ class Distill(Pass):
         return 0.0 if self.is_task_alone or logits(gm) else 1.0
 
     def explain(self, gm: GraphModule) -> str:
-        """Say which output is taken for logits where none is called so."""
-        found = logits(gm)
-        if (
-            not found
-            or self.logits == 0
-            or any(name_is_logits(name) for name in named_leaves(model_outputs(gm)))
-        ):
-            return ""
-        return (
-            f"%{found[0].name} is taken for logits, as a linear layer computes it and no output has a name; of an "
-            "embedding, set logits=0 and embeddings=1"
-        )
+        """Say which output is taken for logits where none is called so, and which have no tokens to be scaled by."""
+        found = logits(gm) if self.logits != 0 else []
+        said = []
+        if found and not any(name_is_logits(name) for name in named_leaves(model_outputs(gm))):
+            said.append(
+                f"%{found[0].name} is taken for logits, as a linear layer computes it and no output has a name; of an "
+                "embedding, set logits=0 and embeddings=1"
+            )
+        if self.logits_loss == "token-scaled-or-kl":
+            said += [
+                f"%{node.name} is compared by kl, as it has no logits for each of a decoder's tokens"
+                for node in found
+                if self._logits_by(gm, node) == "kl"
+            ]
+        return "\n".join(said)
+
+    def _logits_by(self, gm: GraphModule, node: Node) -> str:
+        """Return which loss compares a node of logits."""
+        if self.logits_loss != "token-scaled-or-kl":
+            return self.logits_loss
+        try:
+            token_ids(gm, node)
+        except PreconditionError:
+            return "kl"
+        return "token-scaled"
 
     def apply(self, gm: GraphModule) -> None:
         """Remove the losses there are and insert these before the output."""
+        for term in moved.log_variances(gm).keys() - set(self.learned):
+            moved.forget(gm, term)
         remove(gm)
         output = gm.graph.output_node()
         outputs = output.args[0]
@@ -182,6 +207,7 @@ class Distill(Pass):
         masks = _masks(gm, find_attention(gm)) if self.mask_padding else {}
         flat: dict[Node, Node] = {}
         each: dict[str, Node] = {}
+        added: list[Node] = []
         weights: list[float] = []
         for name, nodes, weight in self._terms(gm):
             if not nodes:
@@ -197,9 +223,12 @@ class Distill(Pass):
                 arguments = (node, teacher[node], mask, *further)
                 parts.append(call(output, function, arguments, f"loss_{name}_{index}", "loss"))
             each[name] = call(output, losses.total, (parts,), f"loss_{name}", "loss")
-            weights.append(weight)
+            weights.append(float(weight))  # as a recipe's file has it
+            added.append(each[name])
+            if name in self.learned:
+                added[-1] = moved.learn(gm, name, each[name], output, nodes[0][0].meta["val"])
         if each:
-            total = call(output, losses.weighted, (list(each.values()), weights), "loss", "loss")
+            total = call(output, losses.weighted, (added, weights), "loss", "loss")
         else:
             first = next(iter(named_leaves(outputs).values()))
             total = call(output, losses.nothing, (first,), "loss", "loss")
@@ -211,9 +240,10 @@ class Distill(Pass):
     ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Return what compares a node of a term with its twin, and its arguments beside these and the mask."""
         if term == "logits":
-            if self.logits_loss == "token-scaled":
-                return losses.token_scaled_cross_entropy, (token_ids(gm, node), self.temperature or 10.0)
-            function = losses.kl_divergence if self.logits_loss == "kl" else losses.soft_cross_entropy
+            chosen = self._logits_by(gm, node)
+            if chosen == "token-scaled":
+                return losses.token_scaled_cross_entropy, (token_ids(gm, node), float(self.temperature or 10))
+            function = losses.kl_divergence if chosen == "kl" else losses.soft_cross_entropy
             return function, () if self.temperature is None else (float(self.temperature),)
         if term == "maps":
             return losses.map_divergence, ()

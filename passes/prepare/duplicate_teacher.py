@@ -60,8 +60,9 @@ class DuplicateTeacher(Pass):
             return
         values = None if self.teacher is None else _named_tensors(self.teacher)
         modules = {str(node.target): gm.get_submodule(str(node.target)) for node in _teacher_modules(gm)}
+        own = _own_values(gm)
         gm._modules[TEACHER] = nn.Module()  # a fork keeps the teacher it had
-        _copy_values(gm, values)
+        _copy_values(own, gm, values)
         for target, module in modules.items():
             register(gm, target, module)
         if has_teacher:
@@ -93,15 +94,24 @@ def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _copy_values(gm: GraphModule, values: dict[str, Tensor] | None) -> None:
-    """Register ``teacher.<name>`` for every tensor the student reads."""
-    for node in [node for node in gm.graph.find_nodes(op="get_attr") if roles.is_student(node)]:
-        if roles.fact(node, "intervention"):
-            continue  # the share of a blend
-        target = str(node.target)
-        if target.startswith(roles.LEARNED_PREFIXES):
-            continue  # what a quantiser learns has no part in the teacher
-        own = tensor(gm, target)
+def _own_values(gm: GraphModule) -> dict[str, Tensor]:
+    """Return the tensors that the student reads, by name, and those of the teacher that the student has not."""
+    reads = gm.graph.find_nodes(op="get_attr")
+    found = {str(node.target).removeprefix(TEACHER_PREFIX): node for node in reads if roles.is_teacher(node)}
+    # the share of a blend is none of the model's, and what a quantiser learns has no part in the teacher
+    found |= {
+        str(node.target): node
+        for node in reads
+        if roles.is_student(node)
+        and not roles.fact(node, "intervention")
+        and not str(node.target).startswith(roles.LEARNED_PREFIXES)
+    }
+    return {name: tensor(gm, str(node.target)) for name, node in found.items()}
+
+
+def _copy_values(own_values: dict[str, Tensor], gm: GraphModule, values: dict[str, Tensor] | None) -> None:
+    """Register ``teacher.<name>`` for each."""
+    for target, own in own_values.items():
         value = own if values is None else values.get(target)
         if value is None:
             raise InputError(f"the teacher has no tensor {target}; give a model of the same architecture")

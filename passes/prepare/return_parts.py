@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from ti_fx.errors import PreconditionError
+from ti_fx.ir import moved
 from ti_fx.ir.outputs import prepared_result
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import PHASE, PREPARED
@@ -36,6 +37,8 @@ class ReturnParts(Pass):
     before:  return {loss: %loss, losses: {scores: %loss_scores}, outputs: %outputs}
     after:   return {loss: %loss, losses: {scores: %loss_scores}, outputs: %outputs, parts: {scores: (%loss_scores_0,)}}
 
+    Weights and variances that move are returned with them.
+
     For the fork of one phase. A mean over a micro-batch counts for as much as the micro-batch has of what it is taken
     over, so the sum of two means is not yet the loss of both batches.
     """
@@ -54,7 +57,9 @@ class ReturnParts(Pass):
         found: dict[str, tuple[Node, ...]] = {}
         for part in loss_parts(gm):
             found[part.term] = (*found.get(part.term, ()), part.node)
-        gm.graph.output_node().args = (result._replace(parts=found).structure(),)
+        weights, variances = moved.scheduled(gm) or None, moved.log_variances(gm) or None
+        result = result._replace(parts=found, weights=weights, log_variances=variances)
+        gm.graph.output_node().args = (result.structure(),)
 
 
 def loss_parts(gm: GraphModule) -> list[Part]:
@@ -65,13 +70,12 @@ def loss_parts(gm: GraphModule) -> list[Part]:
     result = prepared_result(gm)
     if result is None or result.loss.target is losses.nothing:
         return []
-    names = {node: name for name, node in result.losses.items()}
-    terms: Any = result.loss.args[0] if result.loss.target is losses.weighted else ()
-    if not terms or any(term not in names for term in terms):
+    weights = moved.weights(result)
+    if not weights:
         return [Part("loss", 1.0, result.loss)]
-    weights: Any = result.loss.args[1]
     found = []
-    for term, weight in zip(terms, weights, strict=True):
+    for name, weight in weights.items():
+        term = result.losses[name]
         parts: Any = term.args[0] if term.target is losses.total else (term,)
-        found += [Part(names[term], float(weight), part) for part in parts]
+        found += [Part(name, moved.number(weight), part) for part in parts]
     return found

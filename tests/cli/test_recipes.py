@@ -9,13 +9,15 @@ import pytest
 from classifier import Train, ti_fx_command
 
 from ti_fx import Recipe
-from ti_fx.recipe import PRESETS
+from ti_fx.recipe import DEFAULT, PRESETS
 
 
 def test_recipes_lists_the_presets_and_prints_one_that_is_taken_as_a_file(tmp_path: Path) -> None:
     ran = ti_fx_command("recipes")
     assert (ran.code, ran.err) == (0, "")
     assert all(name in ran.out for name in PRESETS)
+    assert all(preset.what in ran.out and preset.source in ran.out for preset in PRESETS.values())
+    assert f"{DEFAULT} (default)" in ran.out
     for options, expected in (
         ((), Recipe.preset("ti-g")),
         (("--intervention-steps", 12), Recipe.preset("ti-g", intervention_steps=12)),
@@ -23,9 +25,11 @@ def test_recipes_lists_the_presets_and_prints_one_that_is_taken_as_a_file(tmp_pa
     ):
         ran = ti_fx_command("recipes", "show", "ti-g", *options)
         assert (ran.code, ran.err) == (0, "")
+        assert ran.out.startswith("# Gradual: the teacher's output until s/6")
         (tmp_path / "my.yaml").write_text(ran.out)
         assert Recipe.load(tmp_path / "my.yaml") == expected
-    assert ti_fx_command("recipes", "show", tmp_path / "my.yaml").out == ran.out
+    shown = ti_fx_command("recipes", "show", tmp_path / "my.yaml").out
+    assert shown == "".join(line for line in ran.out.splitlines(True) if not line.startswith("# "))
 
 
 @pytest.mark.parametrize(

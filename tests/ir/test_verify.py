@@ -69,17 +69,19 @@ TWINS = "twins compute the same"
 FROZEN = "the teacher is frozen"
 DROPOUT = "the teacher has no dropout"
 QUANTISED = "ternarised weights are read through their quantiser"
+PHASED_IN = "a weight that is phased in is read by a share"
 TIED = "tied weights stay tied"
 LOSSES = "losses are scalar"
+MOVED = "a weight that moves is a tensor of its own"
 META = "meta present and consistent"
 GUARDS = "no guard added"
 
 
 def test_every_row_has_a_test_and_every_test_a_row() -> None:
-    """Those of the other stages are in test_stages.py."""
+    """Those of the other stages, of what is phased in and of what moves are in test files of their own."""
     assert [invariant.name for invariant in PREPARED.invariants] == [
-            ORDER, LINT, PLAIN, ROLE, TEACHER_READS, INTERVENTIONS, BLENDS, TWINS, FROZEN, DROPOUT, QUANTISED, TIED,
-            LOSSES, META, GUARDS,
+            ORDER, LINT, PLAIN, ROLE, TEACHER_READS, INTERVENTIONS, BLENDS, TWINS, FROZEN, DROPOUT, QUANTISED,
+            PHASED_IN, TIED, LOSSES, MOVED, META, GUARDS,
     ]  # fmt: skip
 
 

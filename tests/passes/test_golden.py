@@ -19,11 +19,15 @@ from ti_fx.passes import (
     Distill,
     DuplicateTeacher,
     Intervene,
+    KeepLayers,
     Pack,
+    PhaseIn,
     QuantizeActivations,
     Requantize,
     Strip,
+    SubNorms,
     Ternarize,
+    WeighLosses,
 )
 from ti_fx.passes.prepare.look_up_first import LookUpFirst
 from ti_fx.passes.prepare.return_parts import ReturnParts
@@ -80,6 +84,10 @@ GOLDEN: dict[str, tuple[tuple[Pass, ...], Pass]] = {
     "quantize_activations": ((Ternarize(),), QuantizeActivations()),
     "quantize_activations_attention": ((Ternarize(),), QuantizeActivations(attention=True)),
     "distill": ((DuplicateTeacher(),), Distill()),
+    "distill_learned": ((DuplicateTeacher(), Distill()), Distill(learned=("scores",))),
+    "sub_norms": ((DuplicateTeacher(), Ternarize()), SubNorms()),
+    "phase_in": ((DuplicateTeacher(), Ternarize()), PhaseIn()),
+    "weigh_losses": ((DuplicateTeacher(), Distill(scores=2.0)), WeighLosses(("logits", "scores"))),
     "intervene_map": ((DuplicateTeacher(),), Intervene(at="map")),
     "intervene_context": ((DuplicateTeacher(),), Intervene(at="context")),
     "intervene_output": ((DuplicateTeacher(),), Intervene(at="output")),
@@ -120,6 +128,10 @@ def test_the_difference_of_a_fused_projection_at_map(gpt2: Tiny, golden: Callabl
     )
     blended = Intervene("map", layers=(0,), blend=True)
     golden("intervene_map_fused_blend", difference(gpt2.fork(), (DuplicateTeacher(),), blended))
+
+
+def test_the_difference_keep_layers_makes(bert: Tiny, golden: Callable[[str, str], None]) -> None:
+    golden("keep_layers", difference(bert.fork(), (DuplicateTeacher(),), KeepLayers(layers=(1,))))
 
 
 def test_the_captured_layer(bert_layer: Tiny, golden: Callable[[str, str], None]) -> None:

@@ -27,6 +27,7 @@ LAYERS = (
     "export.lowered export.writer export.pack_from",
     "export",
     "phases",
+    "presets",
     "recipe",
     "example_inputs",
     "measure",

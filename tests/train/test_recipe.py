@@ -15,7 +15,7 @@ from models import Tiny, bert_model, text_example
 import ti_fx
 from ti_fx import Recipe
 from ti_fx.errors import InputError, RecipeError
-from ti_fx.passes import Distill, Intervene, QuantizeActivations, Ternarize
+from ti_fx.passes import Distill, Intervene, KeepLayers, QuantizeActivations, Ternarize
 from ti_fx.recipe import PRESETS, Curve, Phase
 from ti_fx.train import TernaryModel
 from ti_fx.train.schedule import spans
@@ -54,17 +54,23 @@ FULL = Recipe(
         logits_loss="kl",
         temperature=2.0,
         embeddings_loss="cosine",
+        learned=("logits", "maps"),
     ),
     schedule=(
         Phase(
             "both",
             Intervene("map", layers=(0, 1), stack=0, kind="self", keep_encoder_gradient=True, blend="rows"),
             3,
+            restart=True,
             curves=(Curve("cosine", layers=(0,)), Curve("step")),
+            phase_in=Curve("cosine", 0.1, 0.9),
+            weights={"scores": Curve("linear", 0.0, 1.0), "task": Curve("constant", 0.5)},
         ),
         Phase("quantise", restart=True),
     ),
     steps=50,
+    teachers=(Recipe("first", ternarize=Ternarize(weights="row")), Recipe("second", steps=7)),
+    keep_layers=KeepLayers(share=0.75, layers=(0, 2), stack=1),
 )
 
 
@@ -84,6 +90,22 @@ FULL = Recipe(
                 ("quantise", None, 60, 300, True),
             ],
         ),
+        (
+            "ti-g-inverted",
+            [
+                ("map", "map", 0, 10, False),
+                ("context", "context", 10, 20, False),
+                ("output", "output", 20, 60, False),
+                ("quantise", None, 60, 300, True),
+            ],
+        ),
+        ("ti-stochastic", [("draw", "layer", 0, 150, False), ("quantise", None, 150, 300, False)]),
+        ("layer-blend", [("blend", "layer", 0, 150, False), ("quantise", None, 150, 300, False)]),
+        ("phase-in", [("phase-in", None, 0, 150, False), ("quantise", None, 150, 300, False)]),
+        ("bit", [("quantise", None, 0, 300, False)]),
+        ("bitdistill", [("quantise", None, 0, 300, False)]),
+        ("xtc", [("quantise", None, 0, 300, False)]),
+        ("tsld", [("quantise", None, 0, 300, False)]),
     ],
 )
 def test_a_preset_has_the_published_schedule(name: str, expected: list[tuple[Any, ...]]) -> None:
@@ -92,7 +114,9 @@ def test_a_preset_has_the_published_schedule(name: str, expected: list[tuple[Any
     assert found == expected
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [name for name in PRESETS if name not in ("tsld", "bitdistill")]
+)  # other losses
 def test_a_preset_has_the_published_numerics(name: str) -> None:
     recipe = Recipe.preset(name)
     assert (recipe.ternarize.weights, recipe.ternarize.embeddings, recipe.ternarize.clip) == (
@@ -134,8 +158,16 @@ def test_a_recipe_reads_back_as_it_was_written(recipe: Recipe, suffix: str, tmp_
 
 def test_everything_here_is_away_from_its_default() -> None:
     """Else the round trip above would not notice an option that is lost."""
-    for made in (FULL.ternarize, FULL.activations, FULL.distill, FULL.schedule[0].intervene):
-        default = type(made)()
+    for made in (
+        FULL.ternarize,
+        FULL.activations,
+        FULL.distill,
+        FULL.keep_layers,
+        FULL.schedule[0],
+        FULL.schedule[0].intervene,
+    ):
+        assert made is not None
+        default = Phase("map") if isinstance(made, Phase) else type(made)()
         same = [
             entry.name
             for entry in dataclasses.fields(made)

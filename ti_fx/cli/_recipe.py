@@ -1,15 +1,17 @@
-"""Makes the recipe that the options of a command ask for out of the one that ``--recipe`` names."""
+"""Makes the recipe that a command's options ask for of the one that ``--recipe`` names, and says what it led to."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import Encodings
 from ti_fx.errors import InputError
-from ti_fx.recipe import PRESETS, Recipe, chosen_recipe
+from ti_fx.recipe import FEWEST, PRESETS, Recipe, chosen_recipe
 
-FEWEST = 6  # steps that a preset's interventions fit into
+if TYPE_CHECKING:
+    from ti_fx.train import TernaryTrainer
 
 
 def intervened(written: str, steps: float | None) -> Recipe:
@@ -21,7 +23,7 @@ def intervened(written: str, steps: float | None) -> Recipe:
     recipe = chosen_recipe(written)
     if steps is None:
         return recipe
-    if written not in PRESETS or len(recipe.phases()) == 1:
+    if written not in PRESETS or PRESETS[written].length is None:
         raise InputError(
             f"--intervention-steps is for a preset that intervenes, and {written} is none: a recipe's file says how "
             "long each phase is; leave it out"
@@ -56,3 +58,12 @@ def with_encodings(recipe: Recipe, encodings: Encodings) -> Recipe:
             own, encoding=encodings.name or own.encoding, encodings={**others, **encodings.others}
         ),
     )
+
+
+def say_decisions(trainer: TernaryTrainer) -> None:
+    """Say what was measured and decided while a trainer made its graph."""
+    if trainer.choice is not None:
+        output.say(str(trainer.choice))
+    for row in trainer.report.passes if trainer.report is not None else ():
+        if row.explanation:
+            output.say(row.explanation)

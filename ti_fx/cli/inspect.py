@@ -185,7 +185,7 @@ def _run_passes(
         (step,) = follow(gm, one, layer=layer, stack=stack)
         return step
 
-    steps = [run(one) for one in (*recipe.passes(), recipe.phases()[0].intervene)] if recipe else []
+    steps = [run(one) for one in (*recipe.passes(), *recipe.phases()[0].passes())] if recipe else []
     first: int | None = None
     for one in asked:
         ran = run_after_missing(one, run)

@@ -1,7 +1,8 @@
-"""The command ``ti-fx recipes`` lists the recipes that there are, and prints one as a file to edit."""
+"""The command ``ti-fx recipes`` lists the recipes that there are, and explains one, as a file to edit."""
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import Annotated
 
 import typer
@@ -15,13 +16,16 @@ Examples:
   ti-fx recipes show ti-g > my.yaml
   ti-fx train ./my-classifier --recipe my.yaml --data train.csv --out runs/mine"""
 
+WIDTH = 100  # of a comment
+
 
 def recipes(
     words: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[show NAME|FILE]",
-            help="Print one recipe as YAML, which --recipe takes as a file; left out: list the presets.",
+            help="Print one recipe as YAML, which --recipe takes as a file, with what it does; left out: list the "
+            "presets.",
             show_default=False,
         ),
     ] = None,
@@ -33,21 +37,38 @@ def recipes(
         ),
     ] = None,
 ) -> None:
-    """List the recipes that there are, or print one.
+    """List the recipes that there are, or explain one.
 
     A recipe holds the options of the passes, and the phases of training.
     """
     from ti_fx.cli._recipe import intervened
-    from ti_fx.recipe import PRESETS, Recipe
+    from ti_fx.recipe import DEFAULT, PRESETS
 
     if not words:
         if intervention_steps is not None:
             raise InputError("--intervention-steps is for one recipe; add  show NAME")
-        rows = [(name, "; ".join(map(str, Recipe.preset(name).phases()))) for name in PRESETS]
-        output.table(("recipe", "phases"), rows)
+        rows = [
+            (f"{name} (default)" if name == DEFAULT else name, preset.what, preset.source)
+            for name, preset in PRESETS.items()
+        ]
+        output.table(("recipe", "what it does", "source"), rows)
         return
     if words[0] != "show" or len(words) != 2:
         raise InputError(
             f"ti-fx recipes takes  show NAME , not {' '.join(words)!r}; the names: {', '.join(PRESETS)}"
         )
-    print(intervened(words[1], intervention_steps).to_yaml(), end="")
+    recipe = intervened(words[1], intervention_steps)
+    for text in _explained(words[1]):
+        for line in wrap(text, WIDTH):
+            print(f"# {line}")
+    print(recipe.to_yaml(), end="")
+
+
+def _explained(written: str) -> list[str]:
+    """Return what a preset does, and its source; nothing of a file."""
+    from ti_fx.recipe import PRESETS
+
+    if written not in PRESETS:
+        return []
+    preset = PRESETS[written]
+    return [preset.what, f"Source: {preset.source}."]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,15 @@ import typer
 
 from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import HELP, METAVAR, chosen_encodings
-from ti_fx.errors import CheckpointError, InputError, first_line
+from ti_fx.cli._run_folder import (
+    RECIPE,
+    RESULTS,
+    check_folder,
+    check_recipe_of,
+    check_writable,
+    is_finished,
+)
+from ti_fx.errors import InputError, first_line
 from ti_fx.numerics.encodings import AUTO
 
 if TYPE_CHECKING:
@@ -40,7 +47,6 @@ WEIGHT_DECAY = 0.01
 EVALUATIONS = 10
 LOGS = 20
 KEPT_CHECKPOINTS = 2
-RECIPE, RESULTS = "recipe.json", "results.json"
 
 
 class CompileChoice(StrEnum):
@@ -66,11 +72,12 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, recipe and results.", metavar="DIR")],
     recipe: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="A preset's name (ti-g, ternarybert, ti-m, ...) or a recipe file.", metavar="NAME|FILE"
+            help="A preset's name (ti-fx recipes lists them) or a recipe file; left out: the default preset.",
+            metavar="NAME|FILE",
         ),
-    ] = "ti-g",
+    ] = None,
     encoding: Annotated[
         list[str] | None,
         typer.Option(
@@ -139,8 +146,10 @@ def train(
         raise InputError(f"--learning-rate is {learning_rate}; give a positive number, such as 2e-5")
     from ti_fx.cli._recipe import fitted, intervened, with_encodings
     from ti_fx.cli._start import require_start, require_teacher
+    from ti_fx.recipe import DEFAULT
     from ti_fx.train.data import read_texts
 
+    recipe = recipe or DEFAULT
     chosen = with_passes(intervened(recipe, intervention_steps), passes or ())
     chosen = with_encodings(chosen, chosen_encodings(encoding, measured=True))
     if resume and chosen.activations.encoding == AUTO:
@@ -148,7 +157,7 @@ def train(
             "--resume goes on with the encoding that was chosen, so auto is none; its name is in ti_fx.json of "
             f"{out}'s newest checkpoint"
         )
-    _check_folder(out, resume)
+    check_folder(out, chosen, resume)
     require_teacher(model)
     if start is not None:
         require_start(start, chosen)
@@ -166,14 +175,14 @@ def train(
     run = _Run(chosen, training, held_out, batch_size, learning_rate, seed, compile.value, length)
     run.check_steps()
     if resume:
-        _check_recipe(out, run.recipe)
-    if resume and _is_finished(out, run.steps):
+        check_recipe_of(out, run.recipe)
+    if resume and is_finished(out, run.recipe, run.steps):
         output.say(
             f"the run in {out} is finished, {run.steps} of {run.steps} steps: nothing was changed; export it with "
             f"ti-fx export {out} --out student.onnx, or train for more --steps into another --out"
         )
         return
-    _check_writable(out)
+    check_writable(out)
     run.train(teacher, teacher if start is None else _classifier(str(start))[0], tokenizer, out, resume)
 
 
@@ -202,11 +211,13 @@ class _Run:
         return self.recipe.steps or EPOCHS * math.ceil(len(self.training) / self.batch_size)
 
     def check_steps(self) -> None:
-        """Raise InputError if the recipe's phases need more steps than there are."""
+        """Raise InputError if the recipe's phases, or those of its chain, need more steps than there are."""
+        from ti_fx.train.chain import stage_steps
         from ti_fx.train.schedule import spans
 
         ways = "raise --steps, lower --intervention-steps, or shorten the phases in the recipe's file"
-        spans(self.recipe.phases(), self.steps, ways)
+        for one, steps in zip(self.recipe.chain(), stage_steps(self.recipe, self.steps), strict=True):
+            spans(one.phases(), steps, ways)
 
     def train(
         self,
@@ -220,41 +231,41 @@ class _Run:
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
         from ti_fx.cli._progress import TrainingProgress
+        from ti_fx.cli._recipe import say_decisions
         from ti_fx.files import atomic_write
-        from ti_fx.train import TernaryTrainer
+        from ti_fx.train import trainers
         from ti_fx.train.data import TokenisedTexts
         from ti_fx.train.scores import scores_of
 
-        output.say(str(self.recipe))
-        output.say(f"{len(self.training):,} training rows, {self.steps:,} steps")
+        output.say(f"{self.recipe}\n{len(self.training):,} training rows, {self.steps:,} steps")
         set_seed(self.seed)
-        held_out = (
-            None if self.held_out is None else TokenisedTexts(self.held_out, tokenizer, self.max_length)
-        )
-        trainer = TernaryTrainer(
+        held_out = self.held_out and TokenisedTexts(self.held_out, tokenizer, self.max_length)
+        seconds = 0.0
+        stages = trainers(
             student,
             self.recipe,
             self._arguments(out),
             teacher=None if student is teacher else teacher,
+            resume=resume,
             train_dataset=TokenisedTexts(self.training, tokenizer, self.max_length),
             eval_dataset=held_out,
             processing_class=tokenizer,
             compute_metrics=scores_of,
             compile=self.compile,
         )
-        if trainer.choice is not None:
-            output.say(str(trainer.choice))
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
-        trainer.add_callback(TrainingProgress(output.console()))
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=resume or None)
-        seconds = time.perf_counter() - started
+        for trainer, goes_on in stages:  # the last one is evaluated and saved
+            say_decisions(trainer)
+            for callback in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(callback)
+            trainer.add_callback(TrainingProgress(output.console()))
+            started = time.perf_counter()
+            trainer.train(resume_from_checkpoint=goes_on or None)
+            seconds += time.perf_counter() - started
         trainer.save_model(str(out))
-        trainer.recipe.save(out / RECIPE)
+        replace(trainer.recipe, teachers=self.recipe.teachers).save(out / RECIPE)
         results: dict[str, Any] = {
             "recipe": self.recipe.name,
-            "steps": trainer.state.global_step,
+            "steps": self.steps if self.recipe.teachers else trainer.state.global_step,
             "seconds": seconds,
             "training_rows": len(self.training),
         }
@@ -307,55 +318,6 @@ def _length(asked: int | None, config: PreTrainedConfig) -> int:
             f"--max-length is {asked}, and the model takes at most {limit} tokens; give {limit} or less"
         )
     return int(min(MAX_LENGTH, limit)) if asked is None else asked
-
-
-def _check_folder(out: Path, resume: bool) -> None:
-    """Refuse to write over another run, and to resume where there is none."""
-    from ti_fx.train.checkpoint import DESCRIPTION, last_finished
-
-    last = last_finished(out)
-    if resume and last is None:
-        raise CheckpointError(f"{out} holds no finished checkpoint to resume from; leave out --resume")
-    if not resume and (last is not None or (out / DESCRIPTION).exists()):
-        raise InputError(f"{out} holds a run already; --resume goes on with it, another --out begins anew")
-
-
-def _check_recipe(out: Path, recipe: Recipe) -> None:
-    """Refuse to go on with another recipe than the one that the newest checkpoint was trained with."""
-    from ti_fx.train.checkpoint import last_finished, read_facts
-    from ti_fx.train.same_recipe import check_recipe
-
-    last = last_finished(out)
-    assert last is not None
-    check_recipe(last, read_facts(last), recipe)
-
-
-def _is_finished(out: Path, steps: int) -> bool:
-    """Return whether all steps were trained and the results written.
-
-    Raises:
-        CheckpointError: the run was for another number of steps.
-    """
-    from ti_fx.train.checkpoint import last_finished, training_state
-
-    last = last_finished(out)
-    assert last is not None
-    state = training_state(last)
-    if state.max_steps != steps:
-        raise CheckpointError(
-            f"{last} was trained for {state.max_steps} steps in all, and these rows and --batch-size are for {steps}; "
-            "resume with the options and data that it began with, or begin anew with another --out"
-        )
-    return state.global_step >= steps and (out / RESULTS).is_file()
-
-
-def _check_writable(out: Path) -> None:
-    """Find out now, not after training, whether the folder can be made and written to; nothing is made yet."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise InputError(f"can't write to {out}: {there} is a file; choose another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"can't write to {out}: {there} is read-only; choose a folder you can write to")
 
 
 def _classifier(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

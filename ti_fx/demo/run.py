@@ -26,13 +26,14 @@ from ti_fx.ir.edit import input_names
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.measure.baselines import export_dynamic_int8
 from ti_fx.passes import Pack
+from ti_fx.recipe import DEFAULT
 from ti_fx.train import load
 from ti_fx.train.scores import scores
 
-METHODS = ("ternarybert", "ti-g")
+METHODS = ("ternarybert", DEFAULT)
 SEED = 0
 # The rooms that a trained student depends on; a test holds this against what ti_fx.train imports.
-_ROOMS = "errors files numerics ir find passes frontend export phases recipe measure train"
+_ROOMS = "errors files numerics ir find passes frontend export phases presets recipe measure train"
 TRAINING_CODE = tuple(_ROOMS.split())
 LATENCY_ROUNDS = 15
 SIDECARS = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -50,7 +51,8 @@ def run(
 ) -> dict[str, Any]:
     """Run the whole demo below ``folder`` and return what went into ``results.json``.
 
-    Writes ``results.json``, ``report.html``, ``student.onnx`` (TI-G's), ``ternarybert.onnx``, recipes and checkpoints.
+    Writes ``results.json``, ``report.html``, ``student.onnx`` (the default recipe's), ``ternarybert.onnx``, recipes and
+    checkpoints.
     Stages that ran before with the same code, data, settings and circumstances are reused; accuracy and latency are
     measured anew. One processor gives the same numbers at the same seed and ``threads``, however many cores it has.
 
@@ -92,7 +94,7 @@ def run(
         write_page(
             results,
             folder / "report.html",
-            trained["ti-g"].folder / "checkpoint",
+            trained[DEFAULT].folder / "checkpoint",
             teacher.folder / "model",
             data,
         )
@@ -176,7 +178,7 @@ def _publish(folder: Path, trained: dict[str, Stage], exported: Stage) -> None:
     """Put what a user looks for where they look for it: with what lies beside them, the files are callables."""
     for name in SIDECARS:
         atomic_write(folder / name, (exported.folder / name).read_bytes())
-    names = {"ti-g": "student.onnx", "ternarybert": "ternarybert.onnx"}
+    names = {DEFAULT: "student.onnx", "ternarybert": "ternarybert.onnx"}
     for method, name in names.items():
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes((exported.folder / f"{method}.onnx").read_bytes())
@@ -220,7 +222,7 @@ def _test_scores(
 
 
 def _latency(exported: Stage, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    files = {name: exported.folder / f"{name}.onnx" for name in ("fp32", "dynamic-int8", "ti-g")}
+    files = {name: exported.folder / f"{name}.onnx" for name in ("fp32", "dynamic-int8", DEFAULT)}
     return measure.latencies(
         files,
         batch_sizes=(1, 8),

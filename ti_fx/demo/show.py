@@ -17,6 +17,7 @@ from ti_fx.demo.data import Questions
 from ti_fx.demo.teacher import quiet_loading
 from ti_fx.frontend.capture import capture
 from ti_fx.passes import Pack, Strip
+from ti_fx.recipe import DEFAULT
 from ti_fx.train import load
 from ti_fx.view import follow
 from ti_fx.view.report import (
@@ -35,6 +36,7 @@ from ti_fx.view.report import (
 NAMES = {
     "full precision": "full precision",
     "ternarybert": "TernaryBERT",
+    DEFAULT: DEFAULT,
     "ti-g": "TI-G",
     "fp32": "fp32 ONNX",
     "dynamic-int8": "dynamic int8",
@@ -91,7 +93,7 @@ def _accuracy(results: dict[str, Any]) -> Table:
 def _reproduced(results: dict[str, Any]) -> str:
     """Say what gives the same accuracies again, and how far apart accuracies have to be to mean something."""
     found, rows = results["circumstances"], results["test"]["rows"]
-    share = results["students"]["ti-g"]["validation"]["accuracy"]
+    share = results["students"][DEFAULT]["validation"]["accuracy"]
     where = f"{found['threads']} threads of {found['processor']} ({found['vector instructions']})"
     return (
         f"Seed {results['seed']}, {where}: another processor adds in another order, which training carries on to other "
@@ -101,7 +103,7 @@ def _reproduced(results: dict[str, Any]) -> str:
 
 def _files(results: dict[str, Any]) -> Table:
     rows: list[list[Cell]] = []
-    for name in ("fp32", "dynamic-int8", "ternarybert", "ti-g"):
+    for name in ("fp32", "dynamic-int8", "ternarybert", DEFAULT):
         entry = results["exports"][name]
         code, both = entry.get("code_bits"), entry.get("bits")
         share = entry["bytes"] / results["exports"]["fp32"]["bytes"]
@@ -129,12 +131,20 @@ def _latency(results: dict[str, Any]) -> Table:
             [
                 f"{row['threads']} threads" if row["threads"] > 1 else "1 thread",
                 row["batch"],
-                *(f"{taken[name]:.1f} ms" for name in ("fp32", "dynamic-int8", "ti-g")),
-                f"{taken['fp32'] / taken['ti-g']:.2f}x",
-                f"{taken['dynamic-int8'] / taken['ti-g']:.2f}x",
+                *(f"{taken[name]:.1f} ms" for name in ("fp32", "dynamic-int8", DEFAULT)),
+                f"{taken['fp32'] / taken[DEFAULT]:.2f}x",
+                f"{taken['dynamic-int8'] / taken[DEFAULT]:.2f}x",
             ]
         )
-    columns = ("threads", "batch", "fp32 ONNX", "dynamic int8", "TI-G", "over fp32", "over dynamic int8")
+    columns = (
+        "threads",
+        "batch",
+        "fp32 ONNX",
+        "dynamic int8",
+        NAMES[DEFAULT],
+        "over fp32",
+        "over dynamic int8",
+    )
     note = "Medians of calls in turn, sequence 128, all ONNX Runtime optimisations; above 1x the student is faster."
     return Table("Latency in ONNX Runtime", columns, rows, note)
 
@@ -189,7 +199,7 @@ def write_page(results: dict[str, Any], path: Path, checkpoint: Path, teacher: P
     layers = sorted({row.layer for row in errors})
     points = list(dict.fromkeys(row.point for row in errors))
     found = {(row.point, row.layer): row.relative_error for row in errors}
-    recipe = students.recipe("ti-g")
+    recipe = students.recipe(DEFAULT)
     interventions = [phase.intervene for phase in recipe.phases()]
     steps = follow(reference, *recipe.passes(), *interventions, Strip(), Pack())
     sections: list[Section] = [
@@ -203,7 +213,7 @@ def write_page(results: dict[str, Any], path: Path, checkpoint: Path, teacher: P
             {point: [found.get((point, layer), float("nan")) for layer in layers] for point in points},
             "layer",
             "relative L2 error",
-            "TI-G's student against the full-precision model on 64 validation questions, padding left out.",
+            f"{NAMES[DEFAULT]}'s student against the full-precision model on 64 validation questions, without padding.",
         ),
         GraphSteps(
             "The graph before and after each pass",
@@ -227,7 +237,9 @@ def write_page(results: dict[str, Any], path: Path, checkpoint: Path, teacher: P
             ],
         ),
     ]
-    subtitle = f"TI-G in ONNX Runtime against its full-precision teacher; torch {torch.__version__}"
+    subtitle = (
+        f"{NAMES[DEFAULT]} in ONNX Runtime against its full-precision teacher; torch {torch.__version__}"
+    )
     write_report(Report("ti_fx demo: a transformer at two bits a weight", sections, subtitle), path)
 
 

@@ -1,4 +1,4 @@
-"""The demo trains TernaryBERT and TI-G from one teacher, for the same number of steps, with the same seed."""
+"""The demo trains TernaryBERT and the default recipe from one teacher, for as many steps, with the same seed."""
 
 from __future__ import annotations
 

@@ -74,7 +74,19 @@ def find_attention(gm: GraphModule) -> list[AttentionSite]:
     On a prepared graph the sites hold the student's nodes.
     """
     finder, student, _ = _view(gm)
-    return [_mapped(site, student) for site in _number(finder, finder.sites())]
+    sites = _number(finder, finder.sites())
+    if finder.role == "student":
+        return sites
+    return [_mapped(site, student) for site in _renumbered([one for one in sites if one.context in student])]
+
+
+def _renumbered(sites: list[AttentionSite]) -> list[AttentionSite]:
+    """Number a student's layers from 0, where it has not all of its teacher's."""
+    layers: dict[int, list[int]] = {}
+    for site in sites:
+        layers.setdefault(site.stack, []).append(site.layer)
+    numbers = {stack: list(dict.fromkeys(own)) for stack, own in layers.items()}
+    return [replace(site, layer=numbers[site.stack].index(site.layer)) for site in sites]
 
 
 def _mapped(site: AttentionSite, student: dict[Node, Node]) -> AttentionSite:

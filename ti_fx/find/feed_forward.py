@@ -83,9 +83,12 @@ def find_feed_forward(gm: GraphModule) -> list[FeedForwardSite]:
     On a prepared graph the sites hold the student's nodes.
     """
     student = roles.twins(gm.graph)
-    teacher = {twin: node for node, twin in student.items()}
+    teacher = {twin: node for node, twin in reversed(student.items())}
     finder = _Finder(gm, "teacher" if teacher else "student", find_attention(gm), teacher)
-    return [_mapped(site, student, finder) for site in finder.sites()]
+    sites = finder.sites()
+    if teacher:
+        sites = [site for site in sites if site.down in student]  # else of a layer that the student has not
+    return [_mapped(site, student, finder) for site in sites]
 
 
 def _mapped(site: FeedForwardSite, student: dict[Node, Node], finder: _Finder) -> FeedForwardSite:

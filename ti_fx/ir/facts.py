@@ -108,6 +108,8 @@ class GraphFacts:
         recipe: of a graph that ``Recipe.prepare`` made, the recipe as JSON values.
         opset: of a graph that is being lowered, the ONNX opset of the file.
         unfused: of a graph that is being lowered, why a block of attention is not one node, by the name of its softmax.
+        kept_layers: the pass that left layers out, as text; None: the student has all.
+        layer_map: then, by stack, which of the model's layers the student's are.
         part_of: of an encoder or decoder, a digest of the student that both are parts of.
     """
 
@@ -127,6 +129,8 @@ class GraphFacts:
     recipe: Mapping[str, Json] | None = None
     opset: int | None = None
     unfused: Mapping[str, str] = field(default_factory=dict)
+    kept_layers: str | None = None
+    layer_map: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     part_of: str | None = None
 
 

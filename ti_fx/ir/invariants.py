@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ti_fx import numerics
 from ti_fx.errors import first_line
-from ti_fx.ir import leaves, roles
+from ti_fx.ir import leaves, moved, phased, roles
 from ti_fx.ir.blends import is_drawn_from, is_share_of, share_name
 from ti_fx.ir.checks import is_assertion
 from ti_fx.ir.edit import aten_name, stored
@@ -170,11 +170,17 @@ def _same_twins(gm: GraphModule) -> Iterator[str]:
                 source = by_name[clone_of]
                 continue
             transparent = is_ours(source) or weight_quantiser_of(source) is not None or is_dropout(gm, source)
+            transparent = transparent or phased.is_phase_in(source)
             if not transparent and not roles.fact(source, "intervention"):
                 break
             source = source.all_input_nodes[0]
         return teacher_of.get(source, source)
 
+    passed = {  # the stream behind a layer that the student has not
+        node: teacher_of.get(by_name[name], node)
+        for node in gm.graph.nodes
+        if (name := roles.fact(node, "passed_over")) in by_name
+    }
     for node, twin in teacher_of.items():
         if stood := roles.fact(node, "stands_for"):
             if not _fits(node.meta.get("val"), twin.meta.get("val")):
@@ -185,7 +191,8 @@ def _same_twins(gm: GraphModule) -> Iterator[str]:
         if twin.op == "call_function" and twin.target is not node.target:
             yield f"teacher %{twin.name} computes another op than its twin %{node.name}; {_DECLARE}"
         expected = torch.fx.node.map_arg((node.args, dict(node.kwargs)), origin)
-        if str(expected) != str((twin.args, dict(twin.kwargs))):
+        read = torch.fx.node.map_arg((twin.args, dict(twin.kwargs)), lambda one: passed.get(one, one))
+        if str(expected) != str(read):
             yield f"teacher %{twin.name} and its twin %{node.name} read different inputs or constants; {_DECLARE}"
 
 
@@ -233,6 +240,8 @@ def _quantised_reads(gm: GraphModule) -> Iterator[str]:
         if node.op != "get_attr" or node.target not in quantised:
             continue
         for user in node.users:
+            if phased.is_phase_in(user):
+                continue  # that rule is its own
             exempt = node.target in (roles.fact(user, "exempt") or ())
             if weight_quantiser_of(user) is None and not exempt:
                 yield f"%{user.name} reads the latent {node.target} beside its quantiser"
@@ -303,6 +312,8 @@ def _packed(gm: GraphModule) -> Iterator[str]:
     for node in gm.graph.nodes:
         if weight_quantiser_of(node) is not None:
             yield f"%{node.name} quantises a latent weight; pack stores its codes"
+        if phased.is_phase_in(node):
+            yield f"%{node.name} reads a latent weight; strip takes out what is phased in"
 
 
 def _no_role(gm: GraphModule) -> Iterator[str]:
@@ -315,7 +326,13 @@ def _nothing_for_training(gm: GraphModule) -> Iterator[str]:
     for node in gm.graph.nodes:
         if is_dropout(gm, node):
             yield f"%{node.name} is dropout, which does nothing in evaluation"
-        elif is_ours(node) or is_blend(node) or reads_weight(node) or node.target in _LOOK_UPS:
+        elif (
+            is_ours(node)
+            or is_blend(node)
+            or reads_weight(node)
+            or phased.is_phase_in(node)
+            or node.target in _LOOK_UPS
+        ):
             yield f"%{node.name} calls {_called(node)}, the numerics of training, which ONNX has no operator for"
 
 
@@ -359,8 +376,10 @@ TWINS = Invariant("twins compute the same", _same_twins)
 FROZEN = Invariant("the teacher is frozen", _frozen)
 TEACHER_DROPOUT = Invariant("the teacher has no dropout", _teacher_dropout)
 QUANTISED_READS = Invariant("ternarised weights are read through their quantiser", _quantised_reads)
+PHASED_IN = Invariant("a weight that is phased in is read by a share", phased.broken)
 TIED = Invariant("tied weights stay tied", _tied)
 SCALAR_LOSSES = Invariant("losses are scalar", _losses)
+MOVED = Invariant("a weight that moves is a tensor of its own", moved.broken)
 PACKED_WEIGHTS = Invariant("ternary weights are packed", _packed)
 NO_ROLE = Invariant("no role", _no_role)
 NOTHING_FOR_TRAINING = Invariant("nothing that only training needs", _nothing_for_training)

@@ -87,12 +87,15 @@ class PreparedResult(NamedTuple):
         losses: each term by name.
         outputs: what the model returns.
         parts: in a graph that is made for one phase, the means that each term is the sum of, by the term's name.
+        weights, log_variances: there, what moves the weights of terms, by the term's name.
     """
 
     loss: Node
     losses: dict[str, Node]
     outputs: Any
     parts: dict[str, tuple[Node, ...]] | None = None
+    weights: dict[str, Node] | None = None
+    log_variances: dict[str, Node] | None = None
 
     def structure(self) -> dict[str, Any]:
         """Return the graph's output structure."""
@@ -104,7 +107,9 @@ class PreparedResult(NamedTuple):
 def prepared_result(gm: GraphModule) -> PreparedResult | None:
     """Return what a graph with losses returns, None of a graph without."""
     result = gm.graph.output_node().args[0]
-    if isinstance(result, dict) and set(result) | {"parts"} == set(PreparedResult._fields):
+    if isinstance(result, dict) and {"loss", "losses", "outputs"} <= set(result) <= set(
+        PreparedResult._fields
+    ):
         return PreparedResult(**result)
     return None
 

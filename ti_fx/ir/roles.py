@@ -79,10 +79,14 @@ def stands_for(new: Node, old: Node) -> None:
 
 
 def twins(graph: Graph) -> dict[Node, Node]:
-    """Return teacher node -> student node: what DuplicateTeacher copied, or the last one that stands for that."""
+    """Return teacher node -> student node: what DuplicateTeacher copied, or the last one that stands for that.
+
+    Of the stream behind a layer that the student has not, it is the stream that the student reads in its place.
+    """
     by_name = {node.name: node for node in graph.nodes}
     by_name |= {fact(node, "stands_for"): node for node in graph.nodes if fact(node, "stands_for")}
-    return {node: by_name[fact(node, "twin")] for node in graph.nodes if fact(node, "twin") in by_name}
+    names = {node: fact(node, "passed_over") or fact(node, "twin") for node in graph.nodes}
+    return {node: by_name[name] for node, name in names.items() if name in by_name}
 
 
 def twin_of(graph: Graph) -> dict[Node, Node]:

@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ti_fx.numerics.blends import blend, detach_by, route
+    from ti_fx.numerics.blends import blend, detach_by, phase_in, route
     from ti_fx.numerics.codes import pack_codes, unpack_codes, unpack_ternary
     from ti_fx.numerics.gradients import detach
     from ti_fx.numerics.look_ups import quantised_embedding
@@ -32,6 +32,7 @@ __all__ = [
     "int8_tensor",
     "int8_token",
     "pack_codes",
+    "phase_in",
     "quantised_embedding",
     "route",
     "ternary",
@@ -55,6 +56,7 @@ _HOMES = {
     "int8_tensor": "quantisers.int8_tensor",
     "int8_token": "quantisers.int8_token",
     "pack_codes": "codes",
+    "phase_in": "blends",
     "quantised_embedding": "look_ups",
     "route": "blends",
     "ternary": "ternary_weights",

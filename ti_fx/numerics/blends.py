@@ -1,7 +1,8 @@
 """A blend reads a share of the teacher's value and the rest of the student's; at both ends it is one of them, exactly.
 
-The share is λ, from 0 to 1: a tensor, so that it moves without another graph. At 1 and at 0 values are chosen and not
-multiplied, so infinities, NaN and the signs of zeros pass as they would without a blend.
+Likewise a weight that is phased in is read by a share of its quantised values. The share is λ, from 0 to 1: a tensor,
+so that it moves without another graph. At 1 and at 0 values are chosen and not multiplied, so infinities, NaN and the
+signs of zeros pass as they would without a blend.
 """
 
 from __future__ import annotations
@@ -23,6 +24,20 @@ def blend(student: Tensor, teacher: Tensor, share: Tensor) -> Tensor:
         share: from 0 to 1, of a shape that broadcasts to theirs.
     """
     result: Tensor = _Blend.apply(student, teacher, share)  # type: ignore[no-untyped-call]
+    return result
+
+
+def phase_in(latent: Tensor, quantised: Tensor, share: Tensor) -> Tensor:
+    """Return ``latent + share * (quantised - latent)``: the quantised bits where the share is 1, the latent ones at 0.
+
+    Of the result's gradient ``share`` goes to ``quantised``, and the rest to ``latent``.
+
+    Args:
+        latent: floating, any shape.
+        quantised: the same shape: made of ``latent``.
+        share: from 0 to 1, [].
+    """
+    result: Tensor = _PhaseIn.apply(latent, quantised, share)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -62,6 +77,20 @@ class _Blend(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (share,) = ctx.saved_tensors
         return _part(gradients[0], 1 - share), None, None
+
+
+class _PhaseIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, quantised: Tensor, share: Tensor) -> Tensor:
+        share, quantised = share.to(latent.dtype), quantised.to(latent.dtype)
+        ctx.save_for_backward(share)
+        mixed = torch.lerp(latent, quantised, share)
+        return torch.where(share == 1, quantised, torch.where(share == 0, latent, mixed))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (share,) = ctx.saved_tensors
+        return _part(gradients[0], 1 - share), _part(gradients[0], share), None
 
 
 class _DetachBy(torch.autograd.Function):

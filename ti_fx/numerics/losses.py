@@ -296,6 +296,21 @@ def total(values: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def learned(value: Tensor, log_variance: Tensor, share: float = 1.0) -> Tensor:
+    """Return ``exp(-s) · L + s``: a loss that is weighed by what is learned of how uncertain it is.
+
+    With respect to s it is least where ``exp(s) = L``. Source: Kendall et al., "Multi-Task Learning Using Uncertainty
+    to Weigh Losses", CVPR 2018 (arXiv 1705.07115), section 3.2, with ``s = log σ²``, and without its halves, which
+    scale all losses alike.
+
+    Args:
+        value: L, a scalar.
+        log_variance: s, a scalar.
+        share: of s that is added: a micro-batch's of its batch.
+    """
+    return torch.exp(-log_variance) * value + share * log_variance
+
+
+def weighted(values: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
     """Add scalars times their weights, in order."""
     return total([value * weight for value, weight in zip(values, weights, strict=True)])

@@ -1,4 +1,4 @@
-"""The shares of a phase's blends follow its curves: a function of the optimiser step, on every device the same."""
+"""What a phase's curves move is a function of the optimiser step, on every device the same: blends and losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from torch.fx import GraphModule
 
 from ti_fx.errors import RecipeError
 from ti_fx.ir.blends import Share, set_shares, shares
-from ti_fx.phases import Curve, Phase
+from ti_fx.ir.moved import set_weights
+from ti_fx.ir.phased import set_share
+from ti_fx.phases import TASK, Curve, Phase
+
+TASK_SHARE = f"share_{TASK}"  # in logs: of the weight that the recipe gives the task's loss
 
 
 def shares_at(phase: Phase, sites: Sequence[Share], step: int, steps: int) -> dict[str, float]:
@@ -59,3 +63,20 @@ def move_shares(gm: GraphModule, phase: Phase, step: int, steps: int) -> dict[st
     for site in sites:
         by_point.setdefault(site.point, []).append(values[site.tap])
     return {point: sum(own) / len(own) for point, own in by_point.items()}
+
+
+def move(gm: GraphModule, phase: Phase, step: int, steps: int) -> dict[str, float]:
+    """Write all that a phase's curves move at a step into its graph; return it by the names of logs.
+
+    The task's loss is no node of the graph: its share is returned alone, as ``share_task``.
+
+    Raises:
+        RecipeError: as :func:`shares_at`.
+    """
+    moved = {f"blend_{point}": share for point, share in move_shares(gm, phase, step, steps).items()}
+    if phase.phase_in is not None:
+        moved["phase_in"] = phase.phase_in.share(step, steps)
+        set_share(gm, moved["phase_in"])
+    curves = {term: curve.share(step, steps) for term, curve in phase.weights.items()}
+    moved |= {f"weight_{term}": value for term, value in set_weights(gm, curves).items()}
+    return moved | ({TASK_SHARE: curves[TASK]} if TASK in curves else {})

@@ -30,6 +30,7 @@ from ti_fx.errors import CheckpointError, RecipeError, first_line
 from ti_fx.files import atomic_path, atomic_write
 from ti_fx.frontend.wrappers import plain_model
 from ti_fx.ir.facts import facts as graph_facts
+from ti_fx.ir.moved import log_variances
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.passes import Strip
@@ -245,6 +246,7 @@ def restore(model: TernaryModel, folder: str | Path, facts: Mapping[str, Any]) -
             )
     verify_phases(model, folder, facts)
     load_values(model.prepared(), read_weights(folder, facts), folder)
+    model.set_learned(facts["position"].get("learned", {}))
 
 
 def verify_phases(model: TernaryModel, folder: str | Path, facts: Mapping[str, Any]) -> None:
@@ -275,10 +277,11 @@ def load_values(gm: GraphModule, tensors: Mapping[str, Tensor], where: str | Pat
     Raises:
         CheckpointError: a tensor is missing or has another shape: the checkpoint is of another model.
     """
+    learned = {str(read.target) for read in log_variances(gm).values()}
     wanted = {
         name: value
         for name, value in [*gm.named_parameters(), *gm.named_buffers()]
-        if not name.startswith(TEACHER_PREFIX) and name in gm.state_dict()
+        if not name.startswith(TEACHER_PREFIX) and name not in learned and name in gm.state_dict()
     }
     for name, value in wanted.items():
         found = tensors.get(name)

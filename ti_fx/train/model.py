@@ -17,6 +17,7 @@ from ti_fx.ir import text
 from ti_fx.ir.blends import set_shares, shares
 from ti_fx.ir.edit import fork, input_names
 from ti_fx.ir.leaves import DrawnShare
+from ti_fx.ir.moved import log_variances
 from ti_fx.ir.outputs import prepared_result
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.roles import TEACHER_PREFIX
@@ -26,7 +27,7 @@ from ti_fx.passes.normalise.drop_dead import DropDead
 from ti_fx.passes.prepare.look_up_first import LookUpFirst
 from ti_fx.passes.prepare.return_parts import ReturnParts
 from ti_fx.recipe import Phase, Recipe
-from ti_fx.train.blending import move_shares
+from ti_fx.train.blending import move
 from ti_fx.train.compile import CompileRecord, Runner, Shapes
 
 Compile = Literal["on", "off"]
@@ -60,6 +61,7 @@ class TernaryModel(nn.Module):
         self._parameters, self._buffers = prepared._parameters, prepared._buffers
         self._non_persistent_buffers_set = prepared._non_persistent_buffers_set
         self._graphs = _Graphs(prepared, recipe, compiled=compile == "on")
+        self._learned = {term: str(read.target) for term, read in log_variances(prepared).items()}
         self.inputs = input_names(prepared)
         self.recipe = recipe
         self.train(prepared.training)
@@ -96,15 +98,18 @@ class TernaryModel(nn.Module):
         """The phase that is trained."""
         return self._graphs.current
 
-    def move_shares(self, step: int, steps: int) -> dict[str, float]:
-        """Let the phase's blends read the shares of its step ``step`` of ``steps``; return each point's mean share.
+    def move(self, step: int, steps: int) -> dict[str, float]:
+        """Let blends and losses read what the phase's curves are at its step ``step`` of ``steps``; return it for logs.
+
+        That is each point's mean share (``blend_layer``), the share of weights that is quantised (``phase_in``), and
+        the weights of losses that move (``weight_logits``).
 
         Raises:
             RecipeError: no curve moves a site, or a curve moves none.
         """
-        if not self.phase.curves:
+        if not self.phase.moves:
             return {}
-        return move_shares(self._graphs.phase(self.phase).gm, self.phase, step, steps)
+        return move(self._graphs.phase(self.phase).gm, self.phase, step, steps)
 
     def shares(self) -> dict[str, float]:
         """Return the share of each site that the phase blends, by the name of its tap."""
@@ -159,9 +164,21 @@ class TernaryModel(nn.Module):
 
     def student_state(self) -> dict[str, Tensor]:
         """Return the student's tensors, under the source model's names."""
-        return {
-            name: value for name, value in self.state_dict().items() if not name.startswith(TEACHER_PREFIX)
-        }
+        return {name: value for name, value in self.state_dict().items() if self.is_students(name)}
+
+    def is_students(self, name: str) -> bool:
+        """Whether a tensor is the student's: neither the teacher's, nor what training alone learns."""
+        return not name.startswith(TEACHER_PREFIX) and name not in self._learned.values()
+
+    def learned(self) -> dict[str, float]:
+        """Return the logarithms of the variances that losses are learned to have, by term."""
+        return {term: float(self.get_parameter(name).detach()) for term, name in self._learned.items()}
+
+    def set_learned(self, values: Mapping[str, float]) -> None:
+        """Set what :meth:`learned` returned, in place."""
+        with torch.no_grad():
+            for term, value in values.items():
+                self.get_parameter(self._learned[term]).fill_(value)
 
     def teacher_digests(self) -> dict[str, str]:
         """Return the SHA-256 of each of the teacher's tensors, by the source model's name."""
@@ -193,7 +210,7 @@ class _Graphs:
 
     def _fork(self, phase: Phase) -> GraphModule:
         gm = fork(self.prepared)
-        Pipeline(phase.intervene)(gm)
+        Pipeline(*phase.passes())(gm)
         FOR_TRAINING(gm)
         _train_draws(gm, self.training)
         return gm
@@ -225,7 +242,7 @@ class _Graphs:
         found = {}
         for phase in self.recipe.phases():
             gm = fork(self.prepared)
-            Pipeline(phase.intervene)(gm)
+            Pipeline(*phase.passes())(gm)
             found[phase.name] = hashlib.sha256(text.dump(gm).encode()).hexdigest()
         return found
 

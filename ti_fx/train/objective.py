@@ -59,6 +59,7 @@ class Objective:
 
     Attributes:
         weight: of the task's loss, 0 where it is not trained.
+        share: of that weight, at the present step.
         given: Trainer's ``compute_loss_func``. smoother: Trainer's label smoother, for ``label_smoothing_factor``.
         returns_loss: whether the model returns its loss without labels (CLIP with ``return_loss=True``).
     """
@@ -67,6 +68,7 @@ class Objective:
         self.counts = PartCounts(prepared)
         self.source = source
         self.weight = facts(prepared).task or 0.0
+        self.share = 1.0
         self.given = given
         self.smoother: Callable[..., Tensor] | None = None
         self.returns_loss = LOSS in named_leaves(model_outputs(prepared))
@@ -130,21 +132,30 @@ class Objective:
             loss, found = self._sum(result, shares.tolist())
         if self.weight:
             found[TASK] = self._task(result["outputs"], batch, whole, items)
-            loss = loss + self.weight * found[TASK]
+            loss = loss + self.weight * self.share * found[TASK]
         return loss, found
 
     def _sum(self, result: Mapping[str, Any], shares: Sequence[float]) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the parts as the graph does, each times its share."""
         terms: dict[str, list[Tensor]] = {}
-        weights: dict[str, float] = {}
+        weights: dict[str, float | Tensor] = {}
+        first: dict[
+            str, float
+        ] = {}  # of a learned variance a micro-batch adds what it has of the term's first part
+        moved, learned = result.get("weights", {}), result.get("log_variances", {})
         values = [value for parts in result["parts"].values() for value in parts]
         for part, value, share in zip(self.counts.parts, values, shares, strict=True):
             terms.setdefault(part.term, []).append(value * share)
-            weights[part.term] = part.weight
+            weights[part.term] = moved.get(part.term, part.weight)
+            first.setdefault(part.term, share)
         found = {term: losses.total(values) for term, values in terms.items()}
         if not found:
             return result["loss"], {}
-        return losses.weighted(list(found.values()), list(weights.values())), found
+        added = [
+            losses.learned(value, learned[term], first[term]) if term in learned else value
+            for term, value in found.items()
+        ]
+        return losses.weighted(added, list(weights.values())), found
 
     def _task(self, outputs: Any, batch: Batch, whole: Whole | None, items: Tensor | int | None) -> Tensor:
         if self.given is not None:

@@ -17,7 +17,6 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import TrainOutput
 
 from ti_fx.errors import CheckpointError
-from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.recipe import Recipe
 from ti_fx.train import checkpoint, schedule
 from ti_fx.train.finished import finished_files, finished_folder
@@ -194,9 +193,8 @@ class ResumingTrainer(Trainer):
             return
         trained = checkpoint.read_facts(folder)["position"].get("phase")
         now = schedule.at(schedule.spans(self.recipe.phases(), steps), state.global_step - 1).phase.name
-        blends = (
-            ", and so are the shares of blends" if any(one.curves for one in self.recipe.phases()) else ""
-        )
+        moves = any(one.moves for one in self.recipe.phases())
+        blends = ", and so is what its curves move" if moves else ""
         changed = f"{folder} was trained for {state.max_steps} steps in all, and this is for {steps}"
         if trained != now:
             raise CheckpointError(
@@ -250,13 +248,11 @@ class ResumingTrainer(Trainer):
             self.source.config.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        blended = self.model.shares()
+        blended, learned = self.model.shares(), self.model.learned()
         torch.save(self.args, folder / "training_args.bin")
         gathered = None
         if state_dict is not None:
-            gathered = {
-                name: value for name, value in state_dict.items() if not name.startswith(TEACHER_PREFIX)
-            }
+            gathered = {name: value for name, value in state_dict.items() if self.model.is_students(name)}
         checkpoint.save(
             folder,
             self.model,
@@ -267,6 +263,7 @@ class ResumingTrainer(Trainer):
                 "phase": self.model.phase.name,
                 "compiled": self.model.compiled_shapes(),
                 **({"shares": blended} if blended else {}),
+                **({"learned": learned} if learned else {}),
             },
             weights=gathered,
             epoch=self._epoch_start(),

@@ -16,10 +16,13 @@ from ti_fx.errors import InputError
 from ti_fx.frontend.capture import capture
 from ti_fx.frontend.dynamic_sizes import Dynamic
 from ti_fx.ir.facts import facts
+from ti_fx.ir.pipeline import Report
+from ti_fx.ir.roles import LEARNED_PREFIXES
 from ti_fx.measure.choose import Choice, resolve
 from ti_fx.recipe import Recipe, chosen_recipe
 from ti_fx.train import rows, schedule
 from ti_fx.train.arguments import require_arguments
+from ti_fx.train.blending import TASK_SHARE
 from ti_fx.train.model import Compile, TernaryModel
 from ti_fx.train.objective_trainer import ObjectiveTrainer
 from ti_fx.train.resuming import ResumingTrainer
@@ -32,10 +35,11 @@ AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation 
 class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
     """Train a ternary student by a recipe, with everything else as in ``transformers.Trainer``.
 
-    Differences: ``model`` is captured and prepared here; the phase, and the shares of its blends, follow the optimiser
-    step; each loss is logged by name (``loss_logits``, ...) beside the weighted sum, and each blended point's share
-    (``blend_layer``); evaluation and prediction run the stripped student; a restart clears the optimiser's state in
-    place and begins the learning-rate schedule anew; checkpoints are written whole.
+    Differences: ``model`` is captured and prepared here; the phase, and what its curves move, follow the optimiser
+    step; each loss is logged by name (``loss_logits``, ...) beside the weighted sum, and so are each blended point's
+    share (``blend_layer``) and the weights of losses that move (``weight_logits``, ``log_variance_logits``); evaluation
+    and prediction run the stripped student; a restart clears the optimiser's state in place and begins the
+    learning-rate schedule anew; checkpoints are written whole.
     """
 
     model: TernaryModel
@@ -76,9 +80,17 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
         args = TrainingArguments(output_dir="trainer_output") if args is None else copy.copy(args)
         args.logging_nan_inf_filter = False  # it leaves out of the mean what is no number
         self.recipe = chosen_recipe(recipe)
+        if self.recipe.teachers:
+            raise InputError(
+                f"recipe {self.recipe.name!r} is a chain of {len(self.recipe.chain())}, and a trainer trains one: take "
+                "those of ti_fx.train.trainers, in turn"
+            )
         model = ready_source(model)
         require_arguments(args, self.recipe, model)
         self.choice: Choice | None = None  # what was measured for the encoding "auto"
+        self.report: Report | None = (
+            None  # of the passes that prepared the graph, unless that was done before
+        )
         self.source = model
         label_names = (
             list(args.label_names) if args.label_names is not None else rows.label_names(model, options)
@@ -101,7 +113,7 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
         self.label_names = label_names
         self.evaluate_distillation = evaluate_distillation
         self._spans: tuple[schedule.Span, ...] = ()
-        self._shares: dict[str, float] = {}  # of the last step, each blended point's mean
+        self._moved: dict[str, float] = {}  # of the last step, what the phase's curves moved
         self._set_objective(prepared, options)
 
     def _prepare(
@@ -128,7 +140,7 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
             gm = capture(model, example, dynamic=dynamic)
         if facts(gm).recipe is None:
             self.recipe, self.choice = resolve(self.recipe, gm)
-            prepare_to_train(gm, self.recipe, teacher)
+            self.report = prepare_to_train(gm, self.recipe, teacher)
         elif facts(gm).recipe == self.recipe.to_dict():
             require_trained(gm, self.recipe)
         else:
@@ -146,14 +158,16 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
         if span.phase.restart and self.state.global_step == span.start and span.start:
             assert self.optimizer is not None
             self.optimizer.state.clear()  # in place: accelerate keeps its optimiser, DDP its parameters
-        self._shares = self.model.move_shares(self.state.global_step - span.start, span.end - span.start)
+        self._moved = self.model.move(self.state.global_step - span.start, span.end - span.start)
+        self.objective.share = self._moved.get(TASK_SHARE, 1.0)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the phase, the share of the teacher where it blends, and each loss by name."""
+        """Add the phase, what its curves move and what is learned of the losses' weights, and each loss by name."""
         if "loss" in logs:
-            logs.update({f"blend_{point}": share for point, share in self._shares.items()})
+            logs.update(self._moved)
+            logs.update({f"log_variance_{term}": value for term, value in self.model.learned().items()})
             logs["phase"] = schedule.at(self._spans, max(self.state.global_step - 1, 0)).phase.name  # type: ignore[assignment]
         super().log(logs, start_time)
 
@@ -175,8 +189,12 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
         return self.lr_scheduler
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Decay matrices; not biases and norms, which have one dimension."""
-        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+        """Decay matrices; not biases and norms, which have one dimension, and not what quantisers learn."""
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.dim() > 1 and not name.startswith(LEARNED_PREFIXES)
+        ]
 
     def student(self) -> GraphModule:
         """Return the stripped student, in eval mode, on the trained tensors: ready for ``Pack`` and ``to_onnx``."""

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from ti_fx.errors import InputError
 from ti_fx.frontend.wrappers import unwrapped
 from ti_fx.ir.inserted import quantised_weights
+from ti_fx.ir.pipeline import Report
 from ti_fx.ir.undo import Undo
 from ti_fx.ir.untrained import Cause, Untrained
 from ti_fx.recipe import Recipe
@@ -25,7 +26,7 @@ _WAYS: dict[Cause, str] = {
 }
 
 
-def prepare_to_train(gm: GraphModule, recipe: Recipe, teacher: nn.Module | None) -> None:
+def prepare_to_train(gm: GraphModule, recipe: Recipe, teacher: nn.Module | None) -> Report:
     """Prepare a captured graph by a recipe; where that is refused, or weights would never train, it is as before.
 
     Raises:
@@ -34,15 +35,16 @@ def prepare_to_train(gm: GraphModule, recipe: Recipe, teacher: nn.Module | None)
     undo = Undo(gm)
     try:
         if teacher is None:
-            recipe.prepare(gm)
+            report = recipe.prepare(gm)
         else:
             teacher = ready_source(teacher)
             with unwrapped(teacher):
-                recipe.prepare(gm, teacher=teacher)
+                report = recipe.prepare(gm, teacher=teacher)
         require_trained(gm, recipe)
     except Exception:
         undo()
         raise
+    return report
 
 
 def require_trained(gm: GraphModule, recipe: Recipe) -> None:
