@@ -111,7 +111,8 @@ def classifier(folder: Path) -> dict[str, Any]:
     sizes = {**SIZES, "vocab_size": 1100, "intermediate_size": 64, "num_labels": 3}
     model: nn.Module = BertForSequenceClassification(BertConfig(**sizes))
     example = tokenizer(["any text", "and another one"], padding=True, return_tensors="pt")
-    return {"model": model.eval(), "tokenizer": tokenizer, "example": dict(example)}
+    rows = dict(example)
+    return {"model": model.eval(), "tokenizer": tokenizer, "example": dict(example), "rows": rows}
 
 
 def language_model(folder: Path) -> dict[str, Any]:
