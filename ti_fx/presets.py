@@ -177,9 +177,15 @@ PRESETS: dict[str, Preset] = {
     ),
     "xtc": Preset(
         "Half of the teacher's layers, evenly spread, initialised from these and compared with them; one stage. "
-        "Published for ternary and binary weights, and for far longer training than others.",
+        "Published for far longer training than others.",
         "XTC, NeurIPS 2022 (arXiv 2206.01859)",
         _plain,
         options={"keep_layers": KeepLayers(share=0.5)},
+    ),
+    "xtc-binary": Preset(
+        "The same with binary weights, -1 and 1.",
+        "XTC, NeurIPS 2022 (arXiv 2206.01859)",
+        _plain,
+        options={"keep_layers": KeepLayers(share=0.5), "ternarize": Ternarize(method="binary")},
     ),
 }

@@ -105,6 +105,7 @@ FULL = Recipe(
         ("bit", [("quantise", None, 0, 300, False)]),
         ("bitdistill", [("quantise", None, 0, 300, False)]),
         ("xtc", [("quantise", None, 0, 300, False)]),
+        ("xtc-binary", [("quantise", None, 0, 300, False)]),
         ("tsld", [("quantise", None, 0, 300, False)]),
     ],
 )
