@@ -206,6 +206,7 @@ def test_a_name_on_the_hub(run: Run, folder: Path, tmp_path: Path, monkeypatch: 
     assert_one_line(run("inspect", "some/gpt2"), "offline mode is enabled")
 
 
+@pytest.mark.slow
 def test_layers_that_are_alike_are_one(run: Run, tmp_path: Path) -> None:
     gpt2_model().save_pretrained(tmp_path / "gpt2")
     code, out, _ = run("inspect", tmp_path / "gpt2")

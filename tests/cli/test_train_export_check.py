@@ -92,6 +92,7 @@ def test_the_exported_file_answers_as_the_student(checkpoint: Path, onnx_file: P
     assert np.allclose(Runtime(onnx_file)(inputs)["logits"], expected.detach().numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_check_accepts_its_own_file_and_refuses_another(
     tmp_path: Path, classifier: Path, checkpoint: Path, onnx_file: Path
 ) -> None:

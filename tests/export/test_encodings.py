@@ -390,6 +390,7 @@ def test_one_wrong_entry_of_the_table_of_codes_is_found(files: Files, name: str,
         check(tmp_path / "table.onnx", gm, example())
 
 
+@pytest.mark.slow
 def test_biases_in_half_precision_suit_products_by_blocks(tmp_path: Path) -> None:
     gm = prepared(QuantizeActivations("nbits2"))
     ti_fx.Pipeline(Strip(), Pack(kept="float16"))(gm)

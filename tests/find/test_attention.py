@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import Tiny
+from slow import slow
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from transformers import AttentionInterface
@@ -88,6 +89,7 @@ def shape(node: Node | None) -> tuple[str, ...]:
     return tuple(text.partition("[")[2].rstrip("]").split(", "))
 
 
+@pytest.mark.slow
 def test_cross_attention_reads_the_encoder(t5: Tiny) -> None:
     *_, cross = ti_fx.find_attention(t5.graph)
     assert shape(cross.scores) == shape(cross.map)
@@ -219,7 +221,7 @@ def recorded(gm: GraphModule, nodes: list[Node], example: dict[str, Tensor]) -> 
     return [recorder.values[node] for node in nodes]
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["bert", *slow("gpt2", "vit", "llama")])
 def test_layer_outputs_are_the_models_hidden_states(name: str, request: pytest.FixtureRequest) -> None:
     tiny: Tiny = request.getfixturevalue(name)
     gm = copy.deepcopy(tiny.graph).eval()

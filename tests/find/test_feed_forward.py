@@ -126,7 +126,7 @@ def weight_name(node: Node | None) -> str | None:
 
 
 # One plain, one gated, one fused, one parallel, one with experts; the others are captured by `make test-full`.
-QUICK = ("bert", "llama", "mixtral")
+QUICK = ("bert", "mixtral")
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
 
 
@@ -185,7 +185,7 @@ def test_without_its_result_the_graph_is_the_model_without_the_module(name: str,
 PREPARE = (DecomposeAttention(), DuplicateTeacher(), Ternarize(), QuantizeActivations(), Distill())
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["bert", *slow("llama", "t5")])
 def test_passes_move_no_site(name: str) -> None:
     gm = ti_fx.fork(captured(name)[2])
 
@@ -207,7 +207,7 @@ def test_passes_move_no_site(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["bert", "llama", *slow("phi3", "gpt2", "t5")],
+    ["bert", *slow("llama", "phi3", "gpt2", "t5")],
 )
 def test_names_say_nothing(name: str) -> None:
     gm = captured(name)[2]

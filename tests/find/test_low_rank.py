@@ -184,6 +184,7 @@ def test_learned_queries_are_projected_by_a_ternary_weight() -> None:
     assert {"q.weight", "k.weight", "v.weight", "o.weight"} <= ternary(graph(seeded(Pooling)))
 
 
+@pytest.mark.slow
 def test_a_trainer_of_adapters(tmp_path: Path) -> None:
     """Frozen layers are refused with the way out; with layers that train, the adapters train, too."""
     model = bert_model(layers=1)

@@ -75,7 +75,7 @@ def test_the_graph_equals_the_model(tiny: Tiny, training: bool) -> None:
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 7), (4, 1), (2, 2), (5, 12)])
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", *slow("t5")])
+@pytest.mark.parametrize("name", ["bert", "llama", *slow("gpt2", "t5")])
 def test_other_sizes(name: str, batch: int, length: int, request: pytest.FixtureRequest) -> None:
     tiny: Tiny = request.getfixturevalue(name)
     example = text_example(batch, length)
@@ -466,7 +466,9 @@ def test_a_model_without_attention() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [bert_model, gpt2_model, llama_model, t5_model, vit_model], ids=lambda make: str(make.__name__)
+    "make",
+    [bert_model, *slow(gpt2_model, llama_model, t5_model), vit_model],
+    ids=lambda make: str(make.__name__),
 )
 def test_dynamic_names(make: Callable[[], nn.Module], request: pytest.FixtureRequest) -> None:
     name = make.__name__.removesuffix("_model")

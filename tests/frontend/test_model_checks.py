@@ -102,6 +102,7 @@ def test_graph_and_runtime_refuse_what_the_model_refuses(kind: type[_Checking], 
         runtime({"input_ids": wrong})
 
 
+@pytest.mark.slow
 def test_bart_with_rows_of_other_ends(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {

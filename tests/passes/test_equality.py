@@ -438,6 +438,7 @@ def test_quantising_only_the_looked_up_rows_changes_no_value_and_no_gradient(nam
             assert torch.equal(gradient, other), key
 
 
+@pytest.mark.slow
 def test_each_stack_is_masked_by_its_own_padding() -> None:
     """Padding is left out by the mask of the token's own stack, also where a projection flattens the tokens."""
     _, gm = captured("t5")

@@ -254,6 +254,7 @@ ALL = ("bert", "gpt2", "t5", "vit", "llama", "torch_encoder", "plain")
 SLOW = (
     "gpt2",
     "t5",
+    "vit",
     "llama",
     "torch_encoder",
     "plain",

@@ -152,6 +152,7 @@ def test_training_goes_on_in_the_middle_of_a_curve_with_the_same_bits(run: Any, 
     assert [entry["loss"] for entry in history(resumed)] == [entry["loss"] for entry in history(made)]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_and_the_student_hold_no_share(run: Any) -> None:
     made, _, folder = run
     assert not [name for name in made.model.state_dict() if "blend" in name]

@@ -343,6 +343,7 @@ def killed(folder: Path, step: int, place: str, compile: str = "off") -> None:
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "place"),
     [

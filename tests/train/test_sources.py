@@ -100,6 +100,7 @@ def test_a_wrapped_models_checkpoint_has_the_sources_names(
     assert torch.equal(student(**batch()).logits, plain.student()(**batch()).logits)
 
 
+@pytest.mark.slow
 def test_capturing_a_wrapped_model_leaves_it_wrapped() -> None:
     model = WRAPPERS["parallel and compiled"](bert_model(layers=1))
     names = list(model.state_dict())
@@ -111,6 +112,7 @@ def test_capturing_a_wrapped_model_leaves_it_wrapped() -> None:
 # --- precision ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision_becomes_float32_and_is_said(
     dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -231,6 +233,7 @@ class Adapted(Based):
         return self.base_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
@@ -263,6 +266,7 @@ def test_adapters_are_to_be_merged_first(tmp_path: Path) -> None:
 # --- what is given in the wrong form --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
     PLAIN.save(tmp_path / "recipe.yaml")
     for written in (tmp_path / "recipe.yaml", str(tmp_path / "recipe.yaml")):
@@ -276,6 +280,7 @@ def test_a_class_is_no_model(tmp_path: Path) -> None:
         trainer(tmp_path, PLAIN, model=OneLayer)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_trained_model_can_be_copied_and_averaged_and_not_pickled(tmp_path: Path) -> None:
     model = bert_model(layers=1)
     made = trainer(tmp_path, PLAIN, model=model, arguments_options={"max_steps": 1})

@@ -10,6 +10,7 @@ import networkx
 import pytest
 import torch
 from models import Tiny
+from slow import slow
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -147,7 +148,7 @@ def test_an_unknown_kind_of_file_leaves_the_old_one(bert: Tiny, tmp_path: Path) 
     assert old.read_text() == "old"
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "llama"])
+@pytest.mark.parametrize("name", ["bert", *slow("gpt2", "t5", "llama")])
 def test_what_is_said_to_be_trained_gets_a_gradient(name: str, request: pytest.FixtureRequest) -> None:
     tiny: Tiny = request.getfixturevalue(name)
     gm = tiny.fork()

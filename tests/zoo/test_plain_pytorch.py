@@ -32,11 +32,8 @@ from ti_fx.passes import (
 POINTS = ("map", "context", "output")
 # One of each kind; the slow tests export and train the rest.
 EXPORTED = ("perceiver",)
-TRAINED = (
-    *("torch_encoder_fast_path", "rotary", "sinks", "handwritten_softmax", "fused_split", "lora"),
-    *("shared_layers", "perceiver", "without_output", "experts", "linear_attention"),
-)
-CAPTURED = (*TRAINED, "windowed")
+TRAINED = (*("rotary", "fused_split", "lora", "perceiver", "experts", "without_output"),)
+CAPTURED = (*TRAINED, "torch_encoder_fast_path", "linear_attention")
 
 
 def each(chosen: Iterable[str]) -> pytest.MarkDecorator:

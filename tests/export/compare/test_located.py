@@ -352,6 +352,7 @@ def test_the_file_itself_passes(exported: Exported) -> None:
     assert "compared one by one" in str(report)
 
 
+@pytest.mark.slow
 def test_the_same_model_gives_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
     gm = ti_fx.capture(Decoder().eval(), exported.example)
     ti_fx.Pipeline(Ternarize(), QuantizeActivations(), Strip(), Pack())(gm)

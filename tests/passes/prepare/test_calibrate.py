@@ -178,6 +178,7 @@ def test_a_weight_that_is_read_twice_and_one_that_no_row_reaches() -> None:
     assert "as rounded, no row reaches it" in one.explain(own)
 
 
+@pytest.mark.slow
 def test_tuning_scales_biases_and_norms_changes_no_code(bert: Tiny) -> None:
     gm = ready(with_attention(copy.deepcopy(bert.graph)), embeddings=None)
     tuned, data = copy.deepcopy(gm), rows_like(bert.example, 40)

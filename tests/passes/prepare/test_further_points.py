@@ -180,6 +180,7 @@ def test_a_share_stays_where_a_blend_stays_and_a_fork_keeps_its_own(prepared_ber
     fork(**text_example())
 
 
+@pytest.mark.slow
 def test_hidden_states_keep_the_tap() -> None:
     model = bert_model(output_hidden_states=True)
     gm = ti_fx.capture(model, text_example())

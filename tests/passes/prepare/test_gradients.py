@@ -169,6 +169,7 @@ def test_blends_equal_the_reference(point: str, share: float) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [*POINTS, *FURTHER])
 def test_gradients_equal_the_reference_with_dropout(point: str) -> None:
     """The student's dropouts draw in the order of the forward pass, and the teacher draws nothing."""

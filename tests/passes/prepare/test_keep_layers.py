@@ -65,7 +65,7 @@ KINDS = {
         (0, 2),
     ),
 }
-SLOW = {"bert", "bert, last dropped", "gpt2", "t5"}
+SLOW = {"bert", "bert, last dropped", "gpt2", "llama", "t5"}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,7 @@ def test_the_student_is_the_model_without_the_others(name: str) -> None:
     torch.testing.assert_close(alone.eval()(**kind.example).logits, wanted)
 
 
+@pytest.mark.slow
 def test_the_losses_compare_by_the_map() -> None:
     """The stream behind each kept layer with the teacher's behind that layer; weights of others are gone."""
     gm = KINDS["bert"].graph()
