@@ -276,6 +276,7 @@ def test_a_recipe_holds_several_encodings(tmp_path: Path) -> None:
     assert written["activations"]["encodings"] == {"*.fc": "float", "a b": "base3"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["base3", *slow("nbits2", "int8-tensor")])
 def test_rows_that_end_within_a_byte(name: str, tmp_path: Path) -> None:
     """161 codes a row: GatherBlockQuantized and MatMulNBits read whole bytes, so the general rule applies."""

@@ -126,7 +126,7 @@ def weight_name(node: Node | None) -> str | None:
 
 
 # One plain, one gated, one fused, one parallel, one with experts; the others are captured by `make test-full`.
-QUICK = ("bert", "mixtral")
+QUICK = ("bert",)
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
 
 

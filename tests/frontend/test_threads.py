@@ -57,6 +57,7 @@ def alone() -> list[Found]:
     return [captured(make()) for make in makers()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("_", slow_but([0], range(TIMES)))
 def test_two_threads_capture_two_models_at_once(_: int, alone: list[Found]) -> None:
     models = [make() for make in makers()]

@@ -304,6 +304,7 @@ def test_an_unwritable_place_leaves_the_old_recipe(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+@pytest.mark.slow
 def test_equal_models_and_recipes_give_equal_dumps() -> None:
     recipe = Recipe.preset("ti-g")
 

@@ -116,6 +116,7 @@ def test_a_loaded_student_equals_the_trained_one_without_a_teacher(whole: Whole)
     assert torch.equal(ti_fx.load(whole.last, model=bert_model(layers=1))(**batch()).logits, expected)
 
 
+@pytest.mark.slow
 def test_save_model_replaces_an_earlier_one_whole(whole: Whole, tmp_path: Path) -> None:
     target = tmp_path / "saved"
     whole.trainer.save_model(str(target))

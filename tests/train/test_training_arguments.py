@@ -122,6 +122,7 @@ def test_rows_without_labels_for_the_metrics_are_told(
 # --- outputs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_keys_are_ignored_in_nested_outputs_and_by_the_configuration(tmp_path: Path) -> None:
     model: Any = bert_model(layers=1, output_hidden_states=True, output_attentions=True)
     made = trainer(tmp_path, PLAIN, model=model)
