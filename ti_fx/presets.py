@@ -183,7 +183,7 @@ PRESETS: dict[str, Preset] = {
         options={"keep_layers": KeepLayers(share=0.5)},
     ),
     "xtc-binary": Preset(
-        "The same with binary weights, -1 and 1.",
+        "As xtc, with binary weights: -1 and 1.",
         "XTC, NeurIPS 2022 (arXiv 2206.01859)",
         _plain,
         options={"keep_layers": KeepLayers(share=0.5), "ternarize": Ternarize(method="binary")},
