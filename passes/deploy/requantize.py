@@ -9,14 +9,14 @@ from torch.fx import GraphModule, Node
 
 from ti_fx.errors import PostconditionError, PreconditionError
 from ti_fx.find.packed import PRODUCTS, activation_of, packed_weights, ternary_factor, weight_quantisers
-from ti_fx.ir.edit import aten_name, call, erase, prune, rename
+from ti_fx.ir.edit import aten_name, call, prune, rename
 from ti_fx.ir.facts import facts, record_facts
 from ti_fx.ir.inserted import quantiser_of
 from ti_fx.ir.pipeline import Pass
 from ti_fx.ir.stages import PACKED
 from ti_fx.numerics.encodings import get_encoding
 from ti_fx.numerics.quantiser import Quantiser
-from ti_fx.passes.prepare.first_steps import erase_quantiser
+from ti_fx.passes.prepare.first_steps import erase_quantiser, erase_unread, steps_of
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,9 @@ class Requantize(Pass):
 
 def _swap(node: Node, quantiser: Quantiser) -> bool:
     """Let a fake-quantiser be another one, whose bits its name says; return whether a step is read no more."""
-    old, learned = quantiser_of(node), [one for one in node.args[1:] if isinstance(one, Node)]
+    old, learned = quantiser_of(node), steps_of(node)
     node.target, node.args = quantiser.function, node.args[:1]
-    for one in learned:
-        if not one.users:
-            erase(one)
+    erase_unread(learned)
     if old is not None and old.suffix != quantiser.suffix:
         rename(node, f"{node.all_input_nodes[0].name}_{quantiser.suffix}")
     return bool(learned)

@@ -57,9 +57,19 @@ def read_step(gm: GraphModule, before: Node, quantiser: str, first: Tensor) -> N
 
 def erase_quantiser(node: Node) -> bool:
     """Erase a fake-quantiser without readers and the step that it alone reads; return whether there was one."""
-    learned = [one for one in node.args[1:] if isinstance(one, Node)]
+    learned = steps_of(node)
     erase(node)
-    for one in learned:
+    erase_unread(learned)
+    return bool(learned)
+
+
+def steps_of(node: Node) -> list[Node]:
+    """Return the reads of what a fake-quantiser learns."""
+    return [one for one in node.args[1:] if isinstance(one, Node)]
+
+
+def erase_unread(steps: Iterable[Node]) -> None:
+    """Erase the reads of steps that no fake-quantiser reads any more."""
+    for one in steps:
         if not one.users:
             erase(one)
-    return bool(learned)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import pytest
+from slow import slow_but
 
 from ti_fx.numerics.encodings import ENCODINGS
-from ti_fx.numerics.quantiser import Quantiser
 
 QUICK = (
     "int8-tensor",
@@ -24,18 +23,8 @@ QUICK = (
 LEARNED = tuple(name for name, encoding in ENCODINGS.items() if encoding.name.endswith("learned"))
 FEW_BITS = tuple(name for name in ENCODINGS if name not in (*QUICK, *LEARNED))
 UNLEARNED = tuple(name for name in ENCODINGS if name not in LEARNED)
-_quick = {ENCODINGS[name].numerics for name in QUICK}
 
 
 def each(names: Iterable[str] = ENCODINGS) -> list[Any]:
     """Return names of encodings as parameters, slow where the quick tests leave one out."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-def each_function(quantisers: Iterable[Quantiser]) -> list[Any]:
-    """Return the functions of quantisers of a value alone as parameters, slow where no quick encoding has one."""
-    return [
-        one.function if one.name in _quick else pytest.param(one.function, marks=pytest.mark.slow)
-        for one in quantisers
-        if one.start is None
-    ]
+    return slow_but(QUICK, names)

@@ -65,13 +65,18 @@ def _part(gradient: Tensor, share: Tensor) -> Tensor:
     return torch.where(share == 1, gradient, some)
 
 
+def _mixed(own: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    """Return ``own + share * (other - own)``: at both ends the one or the other in every bit."""
+    mixed = torch.lerp(own, other, share)
+    return torch.where(share == 1, other, torch.where(share == 0, own, mixed))
+
+
 class _Blend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, share: Tensor) -> Tensor:
         share, teacher = share.to(student.dtype), teacher.to(student.dtype)
         ctx.save_for_backward(share)
-        mixed = torch.lerp(student, teacher, share)
-        return torch.where(share == 1, teacher, torch.where(share == 0, student, mixed))
+        return _mixed(student, teacher, share)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -84,8 +89,7 @@ class _PhaseIn(torch.autograd.Function):
     def forward(ctx: Any, latent: Tensor, quantised: Tensor, share: Tensor) -> Tensor:
         share, quantised = share.to(latent.dtype), quantised.to(latent.dtype)
         ctx.save_for_backward(share)
-        mixed = torch.lerp(latent, quantised, share)
-        return torch.where(share == 1, quantised, torch.where(share == 0, latent, mixed))
+        return _mixed(latent, quantised, share)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

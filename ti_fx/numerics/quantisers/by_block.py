@@ -74,32 +74,24 @@ def _joined(parts: Tensor, value: Tensor) -> Tensor:
     return parts.reshape([*value.shape[:-1], blocks * BLOCK])[..., :length]
 
 
-def _symmetric_in(function: Callable[[Tensor], Tensor], bits: int) -> Quantiser:
+def _by_blocks(
+    function: Callable[[Tensor], Tensor], bits: int, step: Callable[..., Tensor], value: Callable[..., Tensor]
+) -> Quantiser:
     return Quantiser(
         function,
         batch_invariant=True,
-        step=partial(step_of_token, bits=bits),
+        step=partial(step, bits=bits),
         codes=None,
-        value=fake_quant_symmetric_blocks,
+        value=value,
         opset=18,
         options=(bits,),
     )
 
 
-def _asymmetric_in(function: Callable[[Tensor], Tensor], bits: int) -> Quantiser:
-    return Quantiser(
-        function,
-        batch_invariant=True,
-        step=partial(asymmetric_step_of_token, bits=bits),
-        codes=None,
-        value=fake_quant_asymmetric_blocks,
-        opset=18,
-        options=(bits,),
-    )
-
-
-INT4_BLOCK_32 = _symmetric_in(int4_block_32, 4)
-INT2_BLOCK_32 = _symmetric_in(int2_block_32, 2)
-INT8_BLOCK_32_ASYMMETRIC = _asymmetric_in(int8_block_32_asymmetric, 8)
-INT4_BLOCK_32_ASYMMETRIC = _asymmetric_in(int4_block_32_asymmetric, 4)
-INT2_BLOCK_32_ASYMMETRIC = _asymmetric_in(int2_block_32_asymmetric, 2)
+_SYMMETRIC = (step_of_token, fake_quant_symmetric_blocks)
+_ASYMMETRIC = (asymmetric_step_of_token, fake_quant_asymmetric_blocks)
+INT4_BLOCK_32 = _by_blocks(int4_block_32, 4, *_SYMMETRIC)
+INT2_BLOCK_32 = _by_blocks(int2_block_32, 2, *_SYMMETRIC)
+INT8_BLOCK_32_ASYMMETRIC = _by_blocks(int8_block_32_asymmetric, 8, *_ASYMMETRIC)
+INT4_BLOCK_32_ASYMMETRIC = _by_blocks(int4_block_32_asymmetric, 4, *_ASYMMETRIC)
+INT2_BLOCK_32_ASYMMETRIC = _by_blocks(int2_block_32_asymmetric, 2, *_ASYMMETRIC)

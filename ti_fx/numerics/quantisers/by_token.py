@@ -70,34 +70,29 @@ def fake_quant_token_asymmetric(value: Tensor, bits: int) -> Tensor:
     return asymmetric(value, *_bounds(value), bits)
 
 
-def _symmetric_in(function: Callable[[Tensor], Tensor], bits: int) -> Quantiser:
+def _by_tokens(
+    function: Callable[[Tensor], Tensor],
+    bits: int,
+    step: Callable[..., Tensor],
+    codes: Callable[..., onnx_nodes.Quantised],
+    value: Callable[..., Tensor],
+) -> Quantiser:
     return Quantiser(
         function,
         batch_invariant=True,
-        step=partial(step_of_token, bits=bits),
-        codes=quantise_token,
-        value=fake_quant_token,
+        step=partial(step, bits=bits),
+        codes=codes,
+        value=value,
         opset=21,
         per_token=True,
         options=(bits,),
     )
 
 
-def _asymmetric_in(function: Callable[[Tensor], Tensor], bits: int) -> Quantiser:
-    return Quantiser(
-        function,
-        batch_invariant=True,
-        step=partial(asymmetric_step_of_token, bits=bits),
-        codes=quantise_token_asymmetric,
-        value=fake_quant_token_asymmetric,
-        opset=21,
-        per_token=True,
-        options=(bits,),
-    )
-
-
-INT4_TOKEN = _symmetric_in(int4_token, 4)
-INT2_TOKEN = _symmetric_in(int2_token, 2)
-INT8_TOKEN_ASYMMETRIC = _asymmetric_in(int8_token_asymmetric, 8)
-INT4_TOKEN_ASYMMETRIC = _asymmetric_in(int4_token_asymmetric, 4)
-INT2_TOKEN_ASYMMETRIC = _asymmetric_in(int2_token_asymmetric, 2)
+_SYMMETRIC = (step_of_token, quantise_token, fake_quant_token)
+_ASYMMETRIC = (asymmetric_step_of_token, quantise_token_asymmetric, fake_quant_token_asymmetric)
+INT4_TOKEN = _by_tokens(int4_token, 4, *_SYMMETRIC)
+INT2_TOKEN = _by_tokens(int2_token, 2, *_SYMMETRIC)
+INT8_TOKEN_ASYMMETRIC = _by_tokens(int8_token_asymmetric, 8, *_ASYMMETRIC)
+INT4_TOKEN_ASYMMETRIC = _by_tokens(int4_token_asymmetric, 4, *_ASYMMETRIC)
+INT2_TOKEN_ASYMMETRIC = _by_tokens(int2_token_asymmetric, 2, *_ASYMMETRIC)
