@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ti_fx.cli import _output as output
+from ti_fx.cli._row_options import BatchSize, Data, MaxLength, TextColumn
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -50,13 +51,7 @@ def analyze(
             show_default=False,
         ),
     ],
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="Rows without labels: .csv or .tsv with a header, .json or .jsonl; or .npz, .safetensors.",
-            metavar="FILE",
-        ),
-    ],
+    data: Data,
     student: Annotated[
         Path | None,
         typer.Option(
@@ -79,12 +74,10 @@ def analyze(
         ),
     ] = None,
     rows: Annotated[int, typer.Option(help="Rows that are used.", min=2)] = 32,
-    batch_size: Annotated[int, typer.Option(help="Rows a batch.", min=1)] = 32,
-    max_length: Annotated[int, typer.Option(help="Tokens at which a text is cut.", min=3)] = 128,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
     seed: Annotated[int, typer.Option(help="Seed of the draw of rows and of directions.", min=0)] = 0,
-    text_column: Annotated[
-        str | None, typer.Option(help="Left out: text, sentence, question or content.", metavar="NAME")
-    ] = None,
+    text_column: TextColumn = None,
     html: Annotated[Path | None, typer.Option(help="Write one page with charts.", metavar="FILE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

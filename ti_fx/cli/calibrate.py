@@ -13,6 +13,7 @@ import typer
 
 from ti_fx.cli import _output as output
 from ti_fx.cli._encodings import HELP, METAVAR, chosen_encodings
+from ti_fx.cli._row_options import BatchSize, Data, MaxLength, TextColumn
 from ti_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,13 +56,7 @@ def calibrate(
             show_default=False,
         ),
     ],
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="Rows without labels: .csv or .tsv with a header, .json or .jsonl; or .npz, .safetensors.",
-            metavar="FILE",
-        ),
-    ],
+    data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, recipe and results.", metavar="DIR")],
     rows: Annotated[int, typer.Option(help="Rows that are used.", min=1)] = 512,
     recipe: Annotated[
@@ -99,12 +94,10 @@ def calibrate(
             "model's as their codes allow."
         ),
     ] = LatentsChoice.grid,
-    batch_size: Annotated[int, typer.Option(help="Rows a batch.", min=1)] = 32,
-    max_length: Annotated[int, typer.Option(help="Tokens at which a text is cut.", min=3)] = 128,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
     seed: Annotated[int, typer.Option(help="Seed of the draw of rows.", min=0)] = 0,
-    text_column: Annotated[
-        str | None, typer.Option(help="Left out: text, sentence, question or content.", metavar="NAME")
-    ] = None,
+    text_column: TextColumn = None,
 ) -> None:
     """Make a ternary student from a few hundred rows without labels.
 
