@@ -9,12 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
+from demo_encoder import save_tiny_encoder
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertModel,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
 )
@@ -47,20 +45,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a one-layer BERT with the real tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_encoder(tmp_path_factory.mktemp("tiny"))
 
 
 def small(questions: Questions, rows: int = 64) -> Questions:

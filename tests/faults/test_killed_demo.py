@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from demo_encoder import save_tiny_encoder
 from forked import FINISHED, demo, ended, killed, started
-from transformers import AutoTokenizer, BertConfig, BertModel
 
-from ti_fx.demo.data import model_folder
 from ti_fx.demo.stages import RESULT, Stages
 from ti_fx.train.checkpoint import read_facts
 
@@ -39,19 +37,7 @@ def what_it_made(out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder with the demo's tokenizer."""
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")
