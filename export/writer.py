@@ -22,6 +22,7 @@ from ti_fx._version import __version__
 from ti_fx.errors import ExportError, InputError, first_line
 from ti_fx.export import arguments, compare
 from ti_fx.export import inputs as io
+from ti_fx.export.core_operators import needs_decomposition
 from ti_fx.export.file import external_data, names
 from ti_fx.export.file.companions import COMPANIONS, Saveable, contents_of, entry_of, require_place
 from ti_fx.export.file.content import open_file
@@ -36,6 +37,7 @@ from ti_fx.export.student import require_packed, same_numerics, with_encoding
 from ti_fx.files import atomic_files
 from ti_fx.find.attention import find_attention
 from ti_fx.find.packed import batch_dependent, encoding_of, packed_weights
+from ti_fx.frontend.patches import decomposed_where_needed
 from ti_fx.ir.edit import mode, tensor
 from ti_fx.ir.facts import facts
 from ti_fx.numerics.closeness import relative
@@ -255,7 +257,7 @@ def onnx_model(
     lowered = lower(flat, opset, dump_dir=dump_dir)
     dims: dict[str, Any] = {name: found or None for name, found in io.dimensions(student).items()}
     try:
-        with mode(lowered, False), _quiet():
+        with mode(lowered, False), _quiet(), decomposed_where_needed(needs_decomposition):
             program = torch.onnx.export(
                 lowered,
                 (),

@@ -19,6 +19,7 @@ from ti_fx.passes.lower.multiply_integers import MultiplyIntegers
 from ti_fx.passes.lower.require_ids import RequireIds
 from ti_fx.passes.lower.round_activations import RoundActivations
 from ti_fx.passes.lower.split_complex import SplitComplex
+from ti_fx.passes.lower.write_core_operators import WriteCoreOperators
 from ti_fx.passes.lower.write_fixed_sizes import WriteFixedSizes
 from ti_fx.passes.lower.write_for_exporter import WriteForExporter
 
@@ -41,6 +42,7 @@ LOWER = Pipeline(
     FuseAttention(),
     KeepSumsApart(),
     WriteForExporter(),
+    WriteCoreOperators(),
     ForgetRoles(),
     stage=LOWERED,
 )
@@ -64,6 +66,7 @@ __all__ = [
     "RequireIds",
     "RoundActivations",
     "SplitComplex",
+    "WriteCoreOperators",
     "WriteFixedSizes",
     "WriteForExporter",
 ]

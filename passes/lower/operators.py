@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ti_fx.numerics.onnx_nodes import Size, node, nodes, since_opset
+from ti_fx.numerics.onnx_nodes import Size, cast, node, nodes, since_opset
 
 MARKER_DOMAIN = "ti_fx"
 MARKER = "Packed"
@@ -39,7 +39,7 @@ def codes_from_table(stored: Tensor, table: Tensor, shape: Sequence[int]) -> Ten
     ``stored``: uint8, flat, or ``(rows, bytes)`` of a weight whose rows begin with a byte.
     """
     count = torch.Size(shape).numel()
-    codes = torch.nn.functional.embedding(stored.to(torch.int32), table)
+    codes = torch.nn.functional.embedding(cast(stored, torch.int32), table)
     if codes.numel() == count:  # a needless step would leave one more copy of the codes behind
         return codes.reshape(tuple(shape))
     if stored.dim() == 2:
@@ -63,7 +63,7 @@ def dequantised_weight(codes: Tensor, scale: Tensor, group: int = 0, offset: Ten
 def _scaled(codes: Tensor, scale: Tensor, group: int, offset: Tensor | None) -> Tensor:
     """Return codes times scale, and the offset added to it."""
     size = codes.shape[-1]
-    value = codes.to(torch.float32) * (_spread(scale, group, size) if group else scale)
+    value = cast(codes, torch.float32) * (_spread(scale, group, size) if group else scale)
     if offset is None:
         return value
     return value + (_spread(offset, group, size) if group else offset)
@@ -89,7 +89,7 @@ def gather_ternary(codes: Tensor, scale: Tensor, ids: Tensor, columns: int) -> T
         columns: a multiple of 4.
     """
     nothing = torch.zeros(codes.shape[0], dtype=torch.uint8)
-    ids = ids + node("Gather", (nothing, ids), torch.uint8, ids.shape).to(ids.dtype)
+    ids = ids + cast(node("Gather", (nothing, ids), torch.uint8, ids.shape), ids.dtype)
     scale = scale.expand(codes.shape[0], 1)
     block = max(16, 1 << (columns - 1).bit_length())  # one block a row: the scale needs no repetition
     return node(
@@ -126,7 +126,7 @@ def look_up_by_table(
         offset: what is added, of the scale's shape.
     """
     stored = node("Gather", (codes, ids), torch.uint8, [*ids.shape, codes.shape[1]])
-    found = torch.nn.functional.embedding(stored.to(torch.int32), table).flatten(-2)
+    found = torch.nn.functional.embedding(cast(stored, torch.int32), table).flatten(-2)
     if found.shape[-1] != columns:
         found = found[..., :columns]
     if scale.dim():
@@ -210,8 +210,8 @@ def integer_linear(
     of_tokens, zero = bool(zero_point.dim()), torch.zeros((), dtype=torch.uint8)
     total = node("MatMulInteger", (codes, weight, zero if of_tokens else zero_point), torch.int32, shape)
     if of_tokens:
-        total = total - zero_point.to(torch.int32) * weight.to(torch.int32).sum(0, dtype=torch.int32)
-    result = total.to(torch.float32)
+        total = total - cast(zero_point, torch.int32) * cast(weight, torch.int32).sum(0, dtype=torch.int32)
+    result = cast(total, torch.float32)
     # Per token in this order: with the scales multiplied first, ONNX Runtime 1.31 fuses MatMulIntegerToFloat and loses
     # the bias wherever the activation scale is per row.
     result = result * weight_scale * scale if per_token else result * (scale * weight_scale)

@@ -89,6 +89,11 @@ INTERNALS = (
         "replaced for good: it guards the number of addends, so another batch would compile a graph again",
     ),
     Internal(
+        "torch.onnx._internal.exporter._fx_passes.decompose_with_registry",
+        "(exported_program, registry)",
+        "replaced where there is nothing to decompose: it traces the graph once more, half of an export's time",
+    ),
+    Internal(
         "transformers.masking_utils._vmap_expansion_sdpa",
         "(mask_function)",
         "replaced by a broadcast: a graph can't hold vmap's batched tensors",

@@ -198,6 +198,24 @@ def broadcast_masks() -> Iterator[None]:
 
 
 @contextmanager
+def decomposed_where_needed(is_needed: Callable[[Any, Any], bool]) -> Iterator[None]:
+    """Let torch.onnx decompose a program only where ``is_needed(program, registry)``, else drop what nobody reads."""
+    name = "torch.onnx._internal.exporter._fx_passes.decompose_with_registry"
+
+    def of(original: Any) -> Any:
+        def decomposed(exported_program: Any, registry: Any) -> Any:
+            if is_needed(exported_program, registry):
+                return original(exported_program, registry)
+            exported_program.graph.eliminate_dead_code()
+            return exported_program
+
+        return decomposed
+
+    with replaced(name, of):
+        yield
+
+
+@contextmanager
 def modules_stay() -> Iterator[None]:
     """Let ``module.to(dtype)`` within forward return a module that has that dtype."""
     parse: Any = known_internal("torch._C._nn._parse_to")

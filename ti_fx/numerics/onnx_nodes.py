@@ -35,6 +35,12 @@ def node(
     return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=version)
 
 
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a value in another type: a Cast, as torch.onnx knows it without decomposing anything."""
+    made: Tensor = torch.ops.aten._to_copy.default(value, dtype=dtype)
+    return made
+
+
 def nodes(
     name: str,
     inputs: Sequence[Tensor | None],

@@ -32,6 +32,7 @@ from ti_fx.passes.lower import (
     RequireIds,
     RoundActivations,
     SplitComplex,
+    WriteCoreOperators,
     WriteFixedSizes,
     WriteForExporter,
 )
@@ -61,6 +62,16 @@ class Odd(nn.Module):
         first, last = torch.cat((x, x), 1).chunk(2, 1)
         sums = torch.add(2.0, first + last, alpha=3).sum() + x.sum() * number
         return 1 - place + sums + (x.mean(1, keepdim=True) + 1e-9)
+
+
+class Composite(nn.Module):
+    """Operators that are made of others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x * torch.nn.functional.adaptive_avg_pool1d(x, 1)
+        rows += x.diff(dim=1, prepend=x[:, :1])
+        low, high = x > 0, x < 1
+        return torch.max(rows, x) * (low & high | ~low).to(torch.float32)
 
 
 def block() -> GraphModule:
@@ -99,6 +110,7 @@ CASES = (
     Case(block, FuseAttention(), (DropIdentities(), FuseRotary())),
     Case(packed_small, KeepSumsApart(), (DropDropout(),)),
     Case(lambda: as_packed(Odd(), {"x": TABLE, "ends": X[0]}, dynamic="all"), WriteForExporter()),
+    Case(lambda: as_packed(Composite(), {"x": TABLE}, dynamic="all"), WriteCoreOperators()),
     Case(lambda: as_packed(Squeezed(), {"x": X}), ForgetRoles()),
 )
 

@@ -52,7 +52,7 @@ def quantise_tensor_asymmetric(value: Tensor, bits: int) -> onnx_nodes.Quantised
         onnx_nodes.node(name, (value,), torch.float32, (), keepdims=0) for name in ("ReduceMin", "ReduceMax")
     )
     scale, zero = asymmetric_scale(low, high, bits)
-    zero_point = zero.to(torch.uint8)
+    zero_point = onnx_nodes.cast(zero, torch.uint8)
     codes = onnx_nodes.node("QuantizeLinear", (value, scale, zero_point), torch.uint8, value.shape)
     return onnx_nodes.within(codes, 0, 2**bits - 1), scale, zero_point
 

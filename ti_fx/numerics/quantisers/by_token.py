@@ -52,7 +52,7 @@ def quantise_token_asymmetric(value: Tensor, bits: int) -> onnx_nodes.Quantised:
     The last dimension must be static.
     """
     scale, zero = asymmetric_scale(*_bounds(value), bits)
-    zero_point = zero.to(torch.uint8)
+    zero_point = onnx_nodes.cast(zero, torch.uint8)
     codes = onnx_nodes.node(
         "QuantizeLinear",
         (value, scale, zero_point),
