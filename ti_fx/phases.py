@@ -269,7 +269,7 @@ def is_length(steps: Any) -> bool:
 
 def plain(value: Any) -> dict[str, Any]:
     """Return the options of a pass or a curve as JSON values."""
-    found = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    found = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value) if entry.compare}
     return {name: list(item) if isinstance(item, tuple) else item for name, item in found.items()}
 
 

@@ -22,6 +22,7 @@ from ti_fx.ir.pipeline import Pass, Pipeline, Report
 from ti_fx.ir.untrained import Untrained, untrained
 from ti_fx.numerics.encodings import AUTO, ENCODINGS
 from ti_fx.passes import (
+    Calibrate,
     DecomposeAttention,
     Distill,
     DuplicateTeacher,
@@ -57,6 +58,8 @@ class Recipe:
         name: of the method.
         ternarize, activations, distill: options of the prepare passes.
         keep_layers: which layers the student has; None: all of its teacher's.
+        calibrate: how a trainer sets the ternary weights by rows of its data before the first step; None: they are the
+            teacher's, rounded. A start of the student's own (other weights than the teacher's) is left as it is.
         teachers: of a chain, the recipes whose students come before: each is the next one's teacher, and what that
             one's student begins with (``ti_fx.train.trainers``).
         schedule: the phases, in order.
@@ -73,6 +76,7 @@ class Recipe:
     steps: int | None = None
     extra_passes: tuple[Pass, ...] = ()
     keep_layers: KeepLayers | None = None
+    calibrate: Calibrate | None = None
     teachers: tuple[Recipe, ...] = ()
 
     def __post_init__(self) -> None:
@@ -200,7 +204,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as JSON values."""
-        extra: dict[str, Any] = {} if self.keep_layers is None else {"keep_layers": plain(self.keep_layers)}
+        options = {"keep_layers": self.keep_layers, "calibrate": self.calibrate}
+        extra: dict[str, Any] = {name: plain(one) for name, one in options.items() if one is not None}
         if self.teachers:
             extra["teachers"] = [one.to_dict() for one in self.teachers]
         if self.extra_passes:
@@ -244,8 +249,9 @@ class Recipe:
             ("activations", QuantizeActivations),
             ("distill", Distill),
             ("keep_layers", KeepLayers),
+            ("calibrate", Calibrate),
         ):
-            if key in values and not (key == "keep_layers" and values[key] is None):
+            if key in values and not (key in ("keep_layers", "calibrate") and values[key] is None):
                 made[key] = constructed(kind, values[key], f"{where}.{key}")
         if "schedule" in values:
             made["schedule"] = read_phases(values["schedule"], f"{where}.schedule")
@@ -294,7 +300,7 @@ class Recipe:
             f"recipe {self.name}",
             *(
                 f"  {one}"
-                for one in (self.keep_layers, self.ternarize, self.activations, self.distill)
+                for one in (self.keep_layers, self.ternarize, self.activations, self.distill, self.calibrate)
                 if one
             ),
             *(f"  {one}" for one in self.extra_passes),

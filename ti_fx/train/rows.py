@@ -100,7 +100,7 @@ def first_rows(
         raise DataError("train_dataset has 0 rows; give at least 1")
     names = _inputs(model)
     columns = ", ".join(map(str, rows[0])) if isinstance(rows[0], Mapping) else type(rows[0]).__name__
-    batch = _collated(model, rows, options, label_names, remove_unused)
+    batch = collated(model, rows, options, label_names, remove_unused)
     names = list(batch) if names is None else names
     kept = {name: batch[name] for name in names if name in batch and name not in {*label_names, *LABELS}}
     if not kept:
@@ -115,16 +115,17 @@ def first_batch(
     if options.get("train_dataset") is None:
         return None
     rows = next(_firsts(options, 2))
-    return _collated(model, rows, options, label_names, remove_unused) if rows else None
+    return collated(model, rows, options, label_names, remove_unused) if rows else None
 
 
-def _collated(
+def collated(
     model: nn.Module,
     rows: list[Any],
     options: Mapping[str, Any],
     label_names: Sequence[str],
     remove_unused: bool | None,
 ) -> Mapping[str, Any]:
+    """Make a batch of rows as Trainer does: the collator is spared columns that the model does not take."""
     names = _inputs(model)
     if remove_unused and isinstance(rows[0], Mapping) and names is not None:
         wanted = {*names, *label_names, *LABELS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,22 +13,26 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import TrainingArguments
 
-from ti_fx.errors import InputError
+from ti_fx.errors import DataError, InputError
 from ti_fx.frontend.capture import capture
 from ti_fx.frontend.dynamic_sizes import Dynamic
 from ti_fx.ir.facts import facts
 from ti_fx.ir.pipeline import Report
 from ti_fx.ir.roles import LEARNED_PREFIXES
 from ti_fx.measure.choose import Choice, resolve
+from ti_fx.passes import Calibrate
 from ti_fx.recipe import Recipe, chosen_recipe
 from ti_fx.train import rows, schedule
 from ti_fx.train.arguments import require_arguments
 from ti_fx.train.blending import TASK_SHARE
+from ti_fx.train.calibration import calibrated, is_rounded, require_calibration
 from ti_fx.train.model import Compile, TernaryModel
 from ti_fx.train.objective_trainer import ObjectiveTrainer
 from ti_fx.train.resuming import ResumingTrainer
 from ti_fx.train.source import ready_source
 from ti_fx.train.untrained import prepare_to_train, require_trained
+
+logger = logging.getLogger(__name__)
 
 AUTO_COMPILE_STEPS = 2000  # on a CPU: a phase this long repays its compilation (benchmarks/train_step.py)
 
@@ -91,6 +96,7 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
         self.report: Report | None = (
             None  # of the passes that prepared the graph, unless that was done before
         )
+        self.calibration: Calibrate | None = None  # of the recipe, with its report, once it was done
         self.source = model
         label_names = (
             list(args.label_names) if args.label_names is not None else rows.label_names(model, options)
@@ -147,9 +153,47 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
             raise InputError(
                 "the graph was prepared by another recipe; capture the model again, or pass that recipe"
             )
+        if self.recipe.calibrate is not None:
+            require_calibration(gm, self.recipe.calibrate)
         return gm, {name: value for name, value in example.items() if isinstance(value, Tensor)}
 
+    def calibrate(self) -> None:
+        """Set the ternary weights as the recipe's ``calibrate`` says, which ``train`` does before its first step.
+
+        Weights that are not the teacher's (a start of the student's own, trained ones) are left, which a warning says.
+
+        Raises:
+            DataError: there are no rows, or they hold what is no number.
+        """
+        one, gm = self.recipe.calibrate, self.model.prepared()
+        if one is None or self.calibration is not None:
+            return
+        if not is_rounded(gm):
+            logger.warning("the student begins with weights of its own, which are not calibrated")
+            return
+        if self.train_dataset is None:
+            raise DataError("there is no data to calibrate with; pass train_dataset=")
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.calibration = calibrated(gm, one, self.train_dataset, self._inputs_of, seed, self.args.device)
+
+    def _inputs_of(self, some: list[Any]) -> dict[str, Any]:
+        names, options = self.label_names, {"data_collator": self.data_collator}
+        batch = rows.collated(self.source, some, options, names, self.args.remove_unused_columns)
+        inputs = {name: value for name, value in batch.items() if name not in {*names, *rows.LABELS}}
+        return rows.with_decoder_inputs(self.source, inputs, rows.labels_of(self.source, batch, names) or {})
+
     # --- the loop: phases, losses, restarts -------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Calibrate if the recipe says so, unless training goes on from a checkpoint, then train as Trainer does."""
+        if not resume_from_checkpoint:
+            self.calibrate()
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Enter the phase of the current optimiser step, then train as Trainer does."""
