@@ -112,5 +112,5 @@ def test_a_recipes_file_has_its_options(tmp_path: Path) -> None:
     assert RECIPE.to_dict()["calibrate"]["rows"] == ROWS
     assert "data" not in RECIPE.to_dict()["calibrate"]
     assert "calibrate{rows=24 batch_size=8}" in str(RECIPE)
-    with pytest.raises(RecipeError, match="recipe.calibrate has no option 'row'; did you mean 'rows'"):
+    with pytest.raises(RecipeError, match=r"recipe\.calibrate has no option 'row'; did you mean 'rows'"):
         Recipe.from_dict({"name": "mine", "calibrate": {"row": 3}})
