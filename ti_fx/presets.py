@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ti_fx.passes import Distill, Intervene, KeepLayers, QuantizeActivations, SubNorms, Ternarize
+from ti_fx.passes import Calibrate, Distill, Intervene, KeepLayers, QuantizeActivations, SubNorms, Ternarize
 from ti_fx.phases import Curve, Phase
 
 DEFAULT = "ti-g"  # what `ti-fx train` and `make demo` train by
@@ -130,6 +130,13 @@ PRESETS: dict[str, Preset] = {
         "not published",
         _blended("blend", True, Curve("linear", 1.0, 0.0)),
         0.5,
+    ),
+    "calibrated": Preset(
+        "The ternary weights are set by up to 512 rows of the training data, without gradients (Calibrate); then "
+        "TernaryBERT's training from there, at its best with a lower learning rate.",
+        f"not published; the training: {TERNARYBERT}",
+        _plain,
+        options={"calibrate": Calibrate()},
     ),
     "phase-in": Preset(
         "No intervention: weights are read as W + λ (Q(W) - W), λ from 0 to 1 over half of training (or s); then plain "
