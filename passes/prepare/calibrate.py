@@ -273,37 +273,31 @@ class _Calibration:
         row = Calibrated(name, every.read.count, inputs, before, after, zeros=_zeros(codes), note=note)
         if not after < before:
             return replace(row, after=before, zeros=_zeros(old))
+        moved = fit.bias(every, made)
+        codes, scale = _turn(codes, turned).contiguous(), _turn(scale, turned).contiguous()
+        if not self._write(latent, _turn(teacher, turned), codes, scale, kwargs):
+            largest = f"a scale of {float(scale.max()):.3g} beyond clip={kwargs.get('clip')}"
+            return replace(row, rows=0, zeros=_zeros(old), note=f"its calibrated codes need {largest}")
+        self.run_by_need.forget(one.weight)
         if own_bias is not None:
-            moved = fit.bias(every, made)
             assert moved is not None
             tensor(self.gm, str(own_bias.target)).copy_(moved)
             self.run_by_need.forget(own_bias)
-        codes, scale = _turn(codes, turned).contiguous(), _turn(scale, turned).contiguous()
-        self._write(name, latent, _turn(teacher, turned), codes, scale, kwargs)
-        self.run_by_need.forget(one.weight)
         return replace(row, damping=damping, changed=float((codes != old).double().mean()))
 
     def _write(
-        self,
-        name: str,
-        latent: Tensor,
-        teacher: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        options: dict[str, Any],
-    ) -> None:
-        """Place a latent weight so that the quantiser makes these codes and scales of it, or raise."""
+        self, latent: Tensor, teacher: Tensor, codes: Tensor, scale: Tensor, options: dict[str, Any]
+    ) -> bool:
+        """Place a latent weight so that the quantiser makes these codes and scales of it; False: there is no place."""
         made = error_feedback.latents_on_grid(codes, scale)
         if self.options.latents == "cell":
             near = error_feedback.latents_in_cells(codes, scale, teacher, self.options.margin)
             if error_feedback.has_codes(near, codes, scale, **options):
                 made = near
         if not error_feedback.has_codes(made, codes, scale, **options):
-            raise PostconditionError(
-                f"calibrate can't place {name} so that the quantiser makes its codes (a scale of up to "
-                f"{float(scale.max()):.3g}, clip {options.get('clip')}); leave it out with Ternarize(skip=...)"
-            )
+            return False
         latent.copy_(made)
+        return True
 
 
 class _Fit:

@@ -15,9 +15,10 @@ from demo_encoder import save_tiny_encoder
 from forked import FINISHED, demo, ended, killed, started
 
 from ti_fx.demo.stages import RESULT, Stages
+from ti_fx.demo.students import METHODS
 from ti_fx.train.checkpoint import read_facts
 
-STAGES, CHANGES = ("teacher", "ternarybert", "ti-g", "export"), 70
+STAGES, CHANGES = ("teacher", *METHODS, "export"), 90
 
 
 def stage_of(folder: Path) -> str:
@@ -29,7 +30,7 @@ def what_it_made(out: Path) -> dict[str, Any]:
     results = json.loads((out / "results.json").read_text())
     return {
         "teacher": results["teacher"]["sha256"],
-        **{name: read_facts(out / f"checkpoint-{name}")["weights"] for name in STAGES[1:3]},
+        **{name: read_facts(out / f"checkpoint-{name}")["weights"] for name in METHODS},
         **{path.name: path.read_bytes() for path in out.glob("*.onnx")},
     }
 

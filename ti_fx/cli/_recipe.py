@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,28 @@ def with_encodings(recipe: Recipe, encodings: Encodings) -> Recipe:
         activations=replace(
             own, encoding=encodings.name or own.encoding, encodings={**others, **encodings.others}
         ),
+    )
+
+
+def calibrate(trainer: TernaryTrainer) -> None:
+    """Calibrate where the recipe says so, before training would, and say what that did."""
+    one = trainer.recipe.calibrate
+    if one is None:
+        return
+    output.say(f"calibrating the ternary weights on up to {one.rows:,} training rows, without gradients")
+    started = time.perf_counter()
+    trainer.calibrate()
+    if trainer.calibration is None:  # a warning says why
+        return
+    done = [row for row in trainer.calibration.report if row.rows and row.inputs]
+    left = len(trainer.calibration.report) - len(done)
+    before, after = (
+        sum(getattr(row, name) for row in done) / max(len(done), 1) for name in ("before", "after")
+    )
+    said = f", {left} left as rounding has them" if left else ""
+    output.say(
+        f"calibrated {len(done)} weights{said}: error of their products {before:.3f} -> {after:.3f}, "
+        f"{time.perf_counter() - started:.0f} s"
     )
 
 

@@ -231,7 +231,7 @@ class _Run:
         from transformers import PrinterCallback, ProgressCallback, set_seed
 
         from ti_fx.cli._progress import TrainingProgress
-        from ti_fx.cli._recipe import say_decisions
+        from ti_fx.cli._recipe import calibrate, say_decisions
         from ti_fx.files import atomic_write
         from ti_fx.train import trainers
         from ti_fx.train.data import TokenisedTexts
@@ -259,6 +259,8 @@ class _Run:
                 trainer.remove_callback(callback)
             trainer.add_callback(TrainingProgress(output.console()))
             started = time.perf_counter()
+            if not goes_on:
+                calibrate(trainer)
             trainer.train(resume_from_checkpoint=goes_on or None)
             seconds += time.perf_counter() - started
         trainer.save_model(str(out))

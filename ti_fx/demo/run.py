@@ -1,4 +1,4 @@
-"""The demo fine-tunes a teacher, trains two ternary students, exports and runs them, and reports."""
+"""The demo fine-tunes a teacher, trains three ternary students, exports and runs them, and reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ti_fx.demo.circumstances import THREADS, circumstances, on_threads
 from ti_fx.demo.data import Questions, load_questions, model_folder, tokenized
 from ti_fx.demo.show import print_table, write_page
 from ti_fx.demo.stages import VERSIONS, Stage, Stages
-from ti_fx.demo.students import STUDENT_SETTINGS, StudentSettings
+from ti_fx.demo.students import METHODS, STUDENT_SETTINGS, StudentSettings
 from ti_fx.demo.teacher import TEACHER_SETTINGS, TeacherSettings, fine_tune, quiet_loading
 from ti_fx.export import pipeline, to_onnx
 from ti_fx.files import atomic_path, atomic_write, sha256_of
@@ -30,7 +30,6 @@ from ti_fx.recipe import DEFAULT
 from ti_fx.train import load
 from ti_fx.train.scores import scores
 
-METHODS = ("ternarybert", DEFAULT)
 SEED = 0
 # The rooms that a trained student depends on; a test holds this against what ti_fx.train imports.
 _ROOMS = "errors files numerics ir find passes frontend export phases presets recipe measure train"
@@ -51,8 +50,8 @@ def run(
 ) -> dict[str, Any]:
     """Run the whole demo below ``folder`` and return what went into ``results.json``.
 
-    Writes ``results.json``, ``report.html``, ``student.onnx`` (the default recipe's), ``ternarybert.onnx``, recipes and
-    checkpoints.
+    Writes ``results.json``, ``report.html``, ``student.onnx`` (the default recipe's; the others' have their names),
+    recipes and checkpoints.
     Stages that ran before with the same code, data, settings and circumstances are reused; accuracy and latency are
     measured anew. One processor gives the same numbers at the same seed and ``threads``, however many cores it has.
 
@@ -133,7 +132,7 @@ def _student(
         "data": data.digests,
         "seed": seed,
     }
-    return stages.run(method, facts, (*TRAINING_CODE, "demo.students"), make)
+    return stages.run(method, facts, (*TRAINING_CODE, "demo.students", "demo.measure"), make)
 
 
 def _export(stages: Stages, teacher: Stage, trained: dict[str, Stage]) -> Stage:
@@ -178,8 +177,8 @@ def _publish(folder: Path, trained: dict[str, Stage], exported: Stage) -> None:
     """Put what a user looks for where they look for it: with what lies beside them, the files are callables."""
     for name in SIDECARS:
         atomic_write(folder / name, (exported.folder / name).read_bytes())
-    names = {DEFAULT: "student.onnx", "ternarybert": "ternarybert.onnx"}
-    for method, name in names.items():
+    for method in METHODS:
+        name = "student.onnx" if method == DEFAULT else f"{method}.onnx"
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes((exported.folder / f"{method}.onnx").read_bytes())
         recipe = (trained[method].folder / "recipe.json").read_text(encoding="utf-8")
@@ -234,16 +233,14 @@ def _latency(exported: Stage, tokenizer: PreTrainedTokenizerBase) -> list[dict[s
 
 
 def _reached(results: dict[str, Any]) -> dict[str, Any]:
-    """Return when each method reached TernaryBERT's final validation accuracy and distillation loss."""
+    """Return when each method reached TernaryBERT's final validation accuracy and KL."""
     final = results["ternarybert"]["validation"]
     return {
         method: {
             "accuracy": students.steps_to(
                 result["history"], "eval_accuracy", final["accuracy"], at_least=True
             ),
-            "distillation": students.steps_to(
-                result["history"], "eval_distillation", final["distillation"], at_least=False
-            ),
+            "kl": students.steps_to(result["history"], "eval_kl", final["kl"], at_least=False),
         }
         for method, result in results.items()
     }

@@ -203,6 +203,16 @@ def test_few_rows_are_used_and_said(bert: Tiny) -> None:
     assert (wide.rows, wide.note) == (12, "fewer rows than its 32 inputs")  # one of two rows is padded by 2
 
 
+def test_a_weight_whose_scale_is_beyond_the_clip_is_left_and_said(bert: Tiny) -> None:
+    own = ready(bert.graph, clip=1e-3)
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    one = Calibrate(rows=8, data=[rows_like(bert.example, 8)])
+    Pipeline(one)(own)
+    assert one.report
+    assert all("beyond clip=0.001" in str(row) for row in one.report if row.inputs)
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+
+
 def test_what_it_can_not_use_is_refused(bert: Tiny, vit: Tiny) -> None:
     gm, example = ready(bert.graph), bert.example
     for data, kind, words in (
