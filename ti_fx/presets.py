@@ -14,7 +14,7 @@ from typing import Any
 from ti_fx.passes import Calibrate, Distill, Intervene, KeepLayers, QuantizeActivations, SubNorms, Ternarize
 from ti_fx.phases import Curve, Phase
 
-DEFAULT = "ti-g"  # what `ti-fx train` and `make demo` train by
+DEFAULT = "calibrated"  # what `ti-fx train` and `make demo` train by
 
 TERNARYBERT = "TernaryBERT, EMNLP 2020 (arXiv 2009.12812)"
 TEACHER_INTERVENTION = "Teacher Intervention, EACL 2023 (arXiv 2302.11812)"
@@ -132,11 +132,15 @@ PRESETS: dict[str, Preset] = {
         0.5,
     ),
     "calibrated": Preset(
-        "The ternary weights are set by up to 512 rows of the training data, without gradients (Calibrate); then "
-        "TernaryBERT's training from there, at its best with a lower learning rate.",
-        f"not published; the training: {TERNARYBERT}",
+        "A scale a row; the weights are set by up to 512 rows of the training data, without gradients (Calibrate), and "
+        "trained from there by the logits' KL divergence alone.",
+        "not published",
         _plain,
-        options={"calibrate": Calibrate()},
+        options={
+            "ternarize": Ternarize(weights="row"),
+            "calibrate": Calibrate(),
+            "distill": Distill(layer_outputs=0, scores=0, attention_outputs=0, logits_loss="kl"),
+        },
     ),
     "phase-in": Preset(
         "No intervention: weights are read as W + λ (Q(W) - W), λ from 0 to 1 over half of training (or s); then plain "

@@ -1,14 +1,15 @@
-"""An arm is a way to train a student: a recipe of a given length, and how the student starts."""
+"""An arm is a way to train a student: a recipe of a given length."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ti_fx import Recipe
-from ti_fx.passes import Calibrate
-from ti_fx.recipe import PRESETS, Phase
+from ti_fx.passes import Calibrate, Distill, Ternarize
+from ti_fx.recipe import DEFAULT, PRESETS, Phase
 
 BASELINE = "ternarybert"  # what every other arm is compared with
 _SHARE = 0.25  # of training under an intervention, where a recipe asks for it
@@ -21,27 +22,38 @@ class Arm:
     Attributes:
         name: as the results have it.
         recipe: for a number of optimiser steps.
-        calibration: of the weights before the first step; None: they are rounded.
     """
 
     name: str
     recipe: Callable[[int], Recipe]
-    calibration: Calibrate | None = None
 
 
 def all_arms() -> dict[str, Arm]:
     """Return every preset as an arm, and the controls."""
     arms = [Arm(name, _preset(name)) for name in PRESETS]
     arms.append(Arm("restart", _restart))
-    arms.append(Arm("calibrated", _preset(BASELINE), Calibrate()))
-    arms.append(Arm("calibrated-cell", _preset(BASELINE), Calibrate(latents="cell")))
-    arms.append(Arm("calibrated-layer-blend", _preset("layer-blend"), Calibrate()))
+    by_row, by_logits = Ternarize(weights="row"), PRESETS[DEFAULT].options["distill"]
+    parts: dict[str, dict[str, Any]] = {  # what each part of the default recipe brings
+        "row": {"ternarize": by_row},
+        "row-logits": {"ternarize": by_row, "distill": by_logits},
+        "row-calibrated": {"ternarize": by_row, "calibrate": Calibrate()},
+        "row-calibrated-cell": {"ternarize": by_row, "calibrate": Calibrate(latents="cell", margin=0.2)},
+        "row-calibrated-relative": {
+            "ternarize": by_row,
+            "calibrate": Calibrate(),
+            "distill": Distill(errors="layer", logits_loss="kl"),
+        },
+        "tensor-calibrated": {"calibrate": Calibrate()},
+    }
+    arms += [Arm(name, _preset(BASELINE, name, **options)) for name, options in parts.items()]
+    arms.append(Arm("calibrated-layer-blend", _preset("layer-blend", calibrate=Calibrate())))
     return {arm.name: arm for arm in arms}
 
 
-def _preset(name: str) -> Callable[[int], Recipe]:
+def _preset(preset: str, name: str = "", **options: Any) -> Callable[[int], Recipe]:
     def recipe(steps: int) -> Recipe:
-        return dataclasses.replace(Recipe.preset(name, intervention_steps=_SHARE), steps=steps)
+        made = Recipe.preset(preset, intervention_steps=_SHARE)
+        return dataclasses.replace(made, name=name or preset, steps=steps, **options)
 
     return recipe
 

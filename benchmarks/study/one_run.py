@@ -5,17 +5,15 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
-import ti_fx
 from study.arms import Arm
-from study.rows import Data, Yardstick, batches
+from study.rows import Data, Yardstick
 from study.settings import Setting
-from ti_fx import Recipe
 from ti_fx.train import TernaryTrainer
 
 MARKS = 8  # how often a student is measured after its start
@@ -32,7 +30,7 @@ class Key:
 
 
 class Curve(TrainerCallback):
-    """Measures the stripped student at some steps; the seconds of training leave that out."""
+    """Measures the stripped student at some steps; the seconds are of calibration and training."""
 
     def __init__(self, marks: Sequence[int], yardstick: Yardstick) -> None:
         self.marks, self.yardstick = frozenset(marks), yardstick
@@ -86,7 +84,7 @@ def train(
             disable_tqdm=True,
         )
         trainer = TernaryTrainer(
-            _start(arm, recipe, teacher, data),
+            teacher,
             recipe,
             arguments,
             train_dataset=list(data.train),
@@ -97,22 +95,13 @@ def train(
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         curve.trainer = trainer
+        started = time.perf_counter()
+        trainer.calibrate()
+        curve.seconds = time.perf_counter() - started
         curve.measure(0)
         trainer.train()
         end = test.measure(trainer.student())
     return {**asdict(key), "steps": setting.steps, "curve": curve.rows, "test": _rounded(asdict(end))}
-
-
-def _start(arm: Arm, recipe: Recipe, teacher: nn.Module, data: Data) -> nn.Module:
-    """Return what Trainer is given: the teacher, or a prepared graph whose student is calibrated on training rows."""
-    if arm.calibration is None:
-        return teacher
-    used = batches(data.train[: arm.calibration.rows], data.collate, arm.calibration.batch_size)
-    given = [{name: value for name, value in batch.items() if name != "labels"} for batch in used]
-    gm = ti_fx.capture(teacher.eval(), {name: value[:2] for name, value in given[0].items()})
-    recipe.prepare(gm)
-    ti_fx.Pipeline(replace(arm.calibration, data=given))(gm)
-    return gm
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
