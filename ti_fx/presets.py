@@ -133,13 +133,13 @@ PRESETS: dict[str, Preset] = {
     ),
     "calibrated": Preset(
         "A scale a row; the weights are set by up to 512 rows of the training data, without gradients (Calibrate), and "
-        "trained from there by the logits' KL divergence alone.",
+        "trained from there by the logits' KL divergence and errors in units of each layer's own variance.",
         "not published",
         _plain,
         options={
             "ternarize": Ternarize(weights="row"),
             "calibrate": Calibrate(),
-            "distill": Distill(layer_outputs=0, scores=0, attention_outputs=0, logits_loss="kl"),
+            "distill": Distill(errors="layer", logits_loss="kl"),
         },
     ),
     "phase-in": Preset(

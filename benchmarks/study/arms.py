@@ -32,17 +32,14 @@ def all_arms() -> dict[str, Arm]:
     """Return every preset as an arm, and the controls."""
     arms = [Arm(name, _preset(name)) for name in PRESETS]
     arms.append(Arm("restart", _restart))
-    by_row, by_logits = Ternarize(weights="row"), PRESETS[DEFAULT].options["distill"]
+    by_row, relative = Ternarize(weights="row"), PRESETS[DEFAULT].options["distill"]
+    logits = Distill(layer_outputs=0, scores=0, attention_outputs=0, logits_loss="kl")
     parts: dict[str, dict[str, Any]] = {  # what each part of the default recipe brings
         "row": {"ternarize": by_row},
-        "row-logits": {"ternarize": by_row, "distill": by_logits},
+        "row-relative": {"ternarize": by_row, "distill": relative},
         "row-calibrated": {"ternarize": by_row, "calibrate": Calibrate()},
         "row-calibrated-cell": {"ternarize": by_row, "calibrate": Calibrate(latents="cell", margin=0.2)},
-        "row-calibrated-relative": {
-            "ternarize": by_row,
-            "calibrate": Calibrate(),
-            "distill": Distill(errors="layer", logits_loss="kl"),
-        },
+        "row-calibrated-logits": {"ternarize": by_row, "calibrate": Calibrate(), "distill": logits},
         "tensor-calibrated": {"calibrate": Calibrate()},
     }
     arms += [Arm(name, _preset(BASELINE, name, **options)) for name, options in parts.items()]

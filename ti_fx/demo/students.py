@@ -31,7 +31,7 @@ from ti_fx.train.scores import scores_of
 
 METHODS = tuple(dict.fromkeys(("ternarybert", "ti-g", DEFAULT)))
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
-BEST = {"ternarybert": 4e-4, "ti-g": 4e-4, "calibrated": 1e-4}
+BEST = {"ternarybert": 4e-4, "ti-g": 4e-4, "calibrated": 4e-4}
 
 
 @dataclass(frozen=True)
