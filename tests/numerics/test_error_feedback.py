@@ -26,6 +26,23 @@ def problem(outputs: int, inputs: int, rows: int = 400, seed: int = 0) -> tuple[
     return target, ef.damped(x.T @ x / rows, 0.05)
 
 
+def test_rows_that_are_all_alike_are_factored() -> None:
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(5, generator=generator, dtype=torch.float64)
+    alike = 30 * torch.outer(row, row)
+    nothing = alike - 30 * torch.outer(row, row) * (1 + 1e-15)  # what centring leaves of it
+    for moment in (alike, nothing, torch.zeros(5, 5, dtype=torch.float64)):
+        factor = ef.cholesky(moment)
+        allowed = 1e-10 * float(moment.abs().max()) + 1e-300
+        assert float((factor @ factor.T - moment).abs().max()) <= allowed + 100 * float(
+            moment.abs().max()
+        ) * (moment is nothing)
+        heavy = ef.damped(moment, 0.0)
+        assert ef.inverse_factor(heavy.float()).isfinite().all()
+    with pytest.raises(torch.linalg.LinAlgError):
+        ef.cholesky(torch.full((2, 2), float("nan")))
+
+
 def feedback_by_definition(target: Array, scale: float, moment: Array) -> Array:
     """Round input after input; what is left of the others then moves to its optimum given those that are fixed."""
     left, codes = target.copy(), np.zeros_like(target)

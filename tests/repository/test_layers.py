@@ -19,7 +19,7 @@ LAYERS = (
     "find",
     "passes",
     "frontend",
-    "export.arguments export.report export.inputs export.student",
+    "export.core_operators export.arguments export.report export.inputs export.student",
     "export.file",
     "export.cached",
     "export.run",

@@ -46,7 +46,7 @@ def regression_target(weight: Tensor, moment: Tensor, cross: Tensor, damping: fl
     heavy = damped(moment, damping)
     added = heavy.diagonal() - moment.diagonal()
     wanted = cross + added.unsqueeze(1) * weight.double().T
-    return torch.cholesky_solve(wanted, torch.linalg.cholesky(heavy)).T
+    return torch.cholesky_solve(wanted, cholesky(heavy)).T
 
 
 def error(quantised: Tensor, target: Tensor, moment: Tensor) -> Tensor:
@@ -58,9 +58,30 @@ def error(quantised: Tensor, target: Tensor, moment: Tensor) -> Tensor:
 def inverse_factor(moment: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse of a positive definite matrix, computed in float64."""
     wide = moment.double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.to(moment.dtype)
+    inverse = torch.cholesky_inverse(cholesky(wide))
+    return cholesky(inverse).T.contiguous().to(moment.dtype)
+
+
+def cholesky(moment: Tensor) -> Tensor:
+    """Return the lower Cholesky factor of a second moment.
+
+    Where rounding has left it no positive definite matrix (rows that are all alike, say), as little is added to its
+    diagonal as makes it one.
+
+    Raises:
+        LinAlgError: it holds what is no number.
+    """
+    factor, info = torch.linalg.cholesky_ex(moment)
+    size = max(float(moment.diagonal().abs().max()), torch.finfo(moment.dtype).tiny)
+    for power in range(-12, 3):
+        if not int(info):
+            break
+        shifted = moment + 10.0**power * size * torch.eye(
+            len(moment), dtype=moment.dtype, device=moment.device
+        )
+        factor, info = torch.linalg.cholesky_ex(shifted, check_errors=power == 2)
+    found: Tensor = factor
+    return found
 
 
 def feedback_codes(target: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
