@@ -13,7 +13,6 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    EvalPrediction,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -25,10 +24,12 @@ from transformers import (
 from ti_fx.demo.data import MAX_LENGTH, Questions, TokenizedQuestions, tokenized
 from ti_fx.demo.measure import logits_of, torch_call
 from ti_fx.demo.teacher import ProgressBar, quiet_loading
+from ti_fx.ir.edit import input_names
 from ti_fx.recipe import DEFAULT, Recipe
 from ti_fx.train import TernaryTrainer
-from ti_fx.train.scores import scores_of
+from ti_fx.train.scores import scores
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 METHODS = tuple(dict.fromkeys(("ternarybert", "ti-g", DEFAULT)))
 BEST = {"ternarybert": 2e-4, "ti-g": 2e-4, "calibrated": 4e-4}  # of 2e-4 and 4e-4
 
@@ -79,30 +80,29 @@ def train(
     labels = len(data.label_names)
     chosen = recipe(method, settings)
     validation = tokenized(data.validation, tokenizer, label_count=labels, max_length=settings.max_length)
-    distance = _Distance(model, validation, tokenizer)
+    measured = _Validation(model, validation, tokenizer, settings.evaluate_every)
     clock = _Clock()
     trainer = TernaryTrainer(
         model,
         chosen,
         _arguments(settings, settings.rates[method], seed, out),
         train_dataset=tokenized(data.train, tokenizer, label_count=labels, max_length=settings.max_length),
-        eval_dataset=validation,
         processing_class=tokenizer,
-        compute_metrics=distance,
-        callbacks=[clock],
+        callbacks=[clock, measured],  # in this order: measuring is no training
     )
+    measured.trainer = trainer
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ProgressBar())
     started = time.perf_counter()
     trainer.calibrate()
     calibrated = time.perf_counter() - started
+    measured.measure(0)
     trainer.train()
     trainer.save_model(str(out / "checkpoint"))
     chosen.save(out / "recipe.json")
-    history = [
-        {**row, "train_seconds": calibrated + clock.at(int(row["step"]))} for row in trainer.state.log_history
-    ]
+    logged = sorted([*trainer.state.log_history, *measured.history], key=lambda row: row["step"])
+    history = [{**row, "train_seconds": calibrated + clock.at(int(row["step"]))} for row in logged]
     return {
         "method": method,
         "steps": trainer.state.global_step,
@@ -111,7 +111,7 @@ def train(
         "train_seconds": calibrated + clock.at(trainer.state.global_step),
         "history": history,
         "validation": _last(history),
-        "kl_rows": distance.rows,
+        "kl_rows": measured.rows,
     }
 
 
@@ -127,9 +127,6 @@ def _arguments(settings: StudentSettings, rate: float, seed: int, out: Path) -> 
         seed=seed,
         data_seed=seed,
         train_sampling_strategy="group_by_length",
-        eval_strategy="steps",
-        eval_steps=settings.evaluate_every,
-        eval_on_start=True,
         logging_steps=15,
         save_strategy="no",
         report_to="none",
@@ -137,22 +134,41 @@ def _arguments(settings: StudentSettings, rate: float, seed: int, out: Path) -> 
     )
 
 
-class _Distance:
-    """Computes accuracy, macro-F1 and the KL of a student's classes from its teacher's; keeps the last rows of that."""
+class _Validation(TrainerCallback):
+    """Measures the student on the validation split, in its order: accuracy, macro-F1 and the KL from the teacher.
+
+    Trainer's own evaluation sorts rows by length, so that none could be held against its teacher's.
+    """
+
+    trainer: TernaryTrainer
 
     def __init__(
-        self, teacher: torch.nn.Module, validation: TokenizedQuestions, tokenizer: PreTrainedTokenizerBase
+        self,
+        teacher: torch.nn.Module,
+        rows: TokenizedQuestions,
+        tokenizer: PreTrainedTokenizerBase,
+        every: int,
     ) -> None:
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        logits, _ = logits_of(torch_call(teacher, names), validation, tokenizer)
-        self.teacher = torch.from_numpy(logits).double().log_softmax(-1)
+        self.data, self.tokenizer, self.every = rows, tokenizer, every
+        self.teacher = self._log_softmax(torch_call(teacher, INPUTS))[0]
         self.rows: list[float] = []
+        self.history: list[dict[str, Any]] = []
 
-    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        logits: Any = prediction.predictions
-        student = torch.from_numpy(logits).double().log_softmax(-1)
-        self.rows = (self.teacher.exp() * (self.teacher - student)).sum(-1).tolist()
-        return {**scores_of(prediction), "kl": sum(self.rows) / len(self.rows)}
+    def measure(self, step: int) -> None:
+        """Add a row of scores."""
+        student = self.trainer.student()
+        found, logits, labels = self._log_softmax(torch_call(student, input_names(student)))
+        self.rows = (self.teacher.exp() * (self.teacher - found)).sum(-1).tolist()
+        values = {**scores(logits, labels), "kl": sum(self.rows) / len(self.rows)}
+        self.history.append({"step": step, **{f"eval_{name}": value for name, value in values.items()}})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.measure(state.global_step)
+
+    def _log_softmax(self, call: Any) -> tuple[torch.Tensor, Any, Any]:
+        logits, labels = logits_of(call, self.data, self.tokenizer)
+        return torch.from_numpy(logits).double().log_softmax(-1), logits, labels
 
 
 class _Clock(TrainerCallback):
