@@ -28,8 +28,8 @@ def demo(
     """Teach a real model a real task and make its weights ternary.
 
     Fine-tunes all-MiniLM-L6-v2 on question types, trains three students from it (TernaryBERT, TI-G and the default
-    recipe), exports them, runs them in ONNX Runtime, and writes results.json, report.html and student.onnx. Takes about
-    10 minutes on 2 idle cores, one the second time.
+    recipe), exports them, runs them in ONNX Runtime, and writes results.json, report.html and student.onnx. Takes
+    about 16 minutes on 2 idle cores of a slow processor, and one the second time.
     """
     from ti_fx.demo.run import run
     from ti_fx.demo.students import StudentSettings
