@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ti_fx._version import __version__
-from ti_fx.errors import ExportError, InputError, first_line
+from ti_fx.errors import ExportError, InputError, VersionError, first_line
 from ti_fx.export import arguments, compare
 from ti_fx.export import inputs as io
 from ti_fx.export.core_operators import needs_decomposition
@@ -268,6 +268,8 @@ def onnx_model(
                 dynamo=True,
                 verbose=False,
             )
+    except VersionError:
+        raise
     except Exception as error:  # torch.onnx wraps whatever went wrong in errors of several modules
         reason = first_line(error.__cause__ or error)
         raise ExportError(f"torch.onnx can't export the graph: {reason}") from error

@@ -102,6 +102,9 @@ def use(row: Internal, model: PreTrainedModel) -> None:
     elif row.name.endswith("._non_vmap_expansion_sdpa"):  # transformers itself uses it before the trace
         with patches.broadcast_masks():
             pass
+    elif row.name.startswith("torch.onnx"):
+        with patches.decomposed_where_needed(lambda program, registry: True):
+            pass
     else:
         ti_fx.capture(model, example())
 

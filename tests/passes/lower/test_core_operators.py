@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ti_fx
+from ti_fx.errors import VersionError
 from ti_fx.export import to_onnx
 from ti_fx.frontend.internals import known_internal
 from ti_fx.ir.edit import aten_name
@@ -135,3 +136,13 @@ def test_what_is_left_is_decomposed_as_before(tmp_path: Path, decomposed: list[A
     to_onnx(packed(*functions), tmp_path / "left.onnx", example={"x": X})
     assert len(decomposed) == 1
     require_equal(tmp_path / "left.onnx", functions, X)
+
+
+def test_another_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = packed(FUNCTIONS["and"])
+    monkeypatch.setattr(DECOMPOSE, lambda program: program)
+    with pytest.raises(
+        VersionError, match=r"^ti_fx knows torch .*\.decompose_with_registry takes \(program\)"
+    ):
+        to_onnx(graph, tmp_path / "none.onnx", example={"x": X})
+    assert not list(tmp_path.iterdir())
