@@ -89,10 +89,13 @@ def _difference(node: Node) -> None:
 
 
 def _is_last(node: Node, places: dict[Node, int]) -> bool:
-    """Tell whether a node may leave what it writes into alone: a new value, which nothing reads after it."""
+    """Tell whether a node may leave what it writes into alone: a new value that nothing reads after it."""
     written: Any = node.args[0]
     makes_it = isinstance(written, Node) and written.op == "call_function"
     if not makes_it or written.target is operator.getitem or shares_with(written) is not None:
+        return False
+    values: list[Any] = [one.meta["val"] if isinstance(one, Node) else one for one in node.args[:2]]
+    if torch.result_type(*values) != node.meta["val"].dtype:  # in place x keeps its type, x + y may not
         return False
     return all(places.get(reader, 0) <= places[node] for reader in _readers(written, node))
 
