@@ -200,8 +200,7 @@ def _test_scores(
     dataset = tokenized(data.test, tokenizer, label_count=len(data.label_names))
     with quiet_loading():
         model = AutoModelForSequenceClassification.from_pretrained(teacher.folder / "model")
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    calls = {("full precision", "PyTorch"): measure.torch_call(model, names)}
+    calls = {("full precision", "PyTorch"): measure.torch_call(model, students.INPUTS)}
     calls["full precision", "ONNX Runtime"] = measure.onnx_call(exported.folder / "fp32.onnx", threads)
     calls["dynamic int8", "ONNX Runtime"] = measure.onnx_call(exported.folder / "dynamic-int8.onnx", threads)
     for method, stage in trained.items():

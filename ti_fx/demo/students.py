@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -158,7 +159,7 @@ class _Validation(TrainerCallback):
         """Add a row of scores."""
         student = self.trainer.student()
         found, logits, labels = self._log_softmax(torch_call(student, input_names(student)))
-        self.rows = (self.teacher.exp() * (self.teacher - found)).sum(-1).tolist()
+        self.rows = F.kl_div(found, self.teacher, reduction="none", log_target=True).sum(-1).tolist()
         values = {**scores(logits, labels), "kl": sum(self.rows) / len(self.rows)}
         self.history.append({"step": step, **{f"eval_{name}": value for name, value in values.items()}})
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
-from ti_fx.errors import DataError
-from ti_fx.ir.edit import input_names, stored
+from ti_fx.ir.edit import stored
 from ti_fx.ir.inserted import quantised_weights
 from ti_fx.ir.pipeline import Pipeline
 from ti_fx.ir.roles import TEACHER_PREFIX
 from ti_fx.passes import Calibrate
+from ti_fx.train.order import has_order
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -33,30 +32,21 @@ def is_rounded(gm: GraphModule) -> bool:
     return True
 
 
-def calibrated(
-    gm: GraphModule, one: Calibrate, dataset: Any, collate: Collate, seed: int, device: torch.device
-) -> Calibrate:
+def calibrated(gm: GraphModule, one: Calibrate, dataset: Any, collate: Collate, seed: int) -> Calibrate:
     """Calibrate a prepared graph on rows that are drawn from a data set; return the pass, with its report.
 
     Args:
         gm: without an intervention; its values are changed.
         one: how, and on how many rows.
         dataset: rows as Trainer takes them, with or without numbers (of a stream the first rows are taken).
-        collate: makes a batch of rows.
+        collate: makes a batch of rows, on the graph's device.
         seed: of the draw.
-        device: of the graph.
 
     Raises:
         DataError: there are no rows. PreconditionError: the graph can't be calibrated; says why.
     """
     rows = _drawn(dataset, one.rows, seed)
-    if not rows:
-        raise DataError("train_dataset has 0 rows to calibrate on; give at least 1")
-    names = set(input_names(gm))
-    batches = []
-    for start in range(0, len(rows), one.batch_size):
-        batch = collate(rows[start : start + one.batch_size])
-        batches.append({name: _moved(value, device) for name, value in batch.items() if name in names})
+    batches = [collate(rows[start : start + one.batch_size]) for start in range(0, len(rows), one.batch_size)]
     done = dataclasses.replace(one, data=batches, report=[])
     Pipeline(done)(gm)
     return dataclasses.replace(done, data=None)
@@ -73,7 +63,7 @@ def require_calibration(gm: GraphModule, one: Calibrate) -> None:
 
 def _drawn(dataset: Any, count: int, seed: int) -> list[Any]:
     """Return rows in the order of their sizes, so that a batch has little padding."""
-    if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
+    if has_order(dataset):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         rows = [dataset[index] for index in order[:count]]
     else:
@@ -84,7 +74,3 @@ def _drawn(dataset: Any, count: int, seed: int) -> list[Any]:
 def _size(row: Any) -> int:
     values = row.values() if isinstance(row, Mapping) else (row,)
     return sum(len(value) for value in values if isinstance(value, Sequence) and not isinstance(value, str))
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

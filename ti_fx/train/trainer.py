@@ -173,14 +173,15 @@ class TernaryTrainer(ObjectiveTrainer, ResumingTrainer):
             return
         if self.train_dataset is None:
             raise DataError("there is no data to calibrate with; pass train_dataset=")
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.calibration = calibrated(gm, one, self.train_dataset, self._inputs_of, seed, self.args.device)
+        self.calibration = calibrated(gm, one, self.train_dataset, self._inputs_of, self._data_seed)
 
     def _inputs_of(self, some: list[Any]) -> dict[str, Any]:
         names, options = self.label_names, {"data_collator": self.data_collator}
         batch = rows.collated(self.source, some, options, names, self.args.remove_unused_columns)
         inputs = {name: value for name, value in batch.items() if name not in {*names, *rows.LABELS}}
-        return rows.with_decoder_inputs(self.source, inputs, rows.labels_of(self.source, batch, names) or {})
+        labels = rows.labels_of(self.source, batch, names) or {}
+        made = rows.with_decoder_inputs(self.source, inputs, labels)
+        return {name: _move(value, self.args.device) for name, value in made.items()}
 
     # --- the loop: phases, losses, restarts -------------------------------------------------------------------------
 
